@@ -1,0 +1,10 @@
+"""VSGD: Variational Stochastic Gradient Descent (arXiv 2404.06549) for PyTorch and NumPy.
+
+The package imports no framework; each adapter is a module of its own:
+
+- `vsgd.torch`: `VSGD` and `ConstantVSGD` as `torch.optim.Optimizer`.
+- `vsgd.numpy`: `VSGD` and `ConstantVSGD` for lists of arrays, the readable reference.
+- `vsgd.core`: the update itself, stated once for every array library.
+"""
+
+__version__ = "0.1.0"

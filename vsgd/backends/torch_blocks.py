@@ -1,0 +1,98 @@
+"""Parameters with their gradients and states, cut into blocks, so that temporaries stay small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Elements in a block on the CPU: the arrays of a block and its temporaries fit the caches.
+CPU_BLOCK = 65536
+#: Bytes of an array of a block elsewhere: enough to fill a GPU, while its dozen temporaries stay under 64 MB.
+DEVICE_BLOCK_BYTES = 2**22
+
+
+class Leaf(NamedTuple):
+    """One parameter, or a block of it, with all that a step reads and writes.
+
+    Attributes:
+        param: the parameter, real.
+        grad: its gradient, of the same shape.
+        state: its state arrays, of the same shape, in the rule's order and in the dtype of the arithmetic.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order parameter, gradient, state."""
+        return (self.param, self.grad, *self.state)
+
+
+def block_size(leaf: Leaf) -> int:
+    """The number of elements of a block of such a leaf."""
+    return CPU_BLOCK if leaf.param.is_cpu else DEVICE_BLOCK_BYTES // leaf.state[0].itemsize
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is one of torch's own, whose memory may be viewed anew, and no subclass with a meaning of its own."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory without gaps or overlaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def is_flat(leaf: Leaf) -> bool:
+    """Whether all tensors of the leaf are dense and in the same order, so that element i of each belongs together."""
+    first, *others = leaf.tensors
+    if all(tensor.is_contiguous() for tensor in leaf.tensors):
+        return True
+    return is_dense(first) and all(tensor.stride() == first.stride() for tensor in others)
+
+
+def blocks(leaf: Leaf, size: int) -> Iterator[Leaf]:
+    """The leaf in blocks of at most `size` elements, views of its memory.
+
+    Args:
+        leaf: tensors of any strides.
+        size: the most elements of a block, at least 1.
+
+    Yields:
+        Leaves that cover every element once, in a fixed order.
+
+    Example:
+        >>> leaf = Leaf(torch.zeros(3, 2), torch.ones(3, 2), ())
+        >>> [block.param.numel() for block in blocks(leaf, 4)]
+        [4, 2]
+    """
+    if leaf.param.numel() <= size or not all(map(is_plain, leaf.tensors)):
+        yield leaf
+    elif is_flat(leaf):
+        param, grad, *state = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in leaf.tensors)
+        yield from _split(Leaf(param, grad, tuple(state)), 0, size)
+    else:
+        shape = leaf.param.shape
+        dim = max(range(len(shape)), key=shape.__getitem__)
+        length = max(1, size * shape[dim] // leaf.param.numel())
+        for part in _split(leaf, dim, length):
+            yield from blocks(part, size)
+
+
+def _split(leaf: Leaf, dim: int, length: int) -> Iterator[Leaf]:
+    parts = [torch.split(tensor, length, dim) for tensor in leaf.tensors]
+    for param, grad, *state in zip(*parts, strict=True):
+        yield Leaf(param, grad, tuple(state))

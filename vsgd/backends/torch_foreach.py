@@ -1,0 +1,142 @@
+"""The core's update run by torch on lists of tensors: few calls (on a GPU few kernel launches) for many parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsgd import core
+from vsgd.backends.torch_blocks import Leaf, block_size, blocks
+
+
+class TensorList:
+    """A list of tensors with arithmetic operators over `torch._foreach_*`.
+
+    The other operand is a list of as many tensors, a number, or a 0-d tensor.
+
+    Example:
+        >>> values = TensorList([torch.tensor([1.0, 2.0]), torch.tensor([4.0])])
+        >>> [tensor.tolist() for tensor in (1 - values / 2).tensors]
+        [[0.5, 0.0], [-1.0]]
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tensors[index]
+
+    def __neg__(self) -> TensorList:
+        return TensorList(torch._foreach_neg(self.tensors))
+
+    def __add__(self, other: Any) -> TensorList:
+        return self._apply(torch._foreach_add, other)
+
+    def __sub__(self, other: Any) -> TensorList:
+        return self._apply(torch._foreach_sub, other)
+
+    def __mul__(self, other: Any) -> TensorList:
+        return self._apply(torch._foreach_mul, other)
+
+    def __truediv__(self, other: Any) -> TensorList:
+        return self._apply(torch._foreach_div, other)
+
+    def __pow__(self, exponent: float) -> TensorList:
+        return self._apply(torch._foreach_pow, exponent)
+
+    def __radd__(self, other: Any) -> TensorList:
+        return self + other
+
+    def __rsub__(self, other: Any) -> TensorList:
+        return -self + other
+
+    def __rmul__(self, other: Any) -> TensorList:
+        return self * other
+
+    def _apply(self, operation: Callable[..., Any], other: Any) -> TensorList:
+        return TensorList(operation(self.tensors, other.tensors if isinstance(other, TensorList) else other))
+
+
+class _Namespace:
+    """The array namespace of `TensorList`."""
+
+    @staticmethod
+    def sqrt(values: TensorList) -> TensorList:
+        return TensorList(torch._foreach_sqrt(values.tensors))
+
+
+def _chunks(leaves: Sequence[Leaf], size: int) -> Iterator[tuple[list[int], list[Leaf]]]:
+    """Blocks of the leaves, in lists of at most `size` elements, with the index of each block's leaf."""
+    indices: list[int] = []
+    chunk: list[Leaf] = []
+    elements = 0
+    for index, leaf in enumerate(leaves):
+        for block in blocks(leaf, size):
+            if chunk and elements + block.param.numel() > size:
+                yield indices, chunk
+                indices, chunk, elements = [], [], 0
+            indices.append(index)
+            chunk.append(block)
+            elements += block.param.numel()
+    if chunk:
+        yield indices, chunk
+
+
+def _by_kind(leaves: Iterable[Leaf]) -> dict[Any, list[int]]:
+    kinds: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        param = leaf.param
+        kinds.setdefault((param.device, param.dtype, leaf.grad.dtype, type(param)), []).append(index)
+    return kinds
+
+
+def step(
+    rule: core.Rule,
+    leaves: Sequence[Leaf],
+    coefficients: Any,
+    lr: float | Tensor,
+    decay: float | Tensor,
+    *,
+    maximize: bool = False,
+) -> None:
+    """One step, in place, on all leaves.
+
+    Leaves are grouped by device, dtype and tensor type, and cut into chunks, so that the temporaries of a call stay small.
+
+    Args:
+        rule: the variant to run.
+        leaves: parameters.
+        coefficients: `rule.coefficients(step, hyper)`, of numbers for all leaves, or of `TensorList`s with a 0-d tensor
+            for each leaf.
+        lr: step size, a number or a 0-d tensor.
+        decay: `1 - lr * weight_decay`, likewise.
+        maximize: whether to step with the negative gradient.
+    """
+    update = rule.make_update(_Namespace)
+    for members in _by_kind(leaves).values():
+        kind = [leaves[index] for index in members]
+        for indices, chunk in _chunks(kind, block_size(kind[0])):
+            c = type(coefficients)(
+                *(
+                    TensorList([value[members[index]] for index in indices]) if isinstance(value, TensorList) else value
+                    for value in coefficients
+                )
+            )
+            _step_chunk(update, chunk, c, lr, decay, maximize)
+
+
+def _step_chunk(
+    update: core.Update, chunk: Sequence[Leaf], c: Any, lr: float | Tensor, decay: float | Tensor, maximize: bool
+) -> None:
+    dtype = chunk[0].state[0].dtype
+    params = [leaf.param for leaf in chunk]
+    grads = TensorList([leaf.grad.to(dtype) for leaf in chunk])
+    states = [list(tensors) for tensors in zip(*(leaf.state for leaf in chunk), strict=True)]
+    direction, new_states = update(-grads if maximize else grads, tuple(map(TensorList, states)), c)
+    for old, new in zip(states, new_states, strict=True):
+        torch._foreach_copy_(old, new.tensors)
+    stepped = core.descend(TensorList([param.to(dtype) for param in params]), direction, lr, decay)
+    torch._foreach_copy_(params, stepped.tensors)

@@ -1,0 +1,266 @@
+"""The VSGD update, stated once, for every array library.
+
+VSGD (Chen, Kuzina, Esmaeili, Tomczak, "Variational Stochastic Gradient Descent for Deep Neural Networks", TMLR 2025,
+arXiv 2404.06549) treats the gradient of each parameter as a hidden quantity `g_t` that drifts from step to step and that a
+mini-batch shows with noise, `ghat_t`. Its posterior mean `mu_g` and the Gamma rates `b_g`, `b_ghat` of the two precisions are
+filtered by stochastic variational inference: a scalar Kalman filter whose two noise levels are learned online.
+
+A `Rule` is all that an adapter needs: hyperparameters, state names, initial state, the coefficients of a step, and
+`make_update(xp)`, which builds the update for an array namespace `xp`. `xp` offers `sqrt`; its arrays offer operators. No
+framework is imported here, and `update` holds no numeric literal, so that dtypes stay those of the arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+#: An array, scalar or list of arrays of any library, with arithmetic operators.
+Array = Any
+#: The state of one parameter, in the order of `Rule.state_names`.
+State = tuple[Array, ...]
+#: `update(grad, state, coefficients) -> (direction, state)`.
+Update = Callable[[Array, State, Any], tuple[Array, State]]
+
+# The authors' code has 2a = 2 gamma + 1 + 1e-4, where Algorithm 1 has 2 gamma + 1; we match the code.
+_SHAPE_OFFSET = 1e-4
+
+
+class _Range(NamedTuple):
+    label: str
+    allowed: str
+    holds: Callable[[float], bool]
+
+
+_POSITIVE = ("a finite number > 0", lambda x: 0.0 < x < math.inf)
+_NON_NEGATIVE = ("a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+_FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
+
+_RANGES = {
+    "lr": _Range("learning rate", *_NON_NEGATIVE),
+    "variance_ratio": _Range("variance_ratio value", *_POSITIVE),
+    "prior_strength": _Range("prior_strength value", *_POSITIVE),
+    "kappa": _Range("kappa value", *_FORGETTING),
+    "kappa1": _Range("kappa1 value", *_FORGETTING),
+    "kappa2": _Range("kappa2 value", *_FORGETTING),
+    "eps": _Range("epsilon value", *_NON_NEGATIVE),
+    "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
+}
+
+
+def validate(**values: Any) -> None:
+    """Check hyperparameters given as Python numbers.
+
+    Arrays, tensors and tracers (anything with a `dtype` that is no Python number) pass, since their value may not be known yet.
+
+    Args:
+        **values: hyperparameters by name: `lr`, `weight_decay`, and those of `Hyperparameters` and `ConstantHyperparameters`.
+
+    Raises:
+        ValueError: a value is no number or lies outside its range.
+
+    Example:
+        >>> validate(lr=0.01, kappa1=0.81)
+        >>> validate(lr=-1)
+        Traceback (most recent call last):
+        ValueError: Invalid learning rate: -1 (lr must be a finite number >= 0)
+    """
+    for name, value in values.items():
+        label, allowed, holds = _RANGES[name]
+        if not (holds(float(value)) if isinstance(value, Real) else hasattr(value, "dtype")):
+            raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
+
+
+class Hyperparameters(NamedTuple):
+    """Hyperparameters of VSGD, but for the step size and weight decay.
+
+    Attributes:
+        variance_ratio: the paper's `K_g`, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's `gamma`, the strength of the prior on both precisions, in units of gradient^2.
+        kappa1: how fast `b_g` forgets: its learning rate at step t is `t ** -kappa1`.
+        kappa2: the same for `b_ghat`.
+        eps: added to the root of the second moment, in units of the gradient.
+    """
+
+    variance_ratio: float = 30.0
+    prior_strength: float = 1e-8
+    kappa1: float = 0.81
+    kappa2: float = 0.9
+    eps: float = 1e-8
+
+
+class Coefficients(NamedTuple):
+    """The scalars of one step of VSGD, computed once for all elements."""
+
+    keep_g: Array
+    prior_g: Array
+    half_rho_g: Array
+    keep_ghat: Array
+    prior_ghat: Array
+    half_rho_ghat: Array
+    inverse_shape: float
+    eps: float
+
+
+def shape(hyper: Hyperparameters) -> float:
+    """The shape `a` of both Gamma posteriors: a variance is its rate `b` over `a`."""
+    return hyper.prior_strength + 0.5 + _SHAPE_OFFSET / 2
+
+
+def _initial_state(hyper: Hyperparameters) -> tuple[float, float, float]:
+    # 2 gamma + 1e-4 in closed form: the authors' 2a - 1 cancels in low precision.
+    prior = 2 * hyper.prior_strength
+    b_g = shape(hyper) * prior / (prior + _SHAPE_OFFSET)
+    return 0.0, b_g, hyper.variance_ratio * b_g
+
+
+def _coefficients(step: Array, hyper: Hyperparameters) -> Coefficients:
+    rho_1 = step**-hyper.kappa1
+    rho_2 = step**-hyper.kappa2
+    return Coefficients(
+        keep_g=1 - rho_1,
+        prior_g=rho_1 * hyper.prior_strength,
+        half_rho_g=rho_1 / 2,
+        keep_ghat=1 - rho_2,
+        prior_ghat=rho_2 * (hyper.variance_ratio * hyper.prior_strength),
+        half_rho_ghat=rho_2 / 2,
+        inverse_shape=1 / shape(hyper),
+        eps=hyper.eps,
+    )
+
+
+def _make_update(xp: Any) -> Update:
+    def update(grad: Array, state: State, c: Coefficients) -> tuple[Array, State]:
+        mu_g, b_g, b_ghat = state
+        gain = b_g / (b_g + b_ghat)
+        innovation = grad - mu_g
+        drift = gain * innovation
+        residual = innovation - drift
+        mu_g = mu_g + drift
+        sigma2 = gain * b_ghat * c.inverse_shape
+        b_g = c.keep_g * b_g + (c.half_rho_g * (sigma2 + drift * drift) + c.prior_g)
+        b_ghat = c.keep_ghat * b_ghat + (c.half_rho_ghat * (sigma2 + residual * residual) + c.prior_ghat)
+        direction = mu_g / (xp.sqrt(mu_g * mu_g + sigma2) + c.eps)
+        return direction, (mu_g, b_g, b_ghat)
+
+    return update
+
+
+class ConstantHyperparameters(NamedTuple):
+    """Hyperparameters of Constant VSGD, but for the step size and weight decay.
+
+    Attributes:
+        variance_ratio: the paper's `K_g`, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}); the gain is `1 / (K_g + 1)`.
+        prior_strength: the paper's `gamma`, the strength of the prior on the precision, in units of gradient^2.
+        kappa: how fast `b` forgets: its learning rate at step t is `t ** -kappa`.
+        eps: added to the root of the second moment, in units of the gradient.
+    """
+
+    variance_ratio: float = 3.0
+    prior_strength: float = 1e-8
+    kappa: float = 0.9
+    eps: float = 1e-8
+
+
+class ConstantCoefficients(NamedTuple):
+    """The scalars of one step of Constant VSGD, computed once for all elements."""
+
+    gain: float
+    keep: Array
+    prior: Array
+    half_rho: Array
+    half_rho_over_ratio: Array
+    sigma2_per_b: float
+    eps: float
+
+
+def constant_shape(hyper: ConstantHyperparameters) -> float:
+    """The shape `a` of the Gamma posterior of Constant VSGD's one precision."""
+    return hyper.prior_strength + 1 + _SHAPE_OFFSET
+
+
+def _constant_initial_state(hyper: ConstantHyperparameters) -> tuple[float, float]:
+    prior = 2 * hyper.prior_strength
+    return 0.0, constant_shape(hyper) * prior / (prior + _SHAPE_OFFSET)
+
+
+def _constant_coefficients(step: Array, hyper: ConstantHyperparameters) -> ConstantCoefficients:
+    rho = step**-hyper.kappa
+    ratio = hyper.variance_ratio
+    return ConstantCoefficients(
+        gain=1 / (ratio + 1),
+        keep=1 - rho,
+        prior=rho * hyper.prior_strength,
+        half_rho=rho / 2,
+        half_rho_over_ratio=rho / (2 * ratio),
+        sigma2_per_b=ratio / (ratio + 1) / constant_shape(hyper),
+        eps=hyper.eps,
+    )
+
+
+def _make_constant_update(xp: Any) -> Update:
+    def update(grad: Array, state: State, c: ConstantCoefficients) -> tuple[Array, State]:
+        mu_g, b = state
+        innovation = grad - mu_g
+        drift = c.gain * innovation
+        residual = innovation - drift
+        mu_g = mu_g + drift
+        sigma2 = c.sigma2_per_b * b
+        b = c.keep * b + (
+            c.half_rho * (sigma2 + drift * drift) + c.half_rho_over_ratio * (sigma2 + residual * residual) + c.prior
+        )
+        direction = mu_g / (xp.sqrt(mu_g * mu_g + sigma2) + c.eps)
+        return direction, (mu_g, b)
+
+    return update
+
+
+def descend(param: Array, direction: Array, lr: Array, decay: Array) -> Array:
+    """Step a parameter: `theta' = theta * decay - lr * direction`, where `decay = 1 - lr * weight_decay` as in AdamW."""
+    return param * decay - lr * direction
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One variant of the optimizer, in all that an adapter needs to run it.
+
+    Attributes:
+        hyperparameters: the NamedTuple type of its hyperparameters, with their defaults.
+        state_names: names of the state arrays of a parameter, each of the parameter's shape, in the order of `State`.
+        initial_state: `initial_state(hyper)` gives the scalar that fills each state array.
+        coefficients: `coefficients(step, hyper)` gives the scalars of step `step` (1 at the first), computed with
+            operators only: a number, a 0-d array or a list of them.
+        make_update: `make_update(xp)` gives `update(grad, state, coefficients) -> (direction, state)`.
+
+    Example:
+        >>> import numpy as np
+        >>> hyper = VSGD.hyperparameters()
+        >>> state = tuple(np.full(2, value) for value in VSGD.initial_state(hyper))
+        >>> update = VSGD.make_update(np)
+        >>> direction, state = update(np.array([1.0, -2.0]), state, VSGD.coefficients(1, hyper))
+        >>> param = descend(np.zeros(2), direction, lr=0.01, decay=1.0)
+        >>> print(param.round(4))
+        [-0.0092  0.0098]
+    """
+
+    hyperparameters: type[Any]
+    state_names: tuple[str, ...]
+    initial_state: Callable[[Any], tuple[float, ...]]
+    coefficients: Callable[[Array, Any], Any]
+    make_update: Callable[[Any], Update]
+
+
+#: VSGD: both noise levels learned, three arrays of state (paper, section 3; residual form of Algorithm 1).
+VSGD = Rule(Hyperparameters, ("mu_g", "b_g", "b_ghat"), _initial_state, _coefficients, _make_update)
+
+#: Constant VSGD: one noise level learned, a fixed gain, two arrays of state (paper, section 4).
+CONSTANT_VSGD = Rule(
+    ConstantHyperparameters,
+    ("mu_g", "b"),
+    _constant_initial_state,
+    _constant_coefficients,
+    _make_constant_update,
+)

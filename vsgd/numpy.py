@@ -1,0 +1,175 @@
+"""VSGD for NumPy arrays: the reference, readable in one sitting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vsgd import core
+
+__all__ = ["VSGD", "ConstantVSGD"]
+
+
+class _RuleOptimizer:
+    """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters.
+
+    Attributes:
+        params: the arrays that `step` updates in place.
+        lr: the step size; set it to follow a schedule.
+        weight_decay: decoupled weight decay.
+        hyper: the rule's other hyperparameters.
+        state: for each parameter a dict with `step`, the count of its steps, and the rule's state arrays.
+    """
+
+    _rule: ClassVar[core.Rule]
+
+    def __init__(self, params: Iterable[np.ndarray], lr: float, weight_decay: float, hyper: Any) -> None:
+        core.validate(lr=lr, weight_decay=weight_decay, **hyper._asdict())
+        self.params = list(params)
+        for index, param in enumerate(self.params):
+            _check_param(index, param)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.hyper = hyper
+        self.state = [self._initial_state(param) for param in self.params]
+
+    def _initial_state(self, param: np.ndarray) -> dict[str, Any]:
+        # float16 holds neither b_g (it falls to 1e-8) nor its small changes.
+        dtype = np.promote_types(param.dtype, np.complex64 if np.iscomplexobj(param) else np.float32)
+        state: dict[str, Any] = {"step": 0}
+        for name, value in zip(self._rule.state_names, self._rule.initial_state(self.hyper), strict=True):
+            state[name] = np.full_like(param, complex(value, value) if dtype.kind == "c" else value, dtype=dtype)
+        return state
+
+    def step(self, grads: Sequence[np.ndarray | None]) -> None:
+        """Take one step, in place.
+
+        Args:
+            grads: a gradient of its parameter's shape for each parameter; a parameter with None is left alone, and its step
+                count with it.
+
+        Raises:
+            ValueError: the gradients do not fit the parameters. Nothing was changed.
+        """
+        if len(grads) != len(self.params):
+            raise ValueError(f"grads has {len(grads)} items, but there are {len(self.params)} params")
+        for index, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
+            if grad is not None and np.shape(grad) != param.shape:
+                raise ValueError(f"grads[{index}] has shape {np.shape(grad)}, but params[{index}] has {param.shape}")
+        for param, grad, state in zip(self.params, grads, self.state, strict=True):
+            if grad is not None:
+                self._step_one(param, np.asarray(grad), state)
+
+    def _step_one(self, param: np.ndarray, grad: np.ndarray, state: dict[str, Any]) -> None:
+        state["step"] += 1
+        arrays = tuple(state[name] for name in self._rule.state_names)
+        update = self._rule.make_update(np)
+        coefficients = self._rule.coefficients(state["step"], self.hyper)
+        dtype = arrays[0].dtype
+        direction, new_arrays = update(_real(grad.astype(dtype)), tuple(map(_real, arrays)), coefficients)
+        for array, new in zip(arrays, new_arrays, strict=True):
+            _real(array)[...] = new
+        decay = 1 - self.lr * self.weight_decay
+        _real(param)[...] = core.descend(_real(param.astype(dtype)), direction, self.lr, decay)
+
+
+def _check_param(index: int, param: Any) -> None:
+    if not isinstance(param, np.ndarray) or param.dtype.kind not in "fc":
+        kind = f"an array of {param.dtype}" if isinstance(param, np.ndarray) else type(param).__name__
+        raise ValueError(f"params[{index}] is {kind}, but must be a NumPy array of floating or complex numbers")
+    if not param.flags.writeable:
+        raise ValueError(f"params[{index}] is read-only, but must be writeable to be updated in place")
+
+
+def _real(array: np.ndarray) -> np.ndarray:
+    """A view of the array, with a complex number as two real ones."""
+    return array[..., np.newaxis].view(array.real.dtype) if array.dtype.kind == "c" else array
+
+
+class VSGD(_RuleOptimizer):
+    """Variational stochastic gradient descent (Chen et al., TMLR 2025, arXiv 2404.06549) for a list of arrays.
+
+    State of each parameter, in `state`: `step`, `mu_g`, `b_g`, `b_ghat` (arrays of the parameter's shape; float64 for float64
+    parameters, else float32).
+
+    Args:
+        params: arrays of floating or complex numbers, updated in place.
+        lr: the paper's eta, the step size.
+        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
+        kappa2: the same for b_ghat.
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, as in AdamW, applied before the step.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
+
+    Example:
+        >>> weight = np.array([1.0, -2.0])
+        >>> optimizer = VSGD([weight], lr=0.05)
+        >>> for _ in range(100):
+        ...     optimizer.step([2 * weight])  # the gradient of (weight ** 2).sum()
+        >>> bool((weight**2).sum() < 1)  # from 5
+        True
+    """
+
+    _rule = core.VSGD
+
+    def __init__(
+        self,
+        params: Iterable[np.ndarray],
+        lr: float = 0.01,
+        variance_ratio: float = 30.0,
+        prior_strength: float = 1e-8,
+        kappa1: float = 0.81,
+        kappa2: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        hyper = core.Hyperparameters(variance_ratio, prior_strength, kappa1, kappa2, eps)
+        super().__init__(params, lr, weight_decay, hyper)
+
+
+class ConstantVSGD(_RuleOptimizer):
+    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), for a list of arrays.
+
+    State of each parameter, in `state`: `step`, `mu_g`, `b` (arrays of the parameter's shape; float64 for float64 parameters,
+    else float32).
+
+    Args:
+        params: arrays of floating or complex numbers, updated in place.
+        lr: the paper's eta, the step size.
+        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, as in AdamW, applied before the step.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
+
+    Example:
+        >>> weight = np.array([1.0, -2.0])
+        >>> optimizer = ConstantVSGD([weight], lr=0.1)
+        >>> optimizer.step([2 * weight])
+        >>> sorted(optimizer.state[0])
+        ['b', 'mu_g', 'step']
+    """
+
+    _rule = core.CONSTANT_VSGD
+
+    def __init__(
+        self,
+        params: Iterable[np.ndarray],
+        lr: float = 0.01,
+        variance_ratio: float = 3.0,
+        prior_strength: float = 1e-8,
+        kappa: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        hyper = core.ConstantHyperparameters(variance_ratio, prior_strength, kappa, eps)
+        super().__init__(params, lr, weight_decay, hyper)

@@ -1,0 +1,464 @@
+"""VSGD as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("vsgd.torch needs PyTorch: pip install 'vsgd[torch]'") from error
+
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _get_capturable_supported_devices,
+    _get_scalar_dtype,
+    _to_scalar,
+    _use_grad_for_differentiable,
+)
+
+from vsgd import checkpoints, core
+from vsgd.backends import torch_foreach, torch_loop
+from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain
+
+__all__ = ["VSGD", "ConstantVSGD"]
+
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+_FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
+
+
+class _RuleOptimizer(Optimizer):
+    """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters."""
+
+    _rule: ClassVar[core.Rule]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        names = ("lr", "weight_decay", *self._rule.hyperparameters._fields)
+        core.validate(**{name: group[name] for name in names})
+        if group["fused"]:
+            if group["differentiable"]:
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if group["foreach"]:
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+            if not _HAS_NUMBA:
+                raise ImportError("fused=True needs numba: pip install 'vsgd[fused]'")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in {**_FLAGS, **self.defaults}.items():
+                group.setdefault(name, value)
+            for param in group["params"]:
+                param_state = self.state.get(param, {})
+                if "step" in param_state and not isinstance(param_state["step"], Tensor):
+                    param_state["step"] = self._step_count(group, param, float(param_state["step"]))
+
+    @staticmethod
+    def _step_count(group: dict[str, Any], param: Tensor, value: float) -> Tensor:
+        # On the CPU unless a graph captures it: reading it back from an accelerator would wait for the device.
+        device = param.device if group["capturable"] else "cpu"
+        return torch.tensor(value, dtype=_get_scalar_dtype(), device=device)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the optimizer's state, of this class, of the authors' VSGD, or of `pytorch_optimizer`'s.
+
+        The state keeps its precision, whatever the parameters' dtype.
+
+        Args:
+            state_dict: what `state_dict()` returned.
+
+        Raises:
+            ValueError: it has other groups, or the state of another optimizer.
+        """
+        # The base class casts every tensor it sees to the parameter's dtype: show it none. As hooks, so that a user's hooks
+        # before and after see the plain state.
+        before = self.register_load_state_dict_pre_hook(_hide_tensors)
+        after = self.register_load_state_dict_post_hook(_show_tensors, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        steps: list[Tensor],
+        *states: list[Tensor],
+    ) -> None:
+        """Collect what has a gradient, and make its state at the first one; `torch.compile` knows this method by its name."""
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            state = self.state[param]
+            if len(state) == 0:
+                self._init_state(group, param, state)
+            if group["differentiable"] and state["step"].requires_grad:
+                raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+            params.append(param)
+            grads.append(param.grad)
+            steps.append(state["step"])
+            for name, tensors in zip(self._rule.state_names, states, strict=True):
+                tensors.append(state[name])
+
+    def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
+        if group["fused"] and not param.is_cpu:
+            raise RuntimeError(
+                f"`fused=True` requires all the params to be on supported devices: ['cpu'] but one is on {param.device.type}"
+            )
+        state["step"] = self._step_count(group, param, 0.0)
+        for name, value in zip(self._rule.state_names, self._rule.initial_state(self._hyper(group)), strict=True):
+            fill = complex(value, value) if param.is_complex() else value
+            state[name] = torch.full_like(
+                param, fill, dtype=_state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
+            )
+
+    def _hyper(self, group: dict[str, Any]) -> Any:
+        hyperparameters = self._rule.hyperparameters
+        return hyperparameters(*(group[name] for name in hyperparameters._fields))
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        self._accelerator_graph_capture_health_check()
+
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        only_init = self._is_dry_run()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            steps: list[Tensor] = []
+            states: list[list[Tensor]] = [[] for _ in self._rule.state_names]
+            self._init_group(group, params, grads, steps, *states)
+            if params and not only_init:
+                self._step_group(group, params, grads, steps, states)
+        return loss
+
+    def _is_dry_run(self) -> bool:
+        """Whether this is how `torch.distributed.checkpoint` makes the state: a first step, at lr 0, with zero gradients."""
+        if torch.compiler.is_compiling() or self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        params = (param for group in self.param_groups for param in group["params"])
+        return not any(param.grad is not None and bool(_local(param.grad).any()) for param in params)
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        steps: list[Tensor],
+        states: list[list[Tensor]],
+    ) -> None:
+        torch._foreach_add_(steps, 1)
+        leaves = [
+            Leaf(_real(param), _real(grad), tuple(map(_real, state)))
+            for param, grad, *state in zip(params, grads, *states, strict=True)
+        ]
+        if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
+            self._step_by_tensors(group, leaves, steps)
+        else:
+            self._step_by_numbers(group, leaves, steps)
+
+    def _step_by_numbers(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
+        """Coefficients as numbers, computed once for all parameters of equal step count."""
+        hyper = self._hyper(group)
+        lr = float(group["lr"])
+        decay = 1 - lr * group["weight_decay"]
+        by_step: dict[float, list[Leaf]] = {}
+        for leaf, step in zip(leaves, steps, strict=True):
+            by_step.setdefault(step.item(), []).append(leaf)
+        for count, members in by_step.items():
+            coefficients = self._rule.coefficients(count, hyper)
+            for engine, part in _by_engine(group, members).items():
+                engine(self._rule, part, coefficients, lr, decay, maximize=group["maximize"])
+
+    def _step_by_tensors(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
+        """Coefficients as 0-d tensors beside the parameters: no value is read back to the host."""
+        compiling = torch.compiler.is_compiling()
+        if group["capturable"] and not compiling:
+            _check_capturable(leaves, steps)
+        hyper = self._hyper(group)
+        lr = _to_scalar(group["lr"])
+        decay = 1 - lr * group["weight_decay"]
+        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
+        steps = [step.to(leaf.state[0].dtype) for step, leaf in zip(steps, leaves, strict=True)]
+        if _wants_foreach(group, leaves):
+            coefficients = self._rule.coefficients(torch_foreach.TensorList(steps), hyper)
+            torch_foreach.step(self._rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
+            return
+        whole = compiling or group["differentiable"]
+        for leaf, step in zip(leaves, steps, strict=True):
+            coefficients = self._rule.coefficients(step, hyper)
+            parts = [leaf] if whole else blocks(leaf, block_size(leaf))
+            torch_loop.step(self._rule, parts, coefficients, lr, decay, maximize=group["maximize"])
+
+
+class _Hidden:
+    """A tensor that the base class's `load_state_dict` leaves alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _hide_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    assert isinstance(optimizer, _RuleOptimizer)
+    state_dict = checkpoints.translate(state_dict)
+    names = optimizer._rule.state_names
+    for index, state in state_dict["state"].items():
+        missing = [name for name in ("step", *names) if name not in state]
+        if missing:
+            raise ValueError(
+                f"state_dict is not of a {type(optimizer).__name__}: the state of parameter {index} has "
+                f"{', '.join(map(str, state)) or 'nothing'} and lacks {', '.join(missing)}"
+            )
+    state = {
+        index: {name: _Hidden(value) if name in names else value for name, value in state.items()}
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _show_tensors(optimizer: Optimizer) -> None:
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, _Hidden):
+                tensor = value.tensor.to(device=param.device, dtype=_state_dtype(param))
+                if is_plain(tensor) and tensor.stride() != param.stride():
+                    tensor = torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+                state[name] = tensor
+
+
+def _state_dtype(param: Tensor) -> torch.dtype:
+    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
+    if param.is_complex():
+        return torch.promote_types(param.dtype, torch.complex64)
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (DTensor), or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """What the engines work on: the local part of a tensor, a complex number as two real ones."""
+    tensor = _local(tensor)
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _fused(*args: Any, **kwargs: Any) -> None:
+    # Here, and not above: importing numba takes half a second.
+    from vsgd.backends import torch_fused
+
+    torch_fused.step(*args, **kwargs)
+
+
+def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
+    parts = (block for leaf in leaves for block in blocks(leaf, block_size(leaf)))
+    torch_loop.step(rule, parts, *args, **kwargs)
+
+
+def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
+    if group["differentiable"]:
+        return False
+    if group["foreach"] is None and group["fused"] is None:
+        return all(leaf.param.is_cuda and is_plain(leaf.param) for leaf in leaves)
+    return bool(group["foreach"])
+
+
+def _by_engine(group: dict[str, Any], leaves: list[Leaf]) -> dict[Callable[..., None], list[Leaf]]:
+    """The engine for each leaf: what the user asked for, else the fastest there is; the loop where that cannot run."""
+    automatic = group["foreach"] is None and group["fused"] is None
+    engines: dict[Callable[..., None], list[Leaf]] = {}
+    for leaf in leaves:
+        if (group["fused"] or (automatic and _HAS_NUMBA and leaf.param.is_cpu)) and _fused_accepts(leaf):
+            engine: Callable[..., None] = _fused
+        elif _wants_foreach(group, [leaf]):
+            engine = torch_foreach.step
+        else:
+            engine = _loop
+        engines.setdefault(engine, []).append(leaf)
+    return engines
+
+
+def _fused_accepts(leaf: Leaf) -> bool:
+    from vsgd.backends import torch_fused
+
+    return torch_fused.accepts(leaf)
+
+
+def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:
+    supported = _get_capturable_supported_devices()
+    for leaf, step in zip(leaves, steps, strict=True):
+        device = leaf.param.device.type
+        if device != step.device.type or device not in supported:
+            raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {supported}.")
+
+
+def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The group options among a constructor's `locals()`."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
+class VSGD(_RuleOptimizer):
+    """Variational stochastic gradient descent (Chen et al., TMLR 2025, arXiv 2404.06549).
+
+    Each element of the gradient is a hidden quantity that a mini-batch shows with noise. Its posterior mean and variance are
+    filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
+
+    State of each parameter: `step` (a 0-d tensor), `mu_g`, `b_g`, `b_ghat` (the parameter's shape and layout; float64 for
+    float64 parameters, else float32).
+
+    Args:
+        params: tensors, named tensors or groups, as for every torch optimizer.
+        lr: the paper's eta; the authors' default of 0.1 is too large on most tasks we tried.
+        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
+        kappa2: the same for b_ghat.
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, as in AdamW, applied before the step.
+        foreach: run on lists of tensors; None: on CUDA.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
+        differentiable: whether autograd may run through the step.
+        fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+        RuntimeError: flags that exclude each other.
+        ImportError: `fused=True` without numba.
+
+    Example:
+        >>> import torch
+        >>> from vsgd.torch import VSGD
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = VSGD([weight], lr=0.05)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = weight.square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 1  # from 5
+        True
+    """
+
+    _rule = core.VSGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        variance_ratio: float = 30.0,
+        prior_strength: float = 1e-8,
+        kappa1: float = 0.81,
+        kappa2: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(params, _defaults(locals()))
+
+
+class ConstantVSGD(_RuleOptimizer):
+    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant): Adam's memory.
+
+    The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
+    `beta1 = variance_ratio / (variance_ratio + 1)`.
+
+    State of each parameter: `step` (a 0-d tensor), `mu_g`, `b` (the parameter's shape and layout; float64 for float64
+    parameters, else float32).
+
+    Args:
+        params: tensors, named tensors or groups, as for every torch optimizer.
+        lr: the paper's eta.
+        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, as in AdamW, applied before the step.
+        foreach: run on lists of tensors; None: on CUDA.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
+        differentiable: whether autograd may run through the step.
+        fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+        RuntimeError: flags that exclude each other.
+        ImportError: `fused=True` without numba.
+
+    Example:
+        >>> import torch
+        >>> from vsgd.torch import ConstantVSGD
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = ConstantVSGD([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[weight])
+        ['b', 'mu_g', 'step']
+    """
+
+    _rule = core.CONSTANT_VSGD
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        variance_ratio: float = 3.0,
+        prior_strength: float = 1e-8,
+        kappa: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(params, _defaults(locals()))
