@@ -38,7 +38,9 @@ def step(
     for param, grad, state in leaves:
         dtype = state[0].dtype
         grad = grad.to(dtype)
-        direction, new_state = update(-grad if maximize else grad, state, coefficients)
+        # Autograd, in a differentiable step, keeps what the update reads: it must not be overwritten below.
+        old_state = tuple(map(torch.clone, state)) if torch.is_grad_enabled() else state
+        direction, new_state = update(-grad if maximize else grad, old_state, coefficients)
         for old, new in zip(state, new_state, strict=True):
             old.copy_(new)
         param.copy_(core.descend(param.to(dtype), direction, lr, decay))

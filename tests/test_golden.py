@@ -1,0 +1,87 @@
+"""Every engine follows the authors' code: parameters, mu and both rates, at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+from trajectories import CASES, Golden, assert_follows, golden, stack
+
+import vsgd.numpy
+
+STATE = ("mu_g", "b_g", "b_ghat")
+TOLERANCE = {np.float64: 1e-10, np.float32: 1e-4}
+Run = list[dict[str, np.ndarray]]
+
+
+def run_numpy(case: Golden, dtype: type) -> Run:
+    params = [param.astype(dtype) for param in case.params0]
+    optimizer = vsgd.numpy.VSGD(params, **case.hyper)
+    steps = []
+    for t, lr in enumerate(case.lr):
+        optimizer.lr = float(lr)
+        optimizer.step([grad[t].astype(dtype) for grad in case.grads])
+        states = zip(params, optimizer.state, strict=True)
+        steps.append([{"param": param.copy(), **{name: state[name].copy() for name in STATE}} for param, state in states])
+    return stack(steps)
+
+
+def run_torch(case: Golden, dtype: type, *, compiled: bool = False, **flags: bool) -> Run:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    if flags.get("fused"):
+        pytest.importorskip("numba")
+    # Autograd refuses a differentiable step on a leaf that it tracks.
+    tracked = not flags.get("differentiable")
+    params = [torch.nn.Parameter(torch.from_numpy(param.astype(dtype)), tracked) for param in case.params0]
+    # As a tensor where compiled, for the compiler takes a number for a constant of the function.
+    optimizer = VSGD(params, lr=torch.zeros((), dtype=torch.float64) if compiled else 0.0, **case.hyper, **flags)
+    group = optimizer.param_groups[0]
+    torch.compiler.reset()
+    step = torch.compile(optimizer.step) if compiled else optimizer.step
+    steps = []
+    for t, lr in enumerate(case.lr):
+        if compiled:
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = float(lr)
+        for param, grad in zip(params, case.grads, strict=True):
+            param.grad = torch.from_numpy(grad[t].astype(dtype))
+        step()
+        arrays = [{"param": param.detach(), **optimizer.state[param]} for param in params]
+        steps.append([{name: named[name].numpy().copy() for name in ("param", *STATE)} for named in arrays])
+    return stack(steps)
+
+
+ENGINES: dict[str, Callable[[Golden, type], Run]] = {
+    "numpy": run_numpy,
+    "torch-loop": partial(run_torch, foreach=False),
+    "torch-foreach": partial(run_torch, foreach=True),
+    "torch-fused": partial(run_torch, fused=True),
+    "torch-differentiable": partial(run_torch, differentiable=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_follows_the_authors_code(engine: str, case: str, dtype: type) -> None:
+    run = ENGINES[engine](golden(case), dtype)
+    assert run[0]["mu_g"].dtype == dtype
+    assert_follows(run, golden(case).after, TOLERANCE[dtype])
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(("case", "dtype"), [*((case, np.float64) for case in CASES), ("defaults", np.float32)])
+def test_compiled_step_follows_the_authors_code(case: str, dtype: type) -> None:
+    run = run_torch(golden(case), dtype, compiled=True)
+    assert_follows(run, golden(case).after, TOLERANCE[dtype])
+
+
+@pytest.mark.compiler
+def test_compiled_foreach_follows_the_authors_code() -> None:
+    run = run_torch(golden("weight_decay"), np.float64, compiled=True, foreach=True, capturable=True)
+    assert_follows(run, golden("weight_decay").after, TOLERANCE[np.float64])
