@@ -7,7 +7,9 @@ and, layer by layer, VSGD's gain and signal-to-noise ratio:
     pip install 'vsgd[examples]'
     python examples/quickstart.py
 
-TODO learning rates
+VSGD runs at its defaults. The learning rates of the other two are the best of 0.001, 0.003, 0.01, 0.03 (AdamW) and of 0.01,
+0.03, 0.1, 0.3 (SGD) by validation loss: five-fold cross-validation within the training images, 20 epochs; the test images had
+no say. (VSGD at 0.003, 0.03 and 0.1 came out worse than at its default of 0.01.) All rates stay constant.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike, NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -39,8 +42,8 @@ from vsgd import core
 from vsgd.torch import VSGD
 
 BATCH_SIZE = 64
-PROBE_EVERY = 5  # steps between two looks at VSGD's state
 COMPILING_STEPS = 5  # left out of the step times: the first ones compile or allocate
+WINDOW = 20  # steps that the curves average over, about an epoch
 
 # Each one's fused kernel, so that step times compare like with like; VSGD picks its own by default.
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -95,15 +98,6 @@ def batches(n: int, epochs: int, seed: int) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=generator).split(BATCH_SIZE)[: n // BATCH_SIZE]
 
 
-class Probe(NamedTuple):
-    """What VSGD believes of one layer's gradient at one step: the medians over its weights."""
-
-    step: int
-    layer: str
-    gain: float
-    snr: float
-
-
 @dataclass
 class Run:
     """What one training left behind."""
@@ -111,7 +105,8 @@ class Run:
     lr: float
     losses: list[float] = field(default_factory=list)
     step_times: list[float] = field(default_factory=list)
-    probes: list[Probe] = field(default_factory=list)
+    gains: dict[str, list[float]] = field(default_factory=dict)
+    snrs: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
 
 
@@ -121,7 +116,7 @@ def train(name: str, seed: int, data: Digits, epochs: int, bar: tqdm[None]) -> R
     model = conv_mixer()
     optimizer = OPTIMIZERS[name](model.parameters())
     run = Run(lr=optimizer.defaults["lr"])
-    for step, batch in enumerate(batches(len(data.train_x), epochs, seed), start=1):
+    for batch in batches(len(data.train_x), epochs, seed):
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
         loss.backward()
@@ -129,20 +124,21 @@ def train(name: str, seed: int, data: Digits, epochs: int, bar: tqdm[None]) -> R
         optimizer.step()
         run.step_times.append(time.perf_counter() - start)
         run.losses.append(loss.item())
-        if isinstance(optimizer, VSGD) and step % PROBE_EVERY == 0:
-            run.probes += probe(model, optimizer, step)
+        if isinstance(optimizer, VSGD):
+            probe(model, optimizer, run)
         bar.update()
     run.scores = evaluate(model, data)
     return run
 
 
-def probe(model: nn.Module, optimizer: VSGD, step: int) -> Iterator[Probe]:
-    """Read, from the optimizer's state, how each layer's gradient is filtered."""
+def probe(model: nn.Module, optimizer: VSGD, run: Run) -> None:
+    """Note how the optimizer filters each layer's gradient: the medians over the layer's weights."""
     for layer, weight in layer_weights(model).items():
-        state = optimizer.state[weight]
-        gain = state["b_g"] / (state["b_g"] + state["b_ghat"])
-        variance = gain * state["b_ghat"] / core.shape(core.Hyperparameters())
-        yield Probe(step, layer, gain.median().item(), (state["mu_g"].square() / variance).median().item())
+        mu_g, b_g, b_ghat = (optimizer.state[weight][name] for name in ("mu_g", "b_g", "b_ghat"))
+        gain = b_g / (b_g + b_ghat)
+        variance = gain * b_ghat / core.shape(core.Hyperparameters())
+        run.gains.setdefault(layer, []).append(gain.median().item())
+        run.snrs.setdefault(layer, []).append((mu_g.square() / variance).median().item())
 
 
 def layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -168,3 +164,107 @@ def evaluate(model: nn.Module, data: Digits) -> dict[str, float]:
         scores[f"{part} loss"] = functional.cross_entropy(logits, y).item()
         scores[f"{part} accuracy"] = 100 * (logits.argmax(1) == y).double().mean().item()
     return scores
+
+
+def compare(epochs: int, seeds: int) -> dict[str, list[Run]]:
+    """Train with each optimizer from each seed."""
+    data = load_data()
+    runs: dict[str, list[Run]] = {name: [] for name in OPTIMIZERS}
+    steps = epochs * (len(data.train_x) // BATCH_SIZE)
+    with tqdm(total=steps * seeds * len(OPTIMIZERS), unit="step") as bar:
+        for seed in range(seeds):
+            for name, done in runs.items():
+                bar.set_description(f"{name}, seed {seed}")
+                done.append(train(name, seed, data, epochs, bar))
+    return runs
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """The final scores, mean ± standard deviation over the seeds, and the median time of `optimizer.step()`."""
+    formats = {"train loss": ".5f", "train accuracy": ".2f", "test loss": ".4f", "test accuracy": ".2f"}
+    rows = [["optimizer", "lr", *(f"{score} (%)" if "accuracy" in score else score for score in formats), "step (µs)"]]
+    for name, done in runs.items():
+        cells = [spread([run.scores[score] for run in done], form) for score, form in formats.items()]
+        times = [seconds for run in done for seconds in run.step_times[COMPILING_STEPS:]]
+        rows.append([name, f"{done[0].lr:g}", *cells, f"{1e6 * statistics.median(times):.0f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{form}} ± {deviation:{form}}"
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; dashes tell the depth of layers of one kind.
+COLOURS = {"VSGD": "#0072B2", "AdamW": "#D55E00", "SGD": "#009E73"}
+LAYER_COLOURS = {"patches": "#000000", "depthwise": "#0072B2", "pointwise": "#E69F00", "head": "#CC79A7"}
+DASHES = ["-", "--", ":"]
+
+
+def draw(runs: dict[str, list[Run]], output: Path) -> None:
+    """Write the figure: loss curves above, below what VSGD learned of its gradients."""
+    figure, axes = plt.subplot_mosaic([["loss", "loss"], ["gain", "snr"]], figsize=(10, 7.5), layout="constrained")
+    draw_losses(axes["loss"], runs)
+    draw_layers(axes["gain"], [run.gains for run in runs["VSGD"]])
+    axes["gain"].set(title="VSGD: the gain it learned", ylabel=r"gain  $b_g\,/\,(b_g + b_{\hat g})$")
+    draw_layers(axes["snr"], [run.snrs for run in runs["VSGD"]])
+    axes["snr"].set(
+        title="VSGD: how sure it is of the gradient", ylabel=r"signal to noise  $\mu_g^2\,/\,\sigma^2$", yscale="log"
+    )
+    for panel in axes.values():
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set(xlabel="step", xlim=(0, None))
+    handles, labels = axes["gain"].get_legend_handles_labels()
+    title = f"layer, from input to output: median over its weights and over the seeds, geometric mean of {WINDOW} steps"
+    place = {"loc": "outside lower center", "ncols": len(labels), "fontsize": "small", "columnspacing": 1.2}
+    figure.legend(handles, labels, title=title, frameon=False, handlelength=1.8, **place)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+
+
+def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
+    """One curve for each optimizer, with the range over the seeds."""
+    for name, done in runs.items():
+        curves = smooth([run.losses for run in done])
+        steps = range(WINDOW, WINDOW + curves.shape[1])
+        axes.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
+        axes.plot(steps, np.median(curves, axis=0), color=COLOURS[name], label=f"{name}, lr {done[0].lr:g}")
+    axes.set(yscale="log", title="A small ConvMixer on digits", ylabel=f"train loss, mean of {WINDOW} steps")
+    axes.legend(frameon=False, title=f"median and range, {len(runs['VSGD'])} seeds")
+
+
+def draw_layers(axes: Axes, seeds: list[dict[str, list[float]]]) -> None:
+    """One curve for each layer, the median over the seeds."""
+    for layer in seeds[0]:
+        logs = smooth([np.log(curves[layer]) for curves in seeds])
+        kind, _, depth = layer.partition(" ")
+        steps = range(WINDOW, WINDOW + logs.shape[1])
+        axes.plot(steps, np.exp(np.median(logs, axis=0)), DASHES[int(depth or 1) - 1], color=LAYER_COLOURS[kind], label=layer)
+
+
+def smooth(curves: Iterable[ArrayLike]) -> NDArray[np.float64]:
+    """Moving averages over WINDOW steps, one row for each curve."""
+    return np.array([np.convolve(curve, np.full(WINDOW, 1 / WINDOW), "valid") for curve in curves])
+
+
+def main() -> None:
+    """Run the comparison from the command line."""
+    parser = argparse.ArgumentParser(description="VSGD beside AdamW and SGD on scikit-learn's digits.")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train from (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="the figure (default: %(default)s)")
+    arguments = parser.parse_args()
+    if min(arguments.epochs, arguments.seeds) < 1:
+        parser.error("--epochs and --seeds must be at least 1")
+    torch.set_num_threads(1)  # threads gain nothing on so small a model, and cost much where the cores are busy
+    runs = compare(arguments.epochs, arguments.seeds)
+    print(table(runs))
+    draw(runs, arguments.output)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

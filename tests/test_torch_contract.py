@@ -484,3 +484,29 @@ def test_autograd_runs_through_a_differentiable_step(cls: type, hyper: tuple[flo
     )
     inputs = [param, grad, mu_g, *(rate.abs() + 0.1 for rate in rates)]
     assert torch.autograd.gradcheck(stepped, [tensor.requires_grad_() for tensor in inputs])
+
+
+@classes
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_coefficients_on_the_device_equal_those_on_the_host(
+    cls: type, foreach: bool, tensor_lr: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No CPU can capture a graph; that the step reads nothing back can be had here all the same.
+    monkeypatch.setattr("vsgd.torch._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("vsgd.backends.torch_blocks.CPU_BLOCK", 4)
+    (params, _), (others, _) = problem(dtype=torch.float64), problem(dtype=torch.float64)
+    lr = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01
+    captured = cls(params, lr=lr, weight_decay=0.1, capturable=True, foreach=foreach)
+    host = cls(others, weight_decay=0.1, foreach=foreach)
+    for seed in range(8):
+        grads = randn_like(params, seed)
+        for index, (param, other) in enumerate(zip(params, others, strict=True)):
+            # Counts differ between parameters, and so do their coefficients.
+            param.grad, other.grad = (None, None) if index == 1 and seed < 3 else (grads[index], grads[index].clone())
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "item", lambda _: pytest.fail("a value was read back to the host"))
+            captured.step()
+        host.step()
+    assert_close(params, others, rtol=1e-13, atol=0)
+    assert captured.state[params[1]]["step"] == 5

@@ -218,13 +218,16 @@ class _RuleOptimizer(Optimizer):
             _check_capturable(leaves, steps)
         hyper = self._hyper(group)
         lr = _to_scalar(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
         # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
         steps = [step.to(leaf.state[0].dtype) for step, leaf in zip(steps, leaves, strict=True)]
         if _wants_foreach(group, leaves):
             coefficients = self._rule.coefficients(torch_foreach.TensorList(steps), hyper)
+            if isinstance(lr, Tensor):
+                lr = torch_foreach.TensorList([lr] * len(leaves))
+            decay = 1 - lr * group["weight_decay"]
             torch_foreach.step(self._rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
             return
+        decay = 1 - lr * group["weight_decay"]
         whole = compiling or group["differentiable"]
         for leaf, step in zip(leaves, steps, strict=True):
             coefficients = self._rule.coefficients(step, hyper)

@@ -15,7 +15,7 @@ from vsgd.backends.torch_blocks import Leaf, block_size, blocks
 class TensorList:
     """A list of tensors with arithmetic operators over `torch._foreach_*`.
 
-    The other operand is a list of as many tensors, a number, or a 0-d tensor.
+    The other operand is a number or a list of as many tensors, each of the same shape or 0-d.
 
     Example:
         >>> values = TensorList([torch.tensor([1.0, 2.0]), torch.tensor([4.0])])
@@ -97,8 +97,8 @@ def step(
     rule: core.Rule,
     leaves: Sequence[Leaf],
     coefficients: Any,
-    lr: float | Tensor,
-    decay: float | Tensor,
+    lr: float | TensorList,
+    decay: float | TensorList,
     *,
     maximize: bool = False,
 ) -> None:
@@ -109,34 +109,37 @@ def step(
     Args:
         rule: the variant to run.
         leaves: parameters.
-        coefficients: `rule.coefficients(step, hyper)`, of numbers for all leaves, or of `TensorList`s with a 0-d tensor
-            for each leaf.
-        lr: step size, a number or a 0-d tensor.
+        coefficients: `rule.coefficients(step, hyper)`, of numbers for all leaves, or of lists with a 0-d tensor for each.
+        lr: step size, likewise.
         decay: `1 - lr * weight_decay`, likewise.
         maximize: whether to step with the negative gradient.
     """
     update = rule.make_update(_Namespace)
+    if torch.compiler.is_compiling():  # the compiler fuses by itself: nothing to group, no temporaries to bound
+        _step_chunk(update, leaves, coefficients, lr, decay, maximize)
+        return
     for members in _by_kind(leaves).values():
         kind = [leaves[index] for index in members]
         for indices, chunk in _chunks(kind, block_size(kind[0])):
-            c = type(coefficients)(
-                *(
-                    TensorList([value[members[index]] for index in indices]) if isinstance(value, TensorList) else value
-                    for value in coefficients
-                )
-            )
-            _step_chunk(update, chunk, c, lr, decay, maximize)
+            which = [members[index] for index in indices]
+            c = type(coefficients)(*(_of_leaves(value, which) for value in coefficients))
+            _step_chunk(update, chunk, c, _of_leaves(lr, which), _of_leaves(decay, which), maximize)
+
+
+def _of_leaves(value: float | TensorList, indices: Iterable[int]) -> float | TensorList:
+    """The scalars of these leaves: one for all, or each its own."""
+    return TensorList([value[index] for index in indices]) if isinstance(value, TensorList) else value
 
 
 def _step_chunk(
-    update: core.Update, chunk: Sequence[Leaf], c: Any, lr: float | Tensor, decay: float | Tensor, maximize: bool
+    update: core.Update, chunk: Sequence[Leaf], c: Any, lr: float | TensorList, decay: float | TensorList, maximize: bool
 ) -> None:
-    dtype = chunk[0].state[0].dtype
     params = [leaf.param for leaf in chunk]
-    grads = TensorList([leaf.grad.to(dtype) for leaf in chunk])
+    grads = TensorList([leaf.grad.to(leaf.state[0].dtype) for leaf in chunk])
     states = [list(tensors) for tensors in zip(*(leaf.state for leaf in chunk), strict=True)]
     direction, new_states = update(-grads if maximize else grads, tuple(map(TensorList, states)), c)
     for old, new in zip(states, new_states, strict=True):
         torch._foreach_copy_(old, new.tensors)
-    stepped = core.descend(TensorList([param.to(dtype) for param in params]), direction, lr, decay)
+    wide_params = TensorList([leaf.param.to(leaf.state[0].dtype) for leaf in chunk])
+    stepped = core.descend(wide_params, direction, lr, decay)
     torch._foreach_copy_(params, stepped.tensors)

@@ -1,0 +1,125 @@
+"""The NumPy optimizer: in place, whole or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vsgd.numpy import VSGD, ConstantVSGD
+
+classes = pytest.mark.parametrize("cls", [VSGD, ConstantVSGD])
+rng = np.random.default_rng(0)
+
+
+@classes
+def test_complex_parameters_equal_two_real_ones(cls: type) -> None:
+    values = rng.standard_normal((4, 3)) + 1j * rng.standard_normal((4, 3))
+    # Transposed, so that no axis is contiguous with the complex pair.
+    complex_param, pair = values.T.copy().T, [values.real.copy(), values.imag.copy()]
+    one, two = cls([complex_param], weight_decay=0.1), cls(pair, weight_decay=0.1)
+    for _ in range(4):
+        grad = rng.standard_normal((4, 3)) + 1j * rng.standard_normal((4, 3))
+        one.step([grad])
+        two.step([grad.real, grad.imag])
+    np.testing.assert_array_equal(complex_param, pair[0] + 1j * pair[1])
+    np.testing.assert_array_equal(one.state[0]["mu_g"], two.state[0]["mu_g"] + 1j * two.state[1]["mu_g"])
+
+
+@classes
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (np.float16, np.float32),
+        (np.float32, np.float32),
+        (np.float64, np.float64),
+        (np.complex64, np.complex64),
+        (np.complex128, np.complex128),
+    ],
+)
+def test_state_is_float32_or_more(cls: type, dtype: type, state_dtype: type) -> None:
+    param = np.ones(5, dtype)
+    optimizer = cls([param])
+    optimizer.step([np.full(5, 0.5, dtype)])
+    assert param.dtype == dtype
+    assert {array.dtype for name, array in optimizer.state[0].items() if name != "step"} == {np.dtype(state_dtype)}
+
+
+def test_half_precision_equals_float32_rounded_after_each_step() -> None:
+    half, single = np.ones(5, np.float16), np.ones(5, np.float32)
+    one, other = VSGD([half], lr=0.1), VSGD([single], lr=0.1)
+    for _ in range(4):
+        grad = rng.standard_normal(5).astype(np.float16)
+        one.step([grad])
+        other.step([grad.astype(np.float32)])
+        single[:] = single.astype(np.float16)
+        np.testing.assert_array_equal(half, single)
+
+
+def test_views_are_stepped_in_place() -> None:
+    whole = np.ones((4, 6))
+    part = whole[::2, 1::2]
+    alone = np.ones((2, 3))
+    one, other = VSGD([part]), VSGD([alone])
+    grad = rng.standard_normal((2, 3))
+    one.step([grad])
+    other.step([grad])
+    np.testing.assert_array_equal(whole[::2, 1::2], alone)
+    assert (whole[1::2] == 1).all()
+    assert (whole[:, ::2] == 1).all()
+
+
+def test_a_parameter_without_gradient_is_left_alone_and_starts_as_new() -> None:
+    params, fresh = [np.ones(3), np.ones(2)], np.ones(2)
+    optimizer, alone = VSGD(params), VSGD([fresh])
+    for t in range(5):
+        late = rng.standard_normal(2)
+        optimizer.step([rng.standard_normal(3), late if t >= 3 else None])
+        if t >= 3:
+            alone.step([late])
+    np.testing.assert_array_equal(params[1], fresh)
+    assert [state["step"] for state in optimizer.state] == [5, 2]
+
+
+def test_lr_and_decay_are_attributes() -> None:
+    param = np.ones(2)
+    optimizer = VSGD([param])
+    optimizer.lr, optimizer.weight_decay = 0.5, 0.1
+    optimizer.step([np.zeros(2)])  # no direction: the decay alone
+    np.testing.assert_array_equal(param, 1 - 0.5 * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ([np.ones(3)], "grads has 1 items, but there are 2 params"),
+        ([np.ones(3), np.ones(3)], r"grads\[1\] has shape \(3,\), but params\[1\] has \(2,\)"),
+    ],
+)
+def test_gradients_that_do_not_fit_change_nothing(grads: list[Any], message: str) -> None:
+    params = [np.ones(3), np.ones(2)]
+    optimizer = VSGD(params)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(grads)
+    assert (params[0] == 1).all()
+    assert optimizer.state[0]["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        (np.ones(2, np.int64), r"params\[0\] is an array of int64, but must be a NumPy array of floating or complex numbers"),
+        ([1.0], r"params\[0\] is list, but must be"),
+        (np.broadcast_to(1.0, 3), r"params\[0\] is read-only"),
+    ],
+)
+def test_bad_parameters_are_named(param: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VSGD([param])
+
+
+@classes
+def test_a_bad_hyperparameter_is_named(cls: type) -> None:
+    with pytest.raises(ValueError, match="Invalid learning rate: -1 "):
+        cls([np.ones(1)], lr=-1)

@@ -1,0 +1,130 @@
+"""Threads and forks: what users do around an optimizer, with the kernel that has threads of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
+from torch_optimizers import ENGINES  # noqa: E402
+
+from vsgd.torch import VSGD  # noqa: E402
+
+SIZE = 300_000  # enough that the kernel uses its threads
+
+
+def stepped(engine: dict[str, Any], seed: int, steps: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    param = nn.Parameter(torch.randn(SIZE, generator=generator))
+    optimizer = VSGD([param], **engine)
+    for _ in range(steps):
+        param.grad = torch.randn(SIZE, generator=generator)
+        optimizer.step()
+    return param.detach()
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_optimizers_step_in_several_threads_at_once(engine: dict[str, Any]) -> None:
+    results: dict[int, torch.Tensor] = {}
+    threads = [threading.Thread(target=lambda seed=seed: results.update({seed: stepped(engine, seed)})) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert_close(results[seed], stepped(engine, seed), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_concurrent_steps_survive_each_threading_layer_of_numba(layer: str) -> None:
+    pytest.importorskip("numba")
+    # In a process of its own: the layer is chosen once, and workqueue ends the process where calls overlap.
+    script = """
+        import sys, threading, numba
+        numba.config.THREADING_LAYER = sys.argv[1]
+        sys.path.insert(0, sys.argv[2])
+        from test_torch_concurrency import stepped
+        threads = [threading.Thread(target=stepped, args=({"fused": True}, seed, 50)) for seed in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print(numba.threading_layer())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), layer, os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == [layer]
+
+
+def test_threads_may_share_parameters() -> None:
+    # As in Hogwild: no order is promised, but every thread's steps arrive and nothing breaks.
+    pytest.importorskip("numba")
+    param = nn.Parameter(torch.zeros(SIZE))
+    grad = torch.ones(SIZE)
+
+    def work() -> None:
+        mine = nn.Parameter(param.detach())  # the same memory
+        optimizer = VSGD([mine], lr=0.1, fused=True)
+        mine.grad = grad
+        for _ in range(20):
+            optimizer.step()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert param.isfinite().all()
+    assert (param < 0).all()
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((SIZE,), float(index))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+def test_data_loader_workers_fork_between_steps() -> None:
+    pytest.importorskip("numba")
+    param = nn.Parameter(torch.zeros(SIZE))
+    optimizer = VSGD([param], fused=True)
+    seen = 0
+    for _ in range(2):  # workers fork anew for each epoch, the second time after the kernel has run
+        loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+        for batch in loader:
+            param.grad = batch.mean(0)
+            optimizer.step()
+            seen += 1
+    assert seen == 8
+    assert param.isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+def test_a_forked_child_steps_by_itself() -> None:
+    pytest.importorskip("numba")
+    # In a process of its own: the child of a fork inherits this one's threads and locks.
+    script = """
+        import os, sys, torch
+        sys.path.insert(0, sys.argv[1])
+        from test_torch_concurrency import stepped
+        torch.set_num_threads(2)
+        expected = stepped({"fused": True}, 0)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # torch's own operations hang on lost threads otherwise, as in a data loader's worker
+            os._exit(0 if torch.equal(stepped({"fused": True}, 0), expected) else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == ["0"]
