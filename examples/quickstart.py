@@ -15,6 +15,7 @@ no say. (VSGD at 0.003, 0.03 and 0.1 came out worse than at its default of 0.01.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -53,12 +54,16 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 }
 
 
-class Residual(nn.Sequential):
+class Residual(nn.Module):
     """Adds its input to what its layers make of it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers."""
-        return x + super().forward(x)
+        return x + self.layers(x)
 
 
 def conv_mixer(width: int = 64, depth: int = 3) -> nn.Sequential:
@@ -136,14 +141,14 @@ def probe(model: nn.Module, optimizer: VSGD, run: Run) -> None:
     for layer, weight in layer_weights(model).items():
         mu_g, b_g, b_ghat = (optimizer.state[weight][name] for name in ("mu_g", "b_g", "b_ghat"))
         gain = b_g / (b_g + b_ghat)
-        variance = gain * b_ghat / core.shape(core.Hyperparameters())
+        variance = gain * b_ghat / core.shape(core.Hyperparameters())  # the posterior's, as in the core's update
         run.gains.setdefault(layer, []).append(gain.median().item())
         run.snrs.setdefault(layer, []).append((mu_g.square() / variance).median().item())
 
 
-def layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def layer_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the convolutions and of the head, by what they do."""
-    weights: dict[str, nn.Parameter] = {}
+    weights: dict[str, Tensor] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             weights["head"] = module.weight
@@ -219,8 +224,8 @@ def draw(runs: dict[str, list[Run]], output: Path) -> None:
         panel.set(xlabel="step", xlim=(0, None))
     handles, labels = axes["gain"].get_legend_handles_labels()
     title = f"layer, from input to output: median over its weights and over the seeds, geometric mean of {WINDOW} steps"
-    place = {"loc": "outside lower center", "ncols": len(labels), "fontsize": "small", "columnspacing": 1.2}
-    figure.legend(handles, labels, title=title, frameon=False, handlelength=1.8, **place)
+    legend = {"title": title, "frameon": False, "fontsize": "small", "columnspacing": 1.2, "handlelength": 1.8}
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), **legend)
     figure.savefig(output, dpi=150)
     plt.close(figure)
 
@@ -239,13 +244,13 @@ def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
 def draw_layers(axes: Axes, seeds: list[dict[str, list[float]]]) -> None:
     """One curve for each layer, the median over the seeds."""
     for layer in seeds[0]:
-        logs = smooth([np.log(curves[layer]) for curves in seeds])
+        logs = smooth([list(map(math.log, curves[layer])) for curves in seeds])
         kind, _, depth = layer.partition(" ")
         steps = range(WINDOW, WINDOW + logs.shape[1])
         axes.plot(steps, np.exp(np.median(logs, axis=0)), DASHES[int(depth or 1) - 1], color=LAYER_COLOURS[kind], label=layer)
 
 
-def smooth(curves: Iterable[ArrayLike]) -> NDArray[np.float64]:
+def smooth(curves: list[list[float]]) -> NDArray[np.float64]:
     """Moving averages over WINDOW steps, one row for each curve."""
     return np.array([np.convolve(curve, np.full(WINDOW, 1 / WINDOW), "valid") for curve in curves])
 
@@ -259,7 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.epochs, arguments.seeds) < 1:
         parser.error("--epochs and --seeds must be at least 1")
-    torch.set_num_threads(1)  # threads gain nothing on so small a model, and cost much where the cores are busy
+    torch.set_num_threads(1)  # a second thread gains little on so small a model, and costs much on busy cores
     runs = compare(arguments.epochs, arguments.seeds)
     print(table(runs))
     draw(runs, arguments.output)

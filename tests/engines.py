@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,13 @@ def torch_engine(
     return step, read
 
 
+HAS_TORCH = find_spec("torch") is not None
+HAS_NUMBA = HAS_TORCH and find_spec("numba") is not None
 ENGINES: dict[str, Engine] = {
     "numpy": numpy_engine,
     "torch-loop": partial(torch_engine, foreach=False),
     "torch-foreach": partial(torch_engine, foreach=True),
     "torch-fused": partial(torch_engine, fused=True),
 }
+#: Those that can run here; what must be here, `pytest --require` says.
+AVAILABLE = ["numpy", *(["torch-loop", "torch-foreach"] if HAS_TORCH else []), *(["torch-fused"] if HAS_NUMBA else [])]

@@ -510,3 +510,16 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
         host.step()
     assert_close(params, others, rtol=1e-13, atol=0)
     assert captured.state[params[1]]["step"] == 5
+
+
+@engines
+def test_state_that_no_longer_fits_is_an_error_and_no_write_elsewhere(engine: dict[str, Any]) -> None:
+    # As when a parameter's data was exchanged, in pruning or resizing.
+    param = nn.Parameter(torch.ones(3))
+    optimizer = VSGD([param], **engine)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    param.data, param.grad = torch.ones(400_000), None
+    param.grad = torch.ones(400_000)
+    with pytest.raises((RuntimeError, ValueError)):
+        optimizer.step()

@@ -189,10 +189,7 @@ class _RuleOptimizer(Optimizer):
         states: list[list[Tensor]],
     ) -> None:
         torch._foreach_add_(steps, 1)
-        leaves = [
-            Leaf(_real(param), _real(grad), tuple(map(_real, state)))
-            for param, grad, *state in zip(params, grads, *states, strict=True)
-        ]
+        leaves = [_leaf(param, grad, tuple(state)) for param, grad, *state in zip(params, grads, *states, strict=True)]
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
             self._step_by_tensors(group, leaves, steps)
         else:
@@ -282,10 +279,14 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """What the engines work on: the local part of a tensor, a complex number as two real ones."""
-    tensor = _local(tensor)
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _leaf(param: Tensor, grad: Tensor, state: tuple[Tensor, ...]) -> Leaf:
+    """What the engines work on: the local part of each tensor, a complex number as two real ones."""
+    if not is_plain(param):
+        param, grad, state = _local(param), _local(grad), tuple(map(_local, state))
+    if param.is_complex():
+        param, grad, *parts = (torch.view_as_real(tensor.resolve_conj()) for tensor in (param, grad, *state))
+        state = tuple(parts)
+    return Leaf(param, grad, state)
 
 
 def _fused(*args: Any, **kwargs: Any) -> None:

@@ -17,17 +17,14 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 def accepts(leaf: Leaf) -> bool:
     """Whether the kernel can run on the leaf: dense float32 or float64 tensors of one layout in CPU memory."""
-    param, grad, _ = leaf
-    dtype = param.dtype
-    return (
-        dtype in _DTYPES
-        and param.is_cpu
-        and grad.is_cpu
-        and is_plain(param)
-        and is_plain(grad)
-        and all(tensor.dtype is dtype and not tensor.is_neg() for tensor in leaf.tensors)
-        and is_flat(leaf)
-    )
+    dtype, shape = leaf.param.dtype, leaf.param.shape
+    if dtype not in _DTYPES or not (is_plain(leaf.param) and is_plain(leaf.grad)):
+        return False
+    # Every one, for the kernel writes where it is told: state of another size or device would be memory that is not ours.
+    for tensor in leaf.tensors:
+        if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu or tensor.is_neg():
+            return False
+    return is_flat(leaf)
 
 
 def step(
