@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
-def quickstart():
+def quickstart() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("quickstart", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -28,7 +31,7 @@ def quickstart():
 
 
 @pytest.fixture
-def train(quickstart):
+def train(quickstart: ModuleType) -> Iterator[Callable[..., Any]]:
     """Trains on one thread, as the example's `main` does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,7 +40,7 @@ def train(quickstart):
     torch.set_num_threads(threads)
 
 
-def test_command_prints_table_and_draws(tmp_path):
+def test_command_prints_table_and_draws(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     output = tmp_path / "figure.png"
@@ -62,7 +65,7 @@ def test_command_prints_table_and_draws(tmp_path):
     assert 600 <= height <= width <= 3000
 
 
-def test_vsgd_learns(train):
+def test_vsgd_learns(train: Callable[..., Any]) -> None:
     # Seeds 0 to 5 reached 94.7 to 97.5.
     done = train("VSGD", seed=0, epochs=5)
     assert done.scores["test accuracy"] > 90
@@ -70,7 +73,7 @@ def test_vsgd_learns(train):
     assert all(0 < gain < 1 for gains in done.gains.values() for gain in gains)
 
 
-def test_every_optimizer_starts_alike_and_a_seed_decides_all(quickstart, train):
+def test_every_optimizer_starts_alike_and_a_seed_decides_all(quickstart: ModuleType, train: Callable[..., Any]) -> None:
     losses = {name: train(name, seed=1, epochs=1).losses for name in quickstart.OPTIMIZERS}
     first_losses = {of_one[0] for of_one in losses.values()}
     assert len(first_losses) == 1
@@ -78,7 +81,9 @@ def test_every_optimizer_starts_alike_and_a_seed_decides_all(quickstart, train):
     assert train("VSGD", seed=2, epochs=1).losses != losses["VSGD"]
 
 
-def test_command_refuses_no_epochs(quickstart, monkeypatch, capsys):
+def test_command_refuses_no_epochs(
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--epochs", "0"])
     with pytest.raises(SystemExit):
         quickstart.main()

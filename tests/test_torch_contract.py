@@ -155,7 +155,9 @@ def test_every_built_in_scheduler_sets_the_step_size(name: str, tensor_lr: bool)
 
 
 @classes
-@pytest.mark.parametrize("kwargs", [{}, {"foreach": False}, {"fused": True}, {"differentiable": True}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"differentiable": True}, *(each for each in ENGINES if not each.get("foreach"))], ids=str
+)
 def test_a_tensor_lr_equals_a_number(cls: type, kwargs: dict[str, Any]) -> None:
     # 2 ** -7 is the same number in float32 and float64.
     tensors, others = ([param.detach() for param in problem()[0]] for _ in range(2))
@@ -229,7 +231,7 @@ def train_assorted(cls: type, **options: Any) -> tuple[list[nn.Parameter], Any]:
 def test_all_engines_agree_on_all_kinds_of_parameters(cls: type, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vsgd.backends.torch_blocks.CPU_BLOCK", block)
     reference, reference_optimizer = train_assorted(cls, foreach=False)
-    for engine in ({"foreach": True}, {"fused": True}, {}):
+    for engine in (*ENGINES[1:], {}):
         params, optimizer = train_assorted(cls, **engine)
         # Fused, the compiler contracts a*b+c to one rounding: the last bits differ.
         tolerance = {"rtol": 0, "atol": 0} if "foreach" in engine else {}

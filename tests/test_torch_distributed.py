@@ -97,8 +97,6 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_a_sharded_parameter_has_sharded_state_and_the_same_steps(cls: type, engine: dict[str, Any], mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    if engine.get("fused"):
-        pytest.importorskip("numba")
     model = network()
     plain = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
     sharded = [nn.Parameter(distribute_tensor(param.detach().clone(), mesh, [Shard(0)])) for param in model.parameters()]

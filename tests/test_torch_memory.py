@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+from torch_optimizers import ENGINES
+
 MEASURE = """
-    import resource, sys, torch
+    import sys, torch
     from vsgd.torch import VSGD
 
     def kib(name):
@@ -35,10 +37,8 @@ MEASURE = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
-@pytest.mark.parametrize("engine", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_a_step_needs_at_most_64_mb(engine: dict[str, bool]) -> None:
-    if engine.get("fused"):
-        pytest.importorskip("numba")
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), repr(engine)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     # 192 MiB of parameters, of which 5% are 10 MiB: the larger bound holds. One temporary of a parameter's size breaks it.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from engines import HAS_NUMBA
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.testing._internal.common_optimizers import (
@@ -85,8 +86,8 @@ INFOS = [
 STATE_NAMES = {VSGD: ("mu_g", "b_g", "b_ghat"), ConstantVSGD: ("mu_g", "b")}
 
 
-#: The engines by the flags that ask for them.
-ENGINES: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+#: The engines that can run here, by the flags that ask for them.
+ENGINES: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}, *([{"fused": True}] if HAS_NUMBA else [])]
 
 
 def all_inputs(info: OptimizerInfo, device: str = "cpu") -> list[dict[str, Any]]:

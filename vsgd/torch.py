@@ -289,13 +289,6 @@ def _leaf(param: Tensor, grad: Tensor, state: tuple[Tensor, ...]) -> Leaf:
     return Leaf(param, grad, state)
 
 
-def _fused(*args: Any, **kwargs: Any) -> None:
-    # Here, and not above: importing numba takes half a second.
-    from vsgd.backends import torch_fused
-
-    torch_fused.step(*args, **kwargs)
-
-
 def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
     parts = (block for leaf in leaves for block in blocks(leaf, block_size(leaf)))
     torch_loop.step(rule, parts, *args, **kwargs)
@@ -311,11 +304,11 @@ def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
 
 def _by_engine(group: dict[str, Any], leaves: list[Leaf]) -> dict[Callable[..., None], list[Leaf]]:
     """The engine for each leaf: what the user asked for, else the fastest there is; the loop where that cannot run."""
-    automatic = group["foreach"] is None and group["fused"] is None
+    accepts, fused_step = _fused_engine(group, leaves)
     engines: dict[Callable[..., None], list[Leaf]] = {}
     for leaf in leaves:
-        if (group["fused"] or (automatic and _HAS_NUMBA and leaf.param.is_cpu)) and _fused_accepts(leaf):
-            engine: Callable[..., None] = _fused
+        if accepts(leaf):
+            engine = fused_step
         elif _wants_foreach(group, [leaf]):
             engine = torch_foreach.step
         else:
@@ -324,10 +317,15 @@ def _by_engine(group: dict[str, Any], leaves: list[Leaf]) -> dict[Callable[..., 
     return engines
 
 
-def _fused_accepts(leaf: Leaf) -> bool:
-    from vsgd.backends import torch_fused
+def _fused_engine(group: dict[str, Any], leaves: list[Leaf]) -> tuple[Callable[[Leaf], bool], Callable[..., None]]:
+    """Which leaves the fused engine takes, and its step."""
+    automatic = group["foreach"] is None and group["fused"] is None
+    if group["fused"] or (automatic and _HAS_NUMBA and any(leaf.param.is_cpu for leaf in leaves)):
+        # Here, and not above: importing numba takes half a second.
+        from vsgd.backends import torch_fused
 
-    return torch_fused.accepts(leaf)
+        return torch_fused.accepts, torch_fused.step
+    return lambda leaf: False, _loop
 
 
 def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:
@@ -354,7 +352,7 @@ class VSGD(_RuleOptimizer):
 
     Args:
         params: tensors, named tensors or groups, as for every torch optimizer.
-        lr: the paper's eta; the authors' default of 0.1 is too large on most tasks we tried.
+        lr: the paper's eta, the step size; the authors' default is 0.1.
         variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
         prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
         kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
@@ -419,7 +417,7 @@ class ConstantVSGD(_RuleOptimizer):
 
     Args:
         params: tensors, named tensors or groups, as for every torch optimizer.
-        lr: the paper's eta.
+        lr: the paper's eta, the step size.
         variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
         prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
         kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].

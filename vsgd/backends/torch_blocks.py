@@ -58,10 +58,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 def is_flat(leaf: Leaf) -> bool:
     """Whether all tensors of the leaf are dense and in the same order, so that element i of each belongs together."""
-    first, *others = leaf.tensors
-    if all(tensor.is_contiguous() for tensor in leaf.tensors):
-        return True
-    return is_dense(first) and all(tensor.stride() == first.stride() for tensor in others)
+    param, grad, state = leaf
+    others = (grad, *state)
+    if param.is_contiguous():
+        return all(map(Tensor.is_contiguous, others))
+    return is_dense(param) and all(tensor.stride() == param.stride() for tensor in others)
 
 
 def blocks(leaf: Leaf, size: int) -> Iterator[Leaf]:

@@ -17,11 +17,12 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 def accepts(leaf: Leaf) -> bool:
     """Whether the kernel can run on the leaf: dense float32 or float64 tensors of one layout in CPU memory."""
-    dtype, shape = leaf.param.dtype, leaf.param.shape
-    if dtype not in _DTYPES or not (is_plain(leaf.param) and is_plain(leaf.grad)):
+    param, grad, state = leaf
+    dtype, shape = param.dtype, param.shape
+    if dtype not in _DTYPES or not is_plain(param) or not is_plain(grad):
         return False
     # Every one, for the kernel writes where it is told: state of another size or device would be memory that is not ours.
-    for tensor in leaf.tensors:
+    for tensor in (param, grad, *state):
         if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu or tensor.is_neg():
             return False
     return is_flat(leaf)

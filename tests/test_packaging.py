@@ -1,0 +1,52 @@
+"""What stands in more than one file must agree: versions, commands, dependencies."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+import vsgd
+
+ROOT = Path(__file__).parents[1]
+
+
+def readme_commands() -> list[str]:
+    section = (ROOT / "README.md").read_text().split("## Two commands")[1].split("\n## ")[0]
+    return re.findall(r"```sh\n(.*?)\n```", section, flags=re.DOTALL)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    quickstart, tests = readme_commands()
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert "bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert quickstart == f"{tests} -e quickstart"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert metadata.version("vsgd") == vsgd.__version__
+    assert f"\nversion: {vsgd.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_numpy_is_the_only_hard_dependency() -> None:
+    requirements = metadata.requires("vsgd") or []
+    assert [re.split("[^a-z]", each)[0] for each in requirements if "extra ==" not in each] == ["numpy"]
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert resources.files("vsgd").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.is_file(), target
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
+        anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, target
