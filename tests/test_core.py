@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 import textwrap
@@ -64,6 +65,29 @@ def test_without_numba_fused_names_the_extra_and_the_default_falls_back() -> Non
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True"]
     assert "ImportError: fused=True needs numba: pip install 'vsgd[fused]'" in done.stderr
+
+
+def test_a_numba_that_cannot_compile_is_left_aside_unless_asked_for() -> None:
+    pytest.importorskip("numba")
+    pytest.importorskip("torch")
+    script = """
+        import torch
+        from vsgd.torch import VSGD
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        VSGD([param]).step()
+        print(bool((param < 1).all()))
+        optimizer = VSGD([param], fused=True)
+        try:
+            optimizer.step()
+        except ImportError as error:
+            print(error.__cause__, optimizer.state[param]["step"].item(), sep="; ")
+    """
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    asked = "vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off; 0.0"
+    assert done.stdout.splitlines() == ["True", asked]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -132,10 +156,11 @@ def test_the_initial_state_is_the_authors_first_division(prior_strength: float) 
     [
         ({"lr": -0.1}, "Invalid learning rate: -0.1 (lr must be a finite number >= 0)"),
         ({"lr": float("inf")}, "Invalid learning rate: inf (lr must be a finite number >= 0)"),
+        ({"lr": 10**400}, f"Invalid learning rate: {10**400} (lr must be a finite number >= 0)"),
         ({"eps": float("nan")}, "Invalid epsilon value: nan (eps must be a finite number >= 0)"),
         ({"weight_decay": "0"}, "Invalid weight_decay value: '0' (weight_decay must be a finite number >= 0)"),
         ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a finite number > 0)"),
-        ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number > 0)"),
+        ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"kappa": 0.5}, "Invalid kappa value: 0.5 (kappa must be a number in (0.5, 1])"),
         ({"kappa1": 1.5}, "Invalid kappa1 value: 1.5 (kappa1 must be a number in (0.5, 1])"),
         ({"kappa2": None}, "Invalid kappa2 value: None (kappa2 must be a number in (0.5, 1])"),
@@ -149,6 +174,6 @@ def test_a_bad_hyperparameter_is_named(values: dict[str, Any], message: str) -> 
 
 def test_good_numbers_and_values_not_yet_known_pass() -> None:
     core.validate(
-        lr=0, eps=0.0, weight_decay=0, variance_ratio=1, prior_strength=1e-300, kappa=1, kappa1=0.51, kappa2=np.float32(1)
+        lr=0, eps=0.0, weight_decay=0, variance_ratio=1, prior_strength=1e-30, kappa=1, kappa1=0.51, kappa2=np.float32(1)
     )
     core.validate(lr=np.array(-1.0), prior_strength=np.array([0.0]))

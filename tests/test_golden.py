@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from engines import ENGINES as ANY_ENGINES
 from trajectories import CASES, Golden, assert_follows, golden, stack
 
 import vsgd.numpy
@@ -14,6 +15,9 @@ import vsgd.numpy
 STATE = ("mu_g", "b_g", "b_ghat")
 TOLERANCE = {np.float64: 1e-10, np.float32: 1e-4}
 Run = list[dict[str, np.ndarray]]
+
+
+CONSTANT_HYPER = {"lr": 0.05, "variance_ratio": 5.0, "prior_strength": 1e-6, "kappa": 0.7, "weight_decay": 0.1}
 
 
 def run_numpy(case: Golden, dtype: type) -> Run:
@@ -75,7 +79,8 @@ def test_engine_follows_the_authors_code(engine: str, case: str, dtype: type) ->
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize(("case", "dtype"), [*((case, np.float64) for case in CASES), ("defaults", np.float32)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("case", CASES)
 def test_compiled_step_follows_the_authors_code(case: str, dtype: type) -> None:
     run = run_torch(golden(case), dtype, compiled=True)
     assert_follows(run, golden(case).after, TOLERANCE[dtype])
@@ -85,3 +90,19 @@ def test_compiled_step_follows_the_authors_code(case: str, dtype: type) -> None:
 def test_compiled_foreach_follows_the_authors_code() -> None:
     run = run_torch(golden("weight_decay"), np.float64, compiled=True, foreach=True, capturable=True)
     assert_follows(run, golden("weight_decay").after, TOLERANCE[np.float64])
+
+
+def run_constant(engine: str, case: Golden, dtype: type) -> Run:
+    step, read = ANY_ENGINES[engine]("ConstantVSGD", [param.astype(dtype) for param in case.params0], **CONSTANT_HYPER)
+    steps = []
+    for t in range(len(case.lr)):
+        step([grad[t].astype(dtype) for grad in case.grads])
+        steps.append([{name: each[name] for name in ("param", "mu_g", "b")} for each in read()])
+    return stack(steps)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("engine", ANY_ENGINES)
+def test_constant_vsgd_follows_the_reference_in_float64(engine: str, dtype: type) -> None:
+    case = golden("defaults")
+    assert_follows(run_constant(engine, case, dtype), run_constant("numpy", case, np.float64), TOLERANCE[dtype])

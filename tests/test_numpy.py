@@ -70,6 +70,20 @@ def test_views_are_stepped_in_place() -> None:
     assert (whole[:, ::2] == 1).all()
 
 
+def test_a_subclass_of_arrays_is_stepped_as_the_array_that_it_is() -> None:
+    class Odd(np.ndarray):
+        def __mul__(self, other: object) -> Any:
+            raise AssertionError("an operator of the subclass was used")
+
+    odd, plain = np.ones((2, 2)).view(Odd), np.ones((2, 2))
+    one, other = VSGD([odd], weight_decay=0.1), VSGD([plain], weight_decay=0.1)
+    for _ in range(3):
+        grad = rng.standard_normal((2, 2))
+        one.step([grad])
+        other.step([grad])
+    np.testing.assert_array_equal(odd.view(np.ndarray), plain)
+
+
 def test_a_parameter_without_gradient_is_left_alone_and_starts_as_new() -> None:
     params, fresh = [np.ones(3), np.ones(2)], np.ones(2)
     optimizer, alone = VSGD(params), VSGD([fresh])
@@ -95,6 +109,8 @@ def test_lr_and_decay_are_attributes() -> None:
     [
         ([np.ones(3)], "grads has 1 items, but there are 2 params"),
         ([np.ones(3), np.ones(3)], r"grads\[1\] has shape \(3,\), but params\[1\] has \(2,\)"),
+        ([np.ones(3), np.ones(2) * 1j], r"grads\[1\] is of complex128, but must be of numbers that fit params\[1\] of float64"),
+        ([np.ones(3), np.array(["a", "b"])], r"grads\[1\] is of <U1, but must be of numbers"),
     ],
 )
 def test_gradients_that_do_not_fit_change_nothing(grads: list[Any], message: str) -> None:
@@ -109,7 +125,8 @@ def test_gradients_that_do_not_fit_change_nothing(grads: list[Any], message: str
 @pytest.mark.parametrize(
     ("param", "message"),
     [
-        (np.ones(2, np.int64), r"params\[0\] is an array of int64, but must be a NumPy array of floating or complex numbers"),
+        (np.ones(2, np.int64), r"params\[0\] is ndarray of int64, but must be a NumPy array of floating or complex numbers"),
+        (np.ma.ones(2), r"params\[0\] is MaskedArray of float64, but must be a NumPy array .*, unmasked"),
         ([1.0], r"params\[0\] is list, but must be"),
         (np.broadcast_to(1.0, 3), r"params\[0\] is read-only"),
     ],

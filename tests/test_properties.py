@@ -119,3 +119,31 @@ def test_variances_are_positive_and_the_gain_lies_between_0_and_1(grads: np.ndar
         assert (np.abs(direction) <= 1).all()
         assert (state[1] > 0).all()
         assert (state[2] > 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=kinds, engine=st.sampled_from(AVAILABLE), grads=gradients(4))
+def test_in_float32_rates_stay_positive_and_the_gain_between_0_and_1(kind: str, engine: str, grads: np.ndarray) -> None:
+    step, read = ENGINES[engine](kind, [np.zeros(4, np.float32)])
+    for grad in grads:
+        step([grad])
+        (state,) = read()
+        rates = [state[name] for name in KINDS[kind].state_names if name.startswith("b")]
+        assert all((rate > 0).all() for rate in rates)
+        if kind == "VSGD":
+            gain = rates[0] / (rates[0] + rates[1])
+            assert ((gain > 0) & (gain < 1)).all()
+
+
+@pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "torch-fused"])
+@pytest.mark.parametrize("at", [1, 33, 65537, 100_002])
+def test_splitting_a_large_array_changes_no_bit(engine: str, at: int) -> None:
+    # Beyond a block and beyond where torch starts threads; odd sizes, so that vectors end in the middle.
+    size = 100_003
+    rng = np.random.default_rng(0)
+    with mock.patch("vsgd.backends.torch_blocks.CPU_BLOCK", 65536) if HAS_TORCH else contextlib.nullcontext():
+        grads = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
+        (whole,) = run(engine, "VSGD", [[grad] for grad in grads])
+        head, tail = run(engine, "VSGD", [[grad[:at], grad[at:]] for grad in grads])
+    for name in ("param", "mu_g", "b_g", "b_ghat"):
+        np.testing.assert_array_equal(whole[name], np.concatenate([head[name], tail[name]]))

@@ -64,7 +64,7 @@ def test_concurrent_steps_survive_each_threading_layer_of_numba(layer: str) -> N
 
 
 def test_threads_may_share_parameters() -> None:
-    # As in Hogwild: no order is promised, but every thread's steps arrive and nothing breaks.
+    # As in Hogwild: steps of one may overwrite those of the other, but every element moves, down, and nothing breaks.
     pytest.importorskip("numba")
     param = nn.Parameter(torch.zeros(SIZE))
     grad = torch.ones(SIZE)

@@ -20,6 +20,7 @@ from torch.optim.optimizer import (  # noqa: E402
 )
 from torch.testing import assert_close  # noqa: E402
 from torch.testing._internal.common_optimizers import OptimizerInfo  # noqa: E402
+from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 from torch_optimizers import (  # noqa: E402
     ENGINES,
     INFOS,
@@ -469,11 +470,11 @@ def test_autograd_runs_through_a_differentiable_step(cls: type, hyper: tuple[flo
     weight_decay, maximize = hyper
     options = {"weight_decay": weight_decay, "maximize": maximize, "differentiable": True}
 
-    def stepped(param: Tensor, grad: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def stepped(lr: Tensor, param: Tensor, grad: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         # Clones, for a leaf that is tracked may not change in place; not detached: gradcheck needs the graph.
         param = param.clone()
         param.grad = grad.clone()
-        optimizer = cls([param.detach().requires_grad_()], **options)
+        optimizer = cls([param.detach().requires_grad_()], lr=lr, **options)
         optimizer.param_groups[0]["params"] = [param]
         named = {name: tensor.clone() for name, tensor in zip(STATE_NAMES[cls], state, strict=True)}
         optimizer.state[param] = {"step": torch.tensor(3.0), **named}
@@ -484,7 +485,7 @@ def test_autograd_runs_through_a_differentiable_step(cls: type, hyper: tuple[flo
     param, grad, mu_g, *rates = (
         torch.randn(6, dtype=torch.float64, generator=generator) for _ in range(2 + len(STATE_NAMES[cls]))
     )
-    inputs = [param, grad, mu_g, *(rate.abs() + 0.1 for rate in rates)]
+    inputs = [torch.tensor(0.01, dtype=torch.float64), param, grad, mu_g, *(rate.abs() + 0.1 for rate in rates)]
     assert torch.autograd.gradcheck(stepped, [tensor.requires_grad_() for tensor in inputs])
 
 
@@ -507,7 +508,8 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
             # Counts differ between parameters, and so do their coefficients.
             param.grad, other.grad = (None, None) if index == 1 and seed < 3 else (grads[index], grads[index].clone())
         with monkeypatch.context() as patch:
-            patch.setattr(Tensor, "item", lambda _: pytest.fail("a value was read back to the host"))
+            if captured.state:  # the first step looks whether lr is 0, which a warm-up before the capture has behind it
+                patch.setattr(Tensor, "item", lambda _: pytest.fail("a value was read back to the host"))
             captured.step()
         host.step()
     assert_close(params, others, rtol=1e-13, atol=0)
@@ -525,3 +527,65 @@ def test_state_that_no_longer_fits_is_an_error_and_no_write_elsewhere(engine: di
     param.grad = torch.ones(400_000)
     with pytest.raises((RuntimeError, ValueError)):
         optimizer.step()
+
+
+@classes
+@engines
+def test_a_group_may_join_after_steps_and_parameters_may_have_names(cls: type, engine: dict[str, Any]) -> None:
+    (params, _), (alone, _) = problem(), problem()
+    optimizer = cls([("weight", params[0])], **engine)
+    train(optimizer, params[:1], range(3))
+    optimizer.add_param_group({"params": [("bias", params[1])], "lr": 0.1})
+    train(optimizer, params, range(3, 6))
+    late = cls([alone[1]], lr=0.1, **engine)
+    for seed in range(3, 6):
+        alone[1].grad = randn_like(params, seed)[1]
+        late.step()
+    assert_close(params[1], alone[1], rtol=0, atol=0)
+    assert [group["param_names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
+
+
+@engines
+def test_a_gradient_that_is_a_lazy_negative_counts_as_what_it_is(engine: dict[str, Any]) -> None:
+    # The imaginary part of a conjugate: memory of the other sign, with a bit that says so.
+    lazy = torch.complex(torch.zeros(4), torch.tensor([1.0, -2.0, 3.0, -4.0])).conj().imag
+    assert lazy.is_neg()
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    params[0].grad, params[1].grad = lazy, lazy.resolve_neg().clone()
+    for param in params:
+        VSGD([param], **engine).step()
+    assert_close(params[0], params[1])
+
+
+def test_a_step_that_is_refused_counts_no_step() -> None:
+    params, closure = problem()
+    optimizer = VSGD(params, capturable=True)
+    closure()
+    with pytest.raises(AssertionError, match="capturable"):
+        optimizer.step()
+    assert [state["step"].item() for state in optimizer.state.values()] == [0, 0]
+
+
+@engines
+def test_a_parameter_of_a_subclass_without_operations_of_its_own_is_plain(engine: dict[str, Any]) -> None:
+    class Weight(nn.Parameter):
+        pass
+
+    from vsgd.backends.torch_blocks import is_plain
+
+    one, other = Weight(torch.ones(9)), nn.Parameter(torch.ones(9))
+    assert is_plain(one)
+    assert not is_plain(TwoTensor(torch.ones(2), torch.ones(2)))
+    for param in (one, other):
+        optimizer = VSGD([param], **engine)
+        train(optimizer, [param], range(3))
+    assert_close(one.data, other.data, rtol=0, atol=0)
+
+
+def test_a_meta_parameter_takes_a_dry_run() -> None:
+    # As when an optimizer of a model without memory is made ready to load a checkpoint.
+    param = nn.Parameter(torch.zeros(3, device="meta"))
+    param.grad = torch.zeros(3, device="meta")
+    optimizer = VSGD([param], lr=0.0)
+    optimizer.step()
+    assert optimizer.state[param]["b_g"].is_meta

@@ -48,7 +48,7 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
             ValueError,
             r"^Invalid variance_ratio value: 0.0 \(variance_ratio must be a finite number > 0\)",
         ),
-        ({"prior_strength": 0.0}, ValueError, r"^Invalid prior_strength value: 0.0 \(.* a finite number > 0\)$"),
+        ({"prior_strength": 0.0}, ValueError, r"^Invalid prior_strength value: 0.0 \(.* a finite number >= 1e-30\)$"),
         ({"prior_strength": "1e-8"}, ValueError, "^Invalid prior_strength value: '1e-8' "),
         (
             {"lr": torch.tensor(0.001), "foreach": True},
@@ -57,6 +57,7 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         ),
         ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together."),
         ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+        ({"foreach": True, "differentiable": True}, RuntimeError, "`foreach` does not support `differentiable`"),
     ]
     ours = [
         ErrorOptimizerInput(

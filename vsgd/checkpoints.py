@@ -7,6 +7,7 @@ No framework is imported: a value only needs the operator `/`.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 _ARRAYS = {"mug", "bg", "bhg"}
@@ -38,14 +39,16 @@ def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
     steps = {param: group["step"] for group in state_dict["param_groups"] if "step" in group for param in group["params"]}
     return {
         **state_dict,
-        "state": {param: _state({"step": steps.get(param), **state}) for param, state in state_dict["state"].items()},
+        "state": {param: _state(state and {"step": steps.get(param), **state}) for param, state in state_dict["state"].items()},
         "param_groups": [_group(group) for group in state_dict["param_groups"]],
     }
 
 
 def _state(theirs: dict[str, Any]) -> dict[str, Any]:
+    if not theirs:  # a parameter that never had a gradient
+        return {}
     return {
-        "step": theirs["step"],
+        "step": deepcopy(theirs["step"]),  # its own, where the group's served all parameters
         "mu_g": theirs["mug"],
         "b_g": theirs["bg"] / 2,
         "b_ghat": theirs["bhg"] / 2,

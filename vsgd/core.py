@@ -12,7 +12,7 @@ framework is imported here, and `update` holds no numeric literal, so that dtype
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -32,17 +32,19 @@ _SHAPE_OFFSET = 1e-4
 class _Range(NamedTuple):
     label: str
     allowed: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
-_POSITIVE = ("a finite number > 0", lambda x: 0.0 < x < math.inf)
-_NON_NEGATIVE = ("a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+_POSITIVE = ("a finite number > 0", lambda x: 0 < x <= sys.float_info.max)
+_NON_NEGATIVE = ("a finite number >= 0", lambda x: 0 <= x <= sys.float_info.max)
+# Below, the prior's share of b underflows in float32, and with it b.
+_ABOVE_UNDERFLOW = ("a finite number >= 1e-30", lambda x: 1e-30 <= x <= sys.float_info.max)
 _FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
 
 _RANGES = {
     "lr": _Range("learning rate", *_NON_NEGATIVE),
     "variance_ratio": _Range("variance_ratio value", *_POSITIVE),
-    "prior_strength": _Range("prior_strength value", *_POSITIVE),
+    "prior_strength": _Range("prior_strength value", *_ABOVE_UNDERFLOW),
     "kappa": _Range("kappa value", *_FORGETTING),
     "kappa1": _Range("kappa1 value", *_FORGETTING),
     "kappa2": _Range("kappa2 value", *_FORGETTING),
@@ -70,7 +72,7 @@ def validate(**values: Any) -> None:
     """
     for name, value in values.items():
         label, allowed, holds = _RANGES[name]
-        if not (holds(float(value)) if isinstance(value, Real) else hasattr(value, "dtype")):
+        if not (holds(value) if isinstance(value, Real) else hasattr(value, "dtype")):
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
 
 

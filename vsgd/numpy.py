@@ -16,7 +16,7 @@ class _RuleOptimizer:
     """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters.
 
     Attributes:
-        params: the arrays that `step` updates in place.
+        params: the arrays that `step` updates in place, or views of their memory.
         lr: the step size; set it to follow a schedule.
         weight_decay: decoupled weight decay.
         hyper: the rule's other hyperparameters.
@@ -27,9 +27,7 @@ class _RuleOptimizer:
 
     def __init__(self, params: Iterable[np.ndarray], lr: float, weight_decay: float, hyper: Any) -> None:
         core.validate(lr=lr, weight_decay=weight_decay, **hyper._asdict())
-        self.params = list(params)
-        for index, param in enumerate(self.params):
-            _check_param(index, param)
+        self.params = [_checked_param(index, param) for index, param in enumerate(params)]
         self.lr = lr
         self.weight_decay = weight_decay
         self.hyper = hyper
@@ -55,12 +53,11 @@ class _RuleOptimizer:
         """
         if len(grads) != len(self.params):
             raise ValueError(f"grads has {len(grads)} items, but there are {len(self.params)} params")
-        for index, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
-            if grad is not None and np.shape(grad) != param.shape:
-                raise ValueError(f"grads[{index}] has shape {np.shape(grad)}, but params[{index}] has {param.shape}")
-        for param, grad, state in zip(self.params, grads, self.state, strict=True):
+        pairs = enumerate(zip(self.params, grads, strict=True))
+        checked = [None if grad is None else _checked_grad(index, param, grad) for index, (param, grad) in pairs]
+        for param, grad, state in zip(self.params, checked, self.state, strict=True):
             if grad is not None:
-                self._step_one(param, np.asarray(grad), state)
+                self._step_one(param, grad, state)
 
     def _step_one(self, param: np.ndarray, grad: np.ndarray, state: dict[str, Any]) -> None:
         state["step"] += 1
@@ -75,12 +72,24 @@ class _RuleOptimizer:
         _real(param)[...] = core.descend(_real(param.astype(dtype)), direction, self.lr, decay)
 
 
-def _check_param(index: int, param: Any) -> None:
-    if not isinstance(param, np.ndarray) or param.dtype.kind not in "fc":
-        kind = f"an array of {param.dtype}" if isinstance(param, np.ndarray) else type(param).__name__
-        raise ValueError(f"params[{index}] is {kind}, but must be a NumPy array of floating or complex numbers")
+def _checked_param(index: int, param: Any) -> np.ndarray:
+    if not isinstance(param, np.ndarray) or isinstance(param, np.ma.MaskedArray) or param.dtype.kind not in "fc":
+        kind = f"{type(param).__name__} of {param.dtype}" if isinstance(param, np.ndarray) else type(param).__name__
+        raise ValueError(f"params[{index}] is {kind}, but must be a NumPy array of floating or complex numbers, unmasked")
     if not param.flags.writeable:
         raise ValueError(f"params[{index}] is read-only, but must be writeable to be updated in place")
+    return param.view(np.ndarray)  # a subclass, such as a matrix, may have operators of its own
+
+
+def _checked_grad(index: int, param: np.ndarray, grad: Any) -> np.ndarray:
+    if np.shape(grad) != param.shape:
+        raise ValueError(f"grads[{index}] has shape {np.shape(grad)}, but params[{index}] has {param.shape}")
+    array = np.asarray(grad)
+    if array.dtype.kind not in "biuf" + param.dtype.kind:
+        raise ValueError(
+            f"grads[{index}] is of {array.dtype}, but must be of numbers that fit params[{index}] of {param.dtype}"
+        )
+    return array
 
 
 def _real(array: np.ndarray) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, ClassVar
 
 try:
@@ -29,6 +31,11 @@ __all__ = ["VSGD", "ConstantVSGD"]
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
+_FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
+
+#: `engine(rule, leaves, coefficients, lr, decay, maximize=...)` takes one step on all leaves.
+Engine = Callable[..., None]
+
 _FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
 
 
@@ -50,13 +57,15 @@ class _RuleOptimizer(Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
         names = ("lr", "weight_decay", *self._rule.hyperparameters._fields)
         core.validate(**{name: group[name] for name in names})
+        if group["foreach"] and group["differentiable"]:
+            raise RuntimeError("`foreach` does not support `differentiable`")
         if group["fused"]:
             if group["differentiable"]:
                 raise RuntimeError("`fused` does not support `differentiable`")
             if group["foreach"]:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
             if not _HAS_NUMBA:
-                raise ImportError("fused=True needs numba: pip install 'vsgd[fused]'")
+                raise ImportError(_FUSED_NEEDS_NUMBA)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -175,10 +184,10 @@ class _RuleOptimizer(Optimizer):
 
     def _is_dry_run(self) -> bool:
         """Whether this is how `torch.distributed.checkpoint` makes the state: a first step, at lr 0, with zero gradients."""
-        if torch.compiler.is_compiling() or self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+        if torch.compiler.is_compiling() or self.state or any(_number(group["lr"]) != 0 for group in self.param_groups):
             return False
         params = (param for group in self.param_groups for param in group["params"])
-        return not any(param.grad is not None and bool(_local(param.grad).any()) for param in params)
+        return not any(param.grad is not None and _has_nonzero(param.grad) for param in params)
 
     def _step_group(
         self,
@@ -188,31 +197,31 @@ class _RuleOptimizer(Optimizer):
         steps: list[Tensor],
         states: list[list[Tensor]],
     ) -> None:
-        torch._foreach_add_(steps, 1)
         leaves = [_leaf(param, grad, tuple(state)) for param, grad, *state in zip(params, grads, *states, strict=True)]
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
+            if group["capturable"] and not torch.compiler.is_compiling():
+                _check_capturable(leaves, steps)
             self._step_by_tensors(group, leaves, steps)
         else:
             self._step_by_numbers(group, leaves, steps)
 
     def _step_by_numbers(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
         """Coefficients as numbers, computed once for all parameters of equal step count."""
+        engines = _engines(group, leaves)
+        torch._foreach_add_(steps, 1)
         hyper = self._hyper(group)
-        lr = float(group["lr"])
+        lr = _number(group["lr"])
         decay = 1 - lr * group["weight_decay"]
-        by_step: dict[float, list[Leaf]] = {}
-        for leaf, step in zip(leaves, steps, strict=True):
-            by_step.setdefault(step.item(), []).append(leaf)
-        for count, members in by_step.items():
+        batches: dict[tuple[float, Engine], list[Leaf]] = {}
+        for leaf, step, engine in zip(leaves, steps, engines, strict=True):
+            batches.setdefault((step.item(), engine), []).append(leaf)
+        for (count, engine), batch in batches.items():
             coefficients = self._rule.coefficients(count, hyper)
-            for engine, part in _by_engine(group, members).items():
-                engine(self._rule, part, coefficients, lr, decay, maximize=group["maximize"])
+            engine(self._rule, batch, coefficients, lr, decay, maximize=group["maximize"])
 
     def _step_by_tensors(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
         """Coefficients as 0-d tensors beside the parameters: no value is read back to the host."""
-        compiling = torch.compiler.is_compiling()
-        if group["capturable"] and not compiling:
-            _check_capturable(leaves, steps)
+        torch._foreach_add_(steps, 1)
         hyper = self._hyper(group)
         lr = _to_scalar(group["lr"])
         # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
@@ -225,7 +234,7 @@ class _RuleOptimizer(Optimizer):
             torch_foreach.step(self._rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
             return
         decay = 1 - lr * group["weight_decay"]
-        whole = compiling or group["differentiable"]
+        whole = torch.compiler.is_compiling() or group["differentiable"]
         for leaf, step in zip(leaves, steps, strict=True):
             coefficients = self._rule.coefficients(step, hyper)
             parts = [leaf] if whole else blocks(leaf, block_size(leaf))
@@ -240,31 +249,55 @@ class _Hidden:
 
 
 def _hide_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state as it will be, hidden; or an error, before anything has changed."""
     assert isinstance(optimizer, _RuleOptimizer)
     state_dict = checkpoints.translate(state_dict)
-    names = optimizer._rule.state_names
-    for index, state in state_dict["state"].items():
-        missing = [name for name in ("step", *names) if name not in state]
-        if missing:
-            raise ValueError(
-                f"state_dict is not of a {type(optimizer).__name__}: the state of parameter {index} has "
-                f"{', '.join(map(str, state)) or 'nothing'} and lacks {', '.join(missing)}"
-            )
-    state = {
-        index: {name: _Hidden(value) if name in names else value for name, value in state.items()}
-        for index, state in state_dict["state"].items()
+    params: dict[Any, Tensor] = {}
+    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], optimizer.param_groups, strict=False)):
+        _check_present(optimizer, saved, optimizer._rule.hyperparameters._fields, f"param_groups[{number}]")
+        optimizer._check_group({**optimizer.defaults, **saved})
+        params.update(zip(saved["params"], group["params"], strict=False))
+    states = state_dict["state"].items()
+    hidden = {
+        index: _hide_state(optimizer, index, params[index], state) if state else {}
+        for index, state in states
+        if index in params
     }
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": {**state_dict["state"], **hidden}}
+
+
+def _hide_state(optimizer: _RuleOptimizer, index: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    names = optimizer._rule.state_names
+    _check_present(optimizer, state, ("step", *names), f"the state of parameter {index}")
+    for name in names:
+        shape = getattr(state[name], "shape", None)
+        if shape != param.shape:
+            raise ValueError(f"{name} of parameter {index} has shape {shape}, but the parameter has {tuple(param.shape)}")
+    return {**state, **{name: _Hidden(_state_like(param, state[name])) for name in names}}
+
+
+def _check_present(optimizer: Optimizer, given: dict[str, Any], names: Iterable[str], where: str) -> None:
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(
+            f"state_dict is not of a {type(optimizer).__name__}: {where} has {', '.join(map(str, given))} "
+            f"and lacks {', '.join(missing)}"
+        )
+
+
+def _state_like(param: Tensor, saved: Tensor) -> Tensor:
+    """A saved state array where and how the parameter lies, never in less precision than the arithmetic's."""
+    tensor = saved.to(device=param.device, dtype=_state_dtype(param))
+    if is_plain(tensor) and tensor.stride() != param.stride():
+        return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor
 
 
 def _show_tensors(optimizer: Optimizer) -> None:
-    for param, state in optimizer.state.items():
+    for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, _Hidden):
-                tensor = value.tensor.to(device=param.device, dtype=_state_dtype(param))
-                if is_plain(tensor) and tensor.stride() != param.stride():
-                    tensor = torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
-                state[name] = tensor
+                state[name] = value.tensor
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:
@@ -274,17 +307,28 @@ def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (DTensor), or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _number(lr: float | Tensor) -> float:
+    return lr.detach().item() if isinstance(lr, Tensor) else lr
 
 
-def _leaf(param: Tensor, grad: Tensor, state: tuple[Tensor, ...]) -> Leaf:
-    """What the engines work on: the local part of each tensor, a complex number as two real ones."""
-    if not is_plain(param):
-        param, grad, state = _local(param), _local(grad), tuple(map(_local, state))
+def _has_nonzero(grad: Tensor) -> bool:
+    """Whether any element of a gradient, on any process, is known not to be 0."""
+    if grad.is_meta:
+        return True
+    nonzero = (grad != 0).sum()
+    return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
+
+
+def _leaf(param: Any, grad: Any, state: tuple[Any, ...]) -> Leaf:
+    """What the engines work on: this process's part of a sharded tensor, a complex number as two real ones."""
+    if not is_plain(param) and hasattr(param, "to_local"):
+        if getattr(grad, "placements", None) != param.placements:
+            grad = grad.redistribute(param.device_mesh, param.placements)
+        param, grad, *parts = (tensor.to_local() for tensor in (param, grad, *state))
+        state = tuple(parts)
     if param.is_complex():
-        param, grad, *parts = (torch.view_as_real(tensor.resolve_conj()) for tensor in (param, grad, *state))
+        # Of the gradient a conjugate is as good as any; a parameter that is one cannot be written to.
+        param, grad, *parts = (torch.view_as_real(tensor) for tensor in (param, grad.resolve_conj(), *state))
         state = tuple(parts)
     return Leaf(param, grad, state)
 
@@ -294,38 +338,46 @@ def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) ->
     torch_loop.step(rule, parts, *args, **kwargs)
 
 
+def _engines(group: dict[str, Any], leaves: list[Leaf]) -> list[Engine]:
+    """The engine for each leaf: what the user asked for, else the fastest there is; the loop where that cannot run."""
+    fused = _fused(group) if any(leaf.param.is_cpu for leaf in leaves) else None
+    if fused is None:
+        return [torch_foreach.step if _wants_foreach(group, [leaf]) else _loop for leaf in leaves]
+    return [
+        fused.step if fused.accepts(leaf) else torch_foreach.step if _wants_foreach(group, [leaf]) else _loop for leaf in leaves
+    ]
+
+
+def _fused(group: dict[str, Any]) -> ModuleType | None:
+    """The fused engine, where it is wanted and can be had."""
+    if not group["fused"] and not (_HAS_NUMBA and _is_automatic(group)):
+        return None
+    engine = _import_fused()
+    if isinstance(engine, ModuleType):
+        return engine
+    if group["fused"]:
+        raise ImportError(_FUSED_NEEDS_NUMBA) from engine
+    return None
+
+
+@functools.cache
+def _import_fused() -> ModuleType | ImportError:
+    # At the first use, and not above: importing numba takes half a second.
+    try:
+        from vsgd.backends import torch_fused
+    except ImportError as error:
+        return error
+    return torch_fused
+
+
 def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
-    if group["differentiable"]:
-        return False
-    if group["foreach"] is None and group["fused"] is None:
-        return all(leaf.param.is_cuda and is_plain(leaf.param) for leaf in leaves)
+    if _is_automatic(group):
+        return not group["differentiable"] and all(leaf.param.is_cuda and is_plain(leaf.param) for leaf in leaves)
     return bool(group["foreach"])
 
 
-def _by_engine(group: dict[str, Any], leaves: list[Leaf]) -> dict[Callable[..., None], list[Leaf]]:
-    """The engine for each leaf: what the user asked for, else the fastest there is; the loop where that cannot run."""
-    accepts, fused_step = _fused_engine(group, leaves)
-    engines: dict[Callable[..., None], list[Leaf]] = {}
-    for leaf in leaves:
-        if accepts(leaf):
-            engine = fused_step
-        elif _wants_foreach(group, [leaf]):
-            engine = torch_foreach.step
-        else:
-            engine = _loop
-        engines.setdefault(engine, []).append(leaf)
-    return engines
-
-
-def _fused_engine(group: dict[str, Any], leaves: list[Leaf]) -> tuple[Callable[[Leaf], bool], Callable[..., None]]:
-    """Which leaves the fused engine takes, and its step."""
-    automatic = group["foreach"] is None and group["fused"] is None
-    if group["fused"] or (automatic and _HAS_NUMBA and any(leaf.param.is_cpu for leaf in leaves)):
-        # Here, and not above: importing numba takes half a second.
-        from vsgd.backends import torch_fused
-
-        return torch_fused.accepts, torch_fused.step
-    return lambda leaf: False, _loop
+def _is_automatic(group: dict[str, Any]) -> bool:
+    return group["foreach"] is None and group["fused"] is None
 
 
 def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:

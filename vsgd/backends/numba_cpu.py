@@ -7,6 +7,8 @@ function that `vsgd.core` states; numba inlines it, and LLVM vectorizes the loop
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -18,6 +20,9 @@ from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
 from vsgd import core
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
 
 #: Elements in a chunk, the unit of work of a thread: the six arrays of a float32 chunk fit a second-level cache.
 CHUNK = 16384
@@ -104,8 +109,9 @@ class Table(NamedTuple):
 
 
 def _kernel_of(rule: core.Rule, indices: Callable[[int], Any]) -> Callable[..., None]:
-    # Captured, not global: the disk cache's key holds captured values, so neither a kernel of an older update is loaded nor
-    # the serial one in place of the parallel one.
+    # Captured, for the disk cache's key holds captured values: without them it would serve the kernel of an older core, or
+    # the serial kernel in place of the parallel one.
+    core_version = hashlib.sha256(inspect.getsource(core).encode()).hexdigest()
     update = register_jitable(**_OPTIONS)(rule.make_update(np))
     descend = register_jitable(**_OPTIONS)(core.descend)
 
@@ -117,6 +123,7 @@ def _kernel_of(rule: core.Rule, indices: Callable[[int], Any]) -> Callable[..., 
             param[i] = descend(param[i], direction, lr, decay)
 
     def kernel(addresses, tensors, starts, stops, c, lr, decay, sign):
+        core_version  # noqa: B018
         for k in indices(tensors.shape[0]):
             arrays = _views(addresses, tensors[k], starts[k], stops[k] - starts[k], lr)
             step_block(arrays[0], arrays[1], arrays[2:], c, lr, decay, sign)
@@ -130,7 +137,7 @@ def _compiled(rule: core.Rule, parallel: bool) -> Callable[..., None]:
     kernel = _kernel_of(rule, numba.prange if parallel else range)
     try:
         return numba.njit(cache=True, **options)(kernel)
-    except RuntimeError:  # no writable place for the cache
+    except RuntimeError:  # there is no place to write the cache to
         return numba.njit(**options)(kernel)
 
 

@@ -39,8 +39,13 @@ def block_size(leaf: Leaf) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is one of torch's own, whose memory may be viewed anew, and no subclass with a meaning of its own."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    """Whether the tensor is plain memory, which may be viewed anew, and no subclass with operations of its own."""
+    kind = type(tensor)
+    if kind is not torch.nn.Parameter and kind is not Tensor:
+        functions, dispatch = torch._C._disabled_torch_function_impl, torch._C._disabled_torch_dispatch_impl
+        if kind.__torch_function__ is not functions or kind.__torch_dispatch__ is not dispatch:
+            return False
+    return tensor.layout is torch.strided
 
 
 def is_dense(tensor: Tensor) -> bool:

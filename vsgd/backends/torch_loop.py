@@ -36,11 +36,10 @@ def step(
     """
     update = rule.make_update(torch)
     for param, grad, state in leaves:
-        dtype = state[0].dtype
-        grad = grad.to(dtype)
-        # Autograd, in a differentiable step, keeps what the update reads: it must not be overwritten below.
-        old_state = tuple(map(torch.clone, state)) if torch.is_grad_enabled() else state
-        direction, new_state = update(-grad if maximize else grad, old_state, coefficients)
+        # Autograd, in a differentiable step, keeps what is read here: it must not be overwritten below.
+        copy = torch.is_grad_enabled()
+        old_param, old_grad, *old_state = (tensor.to(state[0].dtype, copy=copy) for tensor in (param, grad, *state))
+        direction, new_state = update(-old_grad if maximize else old_grad, tuple(old_state), coefficients)
         for old, new in zip(state, new_state, strict=True):
             old.copy_(new)
-        param.copy_(core.descend(param.to(dtype), direction, lr, decay))
+        param.copy_(core.descend(old_param, direction, lr, decay))
