@@ -41,7 +41,7 @@ def test_state_stays_finite_and_positive_in_float32(engine: str, kind: str, grad
         assert_sound(read(), kind)
 
 
-@pytest.mark.parametrize("engine", ["numpy", "torch-loop", "torch-fused"])
+@pytest.mark.parametrize("engine", ["numpy", "torch-loop", "torch-fused", "optax-jit"])
 def test_a_slow_ramp_keeps_the_rates_positive(engine: str) -> None:
     # By 1e-4 a step, from 1 to 22026: in float32 the authors' expanded square ends below zero here, at -8e-7.
     step, read = ENGINES[engine]("VSGD", [np.ones(4, np.float32)])
