@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -53,13 +55,77 @@ def torch_engine(
     return step, read
 
 
+@functools.cache
+def optax_solver(kind: str, *, jit: bool, **hyper: Any) -> tuple[Any, Callable[..., Any]]:
+    """The transformation of these hyperparameters and its step; cached, so that equal ones are compiled once."""
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    import vsgd.optax
+
+    make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]
+    solver = make(hyper.pop("lr", 0.01), **hyper)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = solver.update(grads, state, params)
+        moved = [None if update is None else param for param, update in zip(params, updates, strict=True)]
+        stepped = optax.apply_updates(moved, updates)
+        return [old if new is None else new for old, new in zip(params, stepped, strict=True)], state
+
+    return solver, jax.jit(step) if jit else step
+
+
+def x64(enable: bool = True) -> AbstractContextManager[Any]:
+    """JAX with 64-bit numbers, or without, which is its default."""
+    jax = pytest.importorskip("jax")
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enable)
+    from jax.experimental import enable_x64  # in older ones
+
+    return enable_x64(enable)
+
+
+def optax_engine(
+    kind: str, params: Sequence[np.ndarray], *, jit: bool, **hyper: Any
+) -> tuple[Step, Callable[[], list[dict[str, np.ndarray]]]]:
+    jnp = pytest.importorskip("jax.numpy")
+    solver, take_step = optax_solver(kind, jit=jit, **hyper)
+    double = any(param.dtype in (np.float64, np.complex128) for param in params)
+    with x64(double):
+        arrays = [jnp.asarray(param) for param in params]
+        state = solver.init(arrays)
+
+    def step(grads: Sequence[np.ndarray | None]) -> None:
+        nonlocal arrays, state
+        with x64(double):
+            arrays, state = take_step(arrays, state, [None if grad is None else jnp.asarray(grad) for grad in grads])
+
+    def read() -> list[dict[str, np.ndarray]]:
+        count, *trees = state[0]
+        names = state[0]._fields[1:]
+        columns = zip(arrays, *trees, strict=True)
+        return [
+            {"param": np.array(param), "step": np.array(count), **dict(zip(names, map(np.array, of_param), strict=True))}
+            for param, *of_param in columns
+        ]
+
+    return step, read
+
+
 HAS_TORCH = find_spec("torch") is not None
+HAS_OPTAX = find_spec("jax") is not None and find_spec("optax") is not None
 HAS_NUMBA = HAS_TORCH and find_spec("numba") is not None
 ENGINES: dict[str, Engine] = {
     "numpy": numpy_engine,
     "torch-loop": partial(torch_engine, foreach=False),
     "torch-foreach": partial(torch_engine, foreach=True),
     "torch-fused": partial(torch_engine, fused=True),
+    "optax-eager": partial(optax_engine, jit=False),
+    "optax-jit": partial(optax_engine, jit=True),
 }
 #: Those that can run here; what must be here, `pytest --require` says.
-AVAILABLE = ["numpy", *(["torch-loop", "torch-foreach"] if HAS_TORCH else []), *(["torch-fused"] if HAS_NUMBA else [])]
+AVAILABLE = [
+    "numpy",
+    *(["torch-loop", "torch-foreach"] if HAS_TORCH else []),
+    *(["torch-fused"] if HAS_NUMBA else []),
+    *(["optax-eager", "optax-jit"] if HAS_OPTAX else []),
+]

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from engines import ENGINES as ANY_ENGINES
+from engines import x64
 from trajectories import CASES, Golden, assert_follows, golden, stack
 
 import vsgd.numpy
@@ -60,12 +61,38 @@ def run_torch(case: Golden, dtype: type, *, compiled: bool = False, **flags: boo
     return stack(steps)
 
 
+def run_optax(case: Golden, dtype: type, *, jit: bool) -> Run:
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    import jax.numpy as jnp
+
+    from vsgd.optax import vsgd
+
+    with x64(dtype is np.float64):
+        lr = jnp.asarray(case.lr, dtype)
+        solver = vsgd(lambda count: lr[count], **case.hyper)
+        update = jax.jit(solver.update) if jit else solver.update
+        params = [jnp.asarray(param, dtype) for param in case.params0]
+        state = solver.init(params)
+        steps = []
+        for t in range(len(case.lr)):
+            updates, state = update([jnp.asarray(grad[t], dtype) for grad in case.grads], state, params)
+            params = optax.apply_updates(params, updates)
+            trees = (params, *(getattr(state[0], name) for name in STATE))
+            steps.append(
+                [dict(zip(("param", *STATE), map(np.array, arrays), strict=True)) for arrays in zip(*trees, strict=True)]
+            )
+        return stack(steps)
+
+
 ENGINES: dict[str, Callable[[Golden, type], Run]] = {
     "numpy": run_numpy,
     "torch-loop": partial(run_torch, foreach=False),
     "torch-foreach": partial(run_torch, foreach=True),
     "torch-fused": partial(run_torch, fused=True),
     "torch-differentiable": partial(run_torch, differentiable=True),
+    "optax-eager": partial(run_optax, jit=False),
+    "optax-jit": partial(run_optax, jit=True),
 }
 
 

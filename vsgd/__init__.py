@@ -1,8 +1,9 @@
-"""VSGD: Variational Stochastic Gradient Descent (arXiv 2404.06549) for PyTorch and NumPy.
+"""VSGD: Variational Stochastic Gradient Descent (arXiv 2404.06549) for PyTorch, JAX and NumPy.
 
 The package imports no framework; each adapter is a module of its own:
 
 - `vsgd.torch`: `VSGD` and `ConstantVSGD` as `torch.optim.Optimizer`.
+- `vsgd.optax`: `vsgd` and `constant_vsgd` as optax gradient transformations.
 - `vsgd.numpy`: `VSGD` and `ConstantVSGD` for lists of arrays, the readable reference.
 - `vsgd.core`: the update itself, stated once for every array library.
 """

@@ -1,0 +1,384 @@
+"""VSGD as optax gradient transformations."""
+
+# Not `from __future__ import annotations`: optax's own tests look whether `learning_rate` is annotated as a schedule.
+import functools
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+except ImportError as error:
+    raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
+
+from vsgd import core
+
+__all__ = [
+    "ScaleByConstantVsgdState",
+    "ScaleByVsgdState",
+    "constant_vsgd",
+    "scale_by_constant_vsgd",
+    "scale_by_vsgd",
+    "vsgd",
+]
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+class ScaleByVsgdState(NamedTuple):
+    """State of VSGD.
+
+    Attributes:
+        count: how many steps were taken, int32.
+        mu_g: posterior mean of each gradient.
+        b_g: rate of the Gamma posterior of the drift's precision.
+        b_ghat: rate of the Gamma posterior of the mini-batch noise's precision.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
+    mu_g: optax.Updates
+    b_g: optax.Updates
+    b_ghat: optax.Updates
+
+
+class ScaleByConstantVsgdState(NamedTuple):
+    """State of Constant VSGD.
+
+    Attributes:
+        count: how many steps were taken, int32.
+        mu_g: posterior mean of each gradient.
+        b: rate of the Gamma posterior of the one precision.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
+    mu_g: optax.Updates
+    b: optax.Updates
+
+
+def scale_by_vsgd(
+    variance_ratio: jax.typing.ArrayLike = 30.0,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    kappa1: jax.typing.ArrayLike = 0.81,
+    kappa2: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace gradients by VSGD's directions, E[g] / sqrt(E[g^2]).
+
+    See `vsgd.optax.vsgd` for the update and what it does with dtypes.
+
+    Args:
+        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
+        kappa2: the same for b_ghat.
+        eps: added to the root of the second moment, in units of the gradient.
+
+    Returns:
+        A gradient transformation with a `ScaleByVsgdState`. It ignores extra arguments and needs no `params`.
+
+    Raises:
+        ValueError: a hyperparameter, given as a Python number, is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from vsgd.optax import scale_by_vsgd
+        >>> transformation = optax.chain(optax.clip_by_global_norm(1.0), scale_by_vsgd(), optax.scale(-0.01))
+        >>> state = transformation.init(jnp.zeros(2))
+        >>> updates, state = transformation.update(jnp.array([1.0, -2.0]), state)
+        >>> print(updates.round(4))
+        [-0.0072  0.009 ]
+    """
+    hyper = core.Hyperparameters(*_known(variance_ratio, prior_strength, kappa1, kappa2, eps))
+    return _scale_by_rule(core.VSGD, hyper, ScaleByVsgdState)
+
+
+def scale_by_constant_vsgd(
+    variance_ratio: jax.typing.ArrayLike = 3.0,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    kappa: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace gradients by Constant VSGD's directions, E[g] / sqrt(E[g^2]).
+
+    See `vsgd.optax.constant_vsgd` for the update, and `vsgd.optax.vsgd` for what both do with dtypes.
+
+    Args:
+        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
+        eps: added to the root of the second moment, in units of the gradient.
+
+    Returns:
+        A gradient transformation with a `ScaleByConstantVsgdState`. It ignores extra arguments and needs no `params`.
+
+    Raises:
+        ValueError: a hyperparameter, given as a Python number, is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsgd.optax import scale_by_constant_vsgd
+        >>> transformation = scale_by_constant_vsgd()
+        >>> directions, state = transformation.update(jnp.array([1.0, -2.0]), transformation.init(jnp.zeros(2)))
+        >>> state._fields
+        ('count', 'mu_g', 'b')
+    """
+    hyper = core.ConstantHyperparameters(*_known(variance_ratio, prior_strength, kappa, eps))
+    return _scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState)
+
+
+def vsgd(
+    learning_rate: optax.ScalarOrSchedule,
+    variance_ratio: jax.typing.ArrayLike = 30.0,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    kappa1: jax.typing.ArrayLike = 0.81,
+    kappa2: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Variational stochastic gradient descent.
+
+    Each element of the gradient is a hidden quantity :math:`g_t` that drifts from step to step and that a mini-batch shows
+    with noise, as :math:`\hat{g}_t`. Its posterior mean :math:`\mu_t` and variance :math:`\sigma_t^2` are filtered, with both
+    noise levels learned, and the step is :math:`E[g_t] / \sqrt{E[g_t^2]}`. With :math:`\eta_t` for ``learning_rate``,
+    :math:`\gamma` for ``prior_strength``, :math:`K_g` for ``variance_ratio``, :math:`\lambda` for ``weight_decay`` and
+    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}`,
+
+    .. math::
+
+        \begin{align*}
+        w_t &\leftarrow b_{g,t-1} / (b_{g,t-1} + b_{\hat{g},t-1}) \\
+        d_t &\leftarrow w_t \cdot (\hat{g}_t - \mu_{t-1}), \quad
+        r_t \leftarrow (\hat{g}_t - \mu_{t-1}) - d_t \\
+        \mu_t &\leftarrow \mu_{t-1} + d_t, \quad
+        \sigma_t^2 \leftarrow w_t \cdot b_{\hat{g},t-1} / a \\
+        b_{g,t} &\leftarrow (1 - t^{-\kappa_1}) \cdot b_{g,t-1}
+            + t^{-\kappa_1} \cdot (\gamma + (\sigma_t^2 + d_t^2) / 2) \\
+        b_{\hat{g},t} &\leftarrow (1 - t^{-\kappa_2}) \cdot b_{\hat{g},t-1}
+            + t^{-\kappa_2} \cdot (K_g \gamma + (\sigma_t^2 + r_t^2) / 2) \\
+        u_t &\leftarrow -\eta_t \cdot \left( \mu_t / \left( \sqrt{\mu_t^2 + \sigma_t^2} + \varepsilon \right)
+            + \lambda \theta_t \right)
+        \end{align*}
+
+    The state has the shape and sharding of the parameters. It is float32, and so is the arithmetic, for bfloat16, float16 and
+    float32 parameters, and float64 for float64 ones: b_g falls to 1e-8, which float16 cannot hold and at which bfloat16
+    freezes. A complex number is two real ones, in its state too (complex64 or complex128). Updates have the gradient's dtype.
+    All parameters share one step count. A gradient of None leaves its state as it is, and its update is None.
+
+    A step is at most ``learning_rate`` in each element: try 0.01 where you would use 0.001 with Adam.
+
+    Note:
+        `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, if no parameter has a wider one:
+        kappa1 = 0.81 becomes 0.8086 in bfloat16, and prior_strength = 1e-8 becomes 0 in float16, where we take the
+        smallest positive float16, 6e-8, instead. `inject_hyperparams(vsgd, hyperparam_dtype=jnp.float32)` keeps their digits
+        (and, as with other optax optimizers, makes the updates float32, which `optax.apply_updates` rounds at the end).
+        Injected hyperparameters are arrays: their range is not checked. Give it ``static_args="mask"`` if mask is a callable.
+
+    Args:
+        learning_rate: the paper's eta, the step size: a number, or a schedule; the authors' default is 0.1.
+        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
+        kappa2: the same for b_ghat.
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, multiplied by the learning rate, as in `optax.adamw`.
+        mask: a tree of booleans with the structure of the parameters or a prefix of it, or a callable that returns one given
+            the parameters: which of them decay.
+
+    Returns:
+        A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
+
+    Raises:
+        ValueError: a hyperparameter, given as a Python number, is out of its range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from vsgd.optax import vsgd
+        >>> def loss(x):
+        ...     return (x**2).sum()
+        >>> params = jnp.array([1.0, -2.0])
+        >>> solver = vsgd(learning_rate=0.05)
+        >>> state = solver.init(params)
+        >>> for _ in range(100):
+        ...     updates, state = solver.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(loss(params) < 1)  # from 5
+        True
+
+    References:
+        Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
+        <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
+    """
+    return _descend(scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps), learning_rate, weight_decay, mask)
+
+
+def constant_vsgd(
+    learning_rate: optax.ScalarOrSchedule,
+    variance_ratio: jax.typing.ArrayLike = 3.0,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    kappa: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""VSGD with one precision for drift and noise, the paper's second variant: Adam's memory.
+
+    The gain is constant, so mu_g is Adam's first moment without bias correction, with beta1 = K_g / (K_g + 1). In the
+    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}`,
+
+    .. math::
+
+        \begin{align*}
+        d_t &\leftarrow (\hat{g}_t - \mu_{t-1}) / (K_g + 1), \quad
+        r_t \leftarrow (\hat{g}_t - \mu_{t-1}) - d_t \\
+        \mu_t &\leftarrow \mu_{t-1} + d_t, \quad
+        \sigma_t^2 \leftarrow K_g / (K_g + 1) \cdot b_{t-1} / a \\
+        b_t &\leftarrow (1 - t^{-\kappa}) \cdot b_{t-1} + t^{-\kappa} \cdot
+            (\gamma + (\sigma_t^2 + d_t^2) / 2 + (\sigma_t^2 + r_t^2) / (2 K_g)) \\
+        u_t &\leftarrow -\eta_t \cdot \left( \mu_t / \left( \sqrt{\mu_t^2 + \sigma_t^2} + \varepsilon \right)
+            + \lambda \theta_t \right)
+        \end{align*}
+
+    Args:
+        learning_rate: the paper's eta, the step size: a number, or a schedule.
+        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, multiplied by the learning rate, as in `optax.adamw`.
+        mask: a tree of booleans with the structure of the parameters or a prefix of it, or a callable that returns one given
+            the parameters: which of them decay.
+
+    Returns:
+        A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
+
+    Raises:
+        ValueError: a hyperparameter, given as a Python number, is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from vsgd.optax import constant_vsgd
+        >>> params = jnp.array([1.0, -2.0])
+        >>> solver = constant_vsgd(optax.cosine_decay_schedule(0.1, decay_steps=100))
+        >>> updates, state = solver.update(2 * params, solver.init(params), params)
+        >>> print(optax.apply_updates(params, updates).round(4))
+        [ 0.9 -1.9]
+
+    References:
+        Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
+        <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
+    """
+    return _descend(scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps), learning_rate, weight_decay, mask)
+
+
+def _descend(
+    scaling: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    """The step from a direction: decoupled weight decay and the step size."""
+    core.validate(
+        **{name: value for name, value in (("lr", learning_rate), ("weight_decay", weight_decay)) if not callable(value)}
+    )
+    return optax.chain(
+        scaling,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_rule(rule: core.Rule, hyper: Any, make_state: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """What VSGD and Constant VSGD share: everything but the rule, its hyperparameters and its state's type."""
+    core.validate(**hyper._asdict())
+    update_real = rule.make_update(jnp)
+
+    def init(params: optax.Params) -> Any:
+        def full(param: Any, index: int) -> jax.Array:
+            dtype = _state_dtype(_dtype(param))
+            real = jnp.finfo(dtype).dtype
+            value = jnp.asarray(rule.initial_state(_in_dtype(hyper, real))[index], real)
+            return jnp.full_like(param, _join(value, value) if dtype != real else value, dtype=dtype)
+
+        trees = (jax.tree.map(functools.partial(full, index=i), params) for i in range(len(rule.state_names)))
+        return make_state(jnp.zeros([], jnp.int32), *trees)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+
+        @functools.cache
+        def coefficients(dtype: Any) -> Any:
+            # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
+            return rule.coefficients(count.astype(dtype), _in_dtype(hyper, dtype))
+
+        def update_leaf(path: Any, grad: Any, *arrays: jax.Array) -> tuple[Any, ...]:
+            if grad is None:
+                return None, *arrays
+            _check_gradient(path, grad)
+            dtype = arrays[0].dtype
+            c = coefficients(jnp.finfo(dtype).dtype)
+            parts = zip(_parts(jnp.asarray(grad, dtype)), zip(*map(_parts, arrays), strict=True), strict=True)
+            direction, new_arrays = jax.tree.map(_join, *(update_real(part, of_state, c) for part, of_state in parts))
+            return direction.astype(_dtype(grad)), *new_arrays
+
+        treedef: Any
+        grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda leaf: leaf is None)
+        trees = [treedef.flatten_up_to(tree) for tree in state[1:]]
+        leaves = [update_leaf(path, grad, *arrays) for (path, grad), *arrays in zip(grads, *trees, strict=True)]
+        directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(state)))
+        return directions, make_state(count, *new_trees)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
+    """The real arrays that are updated: a complex one is two."""
+    return (jnp.real(array), jnp.imag(array)) if jnp.iscomplexobj(array) else (array,)
+
+
+def _join(*parts: jax.Array) -> jax.Array:
+    """The array of these parts."""
+    return jax.lax.complex(*parts) if len(parts) == 2 else parts[0]
+
+
+def _dtype(array: Any) -> Any:
+    """The dtype of an array, of what only describes one, or of a number."""
+    return array.dtype if hasattr(array, "dtype") else jnp.result_type(array)
+
+
+def _known(*values: Any) -> tuple[Any, ...]:
+    """Numbers as Python's own, which take on an array's dtype; NumPy's would widen it."""
+    return tuple(float(value) if isinstance(value, Real) and hasattr(value, "dtype") else value for value in values)
+
+
+def _in_dtype(hyper: Any, dtype: Any) -> Any:
+    """Hyperparameters that are arrays in the dtype of the arithmetic; numbers take it on by themselves."""
+    return hyper._replace(
+        **{name: _array_in_dtype(name, value, dtype) for name, value in hyper._asdict().items() if not isinstance(value, Real)}
+    )
+
+
+def _array_in_dtype(name: str, value: Any, dtype: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    if name == "prior_strength" and value.dtype == jnp.float16:
+        # `inject_hyperparams` rounds to the parameters' dtype: 1e-8 to 0, at which all is NaN.
+        return jnp.maximum(value.astype(dtype), float(jnp.finfo(value.dtype).smallest_subnormal))
+    return value.astype(dtype)
+
+
+def _state_dtype(dtype: Any) -> Any:
+    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
+    # Not `promote_types`, which knows no common type of float32 and the 8-bit floats.
+    double = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits == 64
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.dtype(jnp.complex128 if double else jnp.complex64)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def _check_gradient(path: Any, grad: Any) -> None:
+    if not jnp.issubdtype(_dtype(grad), jnp.inexact):
+        where = f" at {jax.tree_util.keystr(path)}" if path else ""
+        raise ValueError(f"updates has an array of {_dtype(grad)}{where}, but must have floating or complex numbers")
