@@ -1,5 +1,6 @@
-"""Which modules can be imported for their doctests: those whose framework is installed."""
+"""Which modules can be imported for their doctests: those whose framework is installed; and which backend Keras runs on."""
 
+import os
 from importlib.util import find_spec
 
 collect_ignore_glob: list[str] = []
@@ -7,3 +8,11 @@ if find_spec("torch") is None:
     collect_ignore_glob += ["vsgd/torch.py", "vsgd/backends/torch_*.py", "tests/torch_*.py"]
 if find_spec("numba") is None:
     collect_ignore_glob += ["vsgd/backends/numba_*.py", "vsgd/backends/torch_fused.py"]
+
+# Where the user names none: the first that is installed, in the order of how little else it loads.
+_keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
+if find_spec("keras") is None or not _keras_backends:
+    collect_ignore_glob += ["vsgd/keras.py", "tests/keras_*.py"]
+else:
+    os.environ.setdefault("KERAS_BACKEND", _keras_backends[0])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
