@@ -1,5 +1,6 @@
-"""Which modules can be imported for their doctests: those whose framework is installed."""
+"""Which modules can be imported for their doctests: those whose framework is installed; and which backend Keras runs on."""
 
+import os
 from importlib.util import find_spec
 
 collect_ignore_glob: list[str] = []
@@ -11,3 +12,11 @@ if find_spec("jax") is None or find_spec("optax") is None:
     collect_ignore_glob += ["vsgd/optax.py"]
 if any(find_spec(name) is None for name in ("jax", "optax", "absl")):
     collect_ignore_glob += ["tests/optax_*.py"]
+
+# Where the user names none: the first that is installed, in the order of how little else it loads.
+_keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
+if find_spec("keras") is None or not _keras_backends:
+    collect_ignore_glob += ["vsgd/keras.py", "tests/keras_*.py"]
+else:
+    os.environ.setdefault("KERAS_BACKEND", _keras_backends[0])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

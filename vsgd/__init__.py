@@ -4,6 +4,7 @@ The package imports no framework; each adapter is a module of its own:
 
 - `vsgd.torch`: `VSGD` and `ConstantVSGD` as `torch.optim.Optimizer`.
 - `vsgd.optax`: `vsgd` and `constant_vsgd` as optax gradient transformations.
+- `vsgd.keras`: `VSGD` and `ConstantVSGD` as `keras.optimizers.Optimizer`, on any Keras backend.
 - `vsgd.numpy`: `VSGD` and `ConstantVSGD` for lists of arrays, the readable reference.
 - `vsgd.core`: the update itself, stated once for every array library.
 """

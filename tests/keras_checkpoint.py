@@ -1,0 +1,43 @@
+"""Save a model in training, or continue those that others saved: `python keras_checkpoint.py save|continue FOLDER`.
+
+Each call is a process of its own, with its own KERAS_BACKEND, and writes weights and optimizer variables to `.npz` files:
+`SAVER` when it saved `SAVER.keras`, `SAVER-goes-on` after training on, and `SAVER-read-by-READER` and `SAVER-on-READER`
+likewise in a process that loaded the file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras_problems import BACKEND, fit, linear_model, make, to_numpy
+
+EPOCHS = 5  # 20 steps
+
+
+def write(path: Path, model: Any) -> None:
+    arrays = [*model.weights, *model.optimizer.variables]
+    np.savez(path, **{str(i): to_numpy(each) for i, each in enumerate(arrays)})
+
+
+def main(command: str, folder: Path) -> None:
+    if command == "save":
+        model = linear_model(make("VSGD", lr=0.05, weight_decay=0.01))
+        fit(model, EPOCHS)
+        model.save(folder / f"{BACKEND}.keras")
+        write(folder / f"{BACKEND}.npz", model)
+        fit(model, EPOCHS)
+        write(folder / f"{BACKEND}-goes-on.npz", model)
+        return
+    for path in sorted(folder.glob("*.keras")):
+        model = keras.saving.load_model(path)
+        write(folder / f"{path.stem}-read-by-{BACKEND}.npz", model)
+        fit(model, EPOCHS)
+        write(folder / f"{path.stem}-on-{BACKEND}.npz", model)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,152 @@
+"""Every Keras backend that is installed, each in processes of its own, since a process has but one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parent
+BACKENDS = ("tensorflow", "jax", "torch")
+FILES = ("tests/test_keras.py", "tests/test_keras_training.py", "tests/test_keras_example.py", "vsgd/keras.py")
+
+if find_spec("keras") is None:
+    pytest.skip("Keras is not installed", allow_module_level=True)
+
+
+def run(backend: str, *command: str) -> subprocess.CompletedProcess[str]:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(TESTS)}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=TESTS.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_adapter_passes_its_tests_on(backend: str) -> None:
+    if os.environ.get("KERAS_BACKEND") == backend:
+        pytest.skip("this process runs them")
+    done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", f"keras,{backend}", *FILES)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `keras_checkpoint.py` leaves when each installed backend saves a model, and each continues all of them."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for command in ("save", "continue"):
+        for backend in filter(find_spec, BACKENDS):
+            done = run(backend, str(TESTS / "keras_checkpoint.py"), command, str(folder))
+            assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("reader", BACKENDS)
+@pytest.mark.parametrize("saver", BACKENDS)
+def test_a_model_saved_on_one_backend_continues_on_another(saver: str, reader: str, checkpoints: Path) -> None:
+    missing = [name for name in (saver, reader) if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+
+    def load(name: str) -> list[np.ndarray]:
+        with np.load(checkpoints / f"{name}.npz") as arrays:
+            return [arrays[str(i)] for i in range(len(arrays))]
+
+    saved, read = load(saver), load(f"{saver}-read-by-{reader}")
+    assert len(saved) == len(read) == 2 + 2 + 6  # weights; iterations and learning rate; state
+    for before, after in zip(saved, read, strict=True):
+        np.testing.assert_array_equal(after, before)
+    for index, (own, other, start) in enumerate(
+        zip(load(f"{saver}-goes-on"), load(f"{saver}-on-{reader}"), saved, strict=True)
+    ):
+        assert own.dtype.kind == other.dtype.kind
+        if saver == reader:
+            np.testing.assert_array_equal(other, own)
+        else:
+            # Each backend sums its gradients in its own order: float32's rounding of them, along 20 steps.
+            np.testing.assert_allclose(other, own, rtol=1e-4, atol=1e-5 * np.abs(own).max())
+        assert index == 3 or not np.array_equal(own, start)  # all but the learning rate moved
+
+
+def test_importing_the_adapter_imports_its_backend_only() -> None:
+    backend = next(filter(find_spec, ("jax", "torch")), None)
+    if backend is None:
+        pytest.skip("TensorFlow may import others by itself")
+    done = run(backend, "-c", "import sys, vsgd.keras; print('modules', *sys.modules)")
+    assert done.returncode == 0, done.stdout
+    modules = done.stdout.split("modules")[-1].split()
+    assert "keras" in modules
+    assert not {"vsgd.torch", "vsgd.numpy", "vsgd.optax", "numba", "optax"} & set(modules)
+    assert not ({"torch", "jax"} - {backend}) & set(modules)
+
+
+@pytest.mark.parametrize("lacking", ["None", "types.ModuleType('keras')"], ids=["no Keras", "Keras 2"])
+def test_without_keras_3_the_adapter_names_the_extra(lacking: str) -> None:
+    script = f"import sys, types; sys.modules['keras'] = {lacking}; import vsgd.keras"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "ImportError: vsgd.keras needs Keras 3: pip install 'vsgd[keras]'" in done.stderr
+
+
+def test_without_its_backend_keras_says_so() -> None:
+    script = "import sys; sys.modules['jax'] = None; import vsgd.keras"
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert "import of jax halted" in done.stderr
+    assert "vsgd.keras needs" not in done.stderr
+
+
+def test_state_is_mirrored_as_its_variables_on_tensorflow() -> None:
+    script = """
+        import numpy as np, tensorflow as tf
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        from keras_problems import fit, linear_model, make, numpy_fit
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            model = linear_model(make("VSGD", lr=0.05), jit_compile=False)
+        fit(model, 3)
+        for weight, expected in zip(model.get_weights(), numpy_fit("VSGD", 3, lr=0.05)):
+            np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5)
+        print({len(each.value.values) for each in model.optimizer.variables[2:]})
+    """
+    done = run("tensorflow", "-c", textwrap.dedent(script))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == "{2}"
+
+
+def test_state_is_sharded_as_its_variables_on_jax() -> None:
+    script = """
+        import os
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        import keras, numpy as np
+        from keras_problems import fit, linear_model, make, numpy_fit
+        mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"])
+        layouts = keras.distribution.LayoutMap(mesh)
+        layouts["sequential/linear/kernel"] = (None, "model")
+        keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+        model = linear_model(make("VSGD", lr=0.05))
+        fit(model, 3)
+        for weight, expected in zip(model.get_weights(), numpy_fit("VSGD", 3, lr=0.05)):
+            np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5)
+        kernel = model.layers[0].kernel.value.sharding
+        assert not kernel.is_fully_replicated
+        states = [each for each in model.optimizer.variables if "kernel" in each.name]
+        print(len(states), all(each.value.sharding.is_equivalent_to(kernel, 2) for each in states))
+    """
+    done = run("jax", "-c", textwrap.dedent(script))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == "3 True"

@@ -1,0 +1,269 @@
+"""VSGD as a `keras.optimizers.Optimizer`, on whichever backend Keras runs: TensorFlow, JAX or PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+try:
+    import keras
+    from keras import ops
+except ImportError as error:
+    if error.name != "keras":  # Keras is there, and says which backend is missing
+        raise
+    raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
+
+from vsgd import core
+
+__all__ = ["VSGD", "ConstantVSGD"]
+
+LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], Any]
+
+# What Keras calls otherwise.
+_KERAS_NAMES = {"eps": "epsilon"}
+
+
+class _RuleOptimizer(keras.optimizers.Optimizer):
+    """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters."""
+
+    _rule: ClassVar[core.Rule]
+
+    def __init__(self, **arguments: Any) -> None:
+        hyper = {name: arguments.pop(name) for name in self._hyperparameter_names()}
+        core.validate(**dict(zip(self._rule.hyperparameters._fields, hyper.values(), strict=True)))
+        if isinstance(arguments["learning_rate"], Real):
+            core.validate(lr=arguments["learning_rate"])
+        if arguments["weight_decay"] is not None:
+            core.validate(weight_decay=arguments["weight_decay"])
+        super().__init__(**arguments)
+        for name, value in hyper.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _hyperparameter_names(cls) -> list[str]:
+        return [_KERAS_NAMES.get(name, name) for name in cls._rule.hyperparameters._fields]
+
+    def _hyper(self) -> Any:
+        return self._rule.hyperparameters(*(getattr(self, name) for name in self._hyperparameter_names()))
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Create the state of each variable.
+
+        Args:
+            variables: the variables that the optimizer will update.
+
+        Raises:
+            ValueError: a variable is complex.
+        """
+        if self.built:
+            return
+        super().build(variables)
+        initial = dict(zip(self._rule.state_names, self._rule.initial_state(self._hyper()), strict=True))
+        # One list for each variable; None where the gradient is the variable's new value, as float8 scales have it.
+        self._states = [
+            None
+            if getattr(variable, "overwrite_with_gradient", False)
+            else [self._add_state(variable, name, value) for name, value in initial.items()]
+            for variable in variables
+        ]
+
+    def _add_state(self, variable: Any, name: str, value: float) -> Any:
+        # Not `add_variable_from_reference`, which has no other dtype than the variable's.
+        label = getattr(variable, "path", variable.name).replace("/", "_").replace(":", "_")
+        return self.add_variable(
+            shape=variable.shape,
+            # As float64: Keras takes a Python float through float32 on TensorFlow.
+            initializer=keras.initializers.Constant(np.float64(value)),
+            dtype=_state_dtype(variable),
+            layout=getattr(variable, "_layout", None),
+            name=f"{label}_{name}",
+        )
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Update a variable and its state, given its gradient.
+
+        Args:
+            gradient: the gradient, clipped and unscaled by the base class; zero in the rows that `tf.IndexedSlices` leave out.
+            variable: the variable, its weight decay done by the base class.
+            learning_rate: the step size of this step.
+        """
+        variables = self._states[self._get_variable_index(variable)]
+        state = tuple(ops.convert_to_tensor(each) for each in variables)
+        dtype = keras.backend.standardize_dtype(state[0].dtype)
+        gradient = ops.cast(gradient, dtype)
+        if hasattr(gradient, "dense_shape"):
+            gradient = ops.add(ops.zeros_like(state[0]), gradient)
+        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
+        coefficients = self._rule.coefficients(ops.cast(self.iterations + 1, dtype), self._hyper())
+        direction, state = self._rule.make_update(ops)(gradient, state, coefficients)
+        # Not `ops.cast`: on TensorFlow a Python float would go through float32.
+        lr = ops.convert_to_tensor(learning_rate, dtype)
+        self.assign(variable, core.descend(ops.cast(variable, dtype), direction, lr, decay=1.0))
+        for each, value in zip(variables, state, strict=True):
+            self.assign(each, value)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, from which `from_config` makes an equal optimizer.
+
+        Returns:
+            The arguments by name, serializable.
+        """
+        return {**super().get_config(), **{name: getattr(self, name) for name in self._hyperparameter_names()}}
+
+
+def _state_dtype(variable: Any) -> str:
+    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
+    # Of the value: JAX without x64 has float32 values in float64 variables.
+    dtype = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
+    if dtype.startswith("complex"):
+        raise ValueError(f"{variable.name} is of {dtype}, but must be of floating numbers; hold its parts in two variables")
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a constructor was given, from its `locals()`."""
+    named = {name: value for name, value in arguments.items() if name not in ("self", "kwargs", "__class__")}
+    return {**named, **arguments["kwargs"]}
+
+
+@keras.saving.register_keras_serializable(package="vsgd")
+class VSGD(_RuleOptimizer):
+    """Variational stochastic gradient descent (Chen et al., TMLR 2025, arXiv 2404.06549).
+
+    Each element of the gradient is a hidden quantity that a mini-batch shows with noise. Its posterior mean and variance are
+    filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
+
+    State of each variable, among `variables`: `mu_g`, `b_g`, `b_ghat` (the variable's shape and layout; float64 for float64
+    variables, else float32). The count of steps is the optimizer's `iterations`, also for a variable that had no gradient in
+    some of them.
+
+    Args:
+        learning_rate: the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a
+            callable without arguments. Keras holds a float in its default float dtype: for float64 training,
+            `keras.config.set_floatx("float64")` first. The authors' default is 0.1.
+        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
+        kappa2: the same for b_ghat.
+        epsilon: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, as in `keras.optimizers.AdamW`; None: none. On TensorFlow, Keras rounds a Python
+            float to float32: for float64 training, give a `numpy.float64`.
+        clipnorm: the gradient of each variable is scaled down to this norm.
+        clipvalue: each element of the gradients is clipped to this size.
+        global_clipnorm: all gradients together are scaled down to this norm.
+        use_ema: keep an exponential moving average of the variables.
+        ema_momentum: the average's momentum.
+        ema_overwrite_frequency: after how many steps the variables become their average; None: at the end of training.
+        loss_scale_factor: by what the loss is multiplied, and the gradients divided.
+        gradient_accumulation_steps: of how many steps' gradients the mean is taken for one update.
+        name: the optimizer's name.
+        **kwargs: passed on to `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+
+    Example:
+        >>> import keras
+        >>> from vsgd.keras import VSGD
+        >>> weight = keras.Variable([1.0, -2.0])
+        >>> optimizer = VSGD(learning_rate=0.05)
+        >>> for _ in range(100):
+        ...     optimizer.apply([2 * weight], [weight])  # the gradient of sum(weight ** 2)
+        >>> bool((weight.numpy() ** 2).sum() < 1)  # from 5
+        True
+    """
+
+    _rule = core.VSGD
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.01,
+        variance_ratio: float = 30.0,
+        prior_strength: float = 1e-8,
+        kappa1: float = 0.81,
+        kappa2: float = 0.9,
+        epsilon: float = 1e-8,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "vsgd",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**_arguments(locals()))
+
+
+@keras.saving.register_keras_serializable(package="vsgd")
+class ConstantVSGD(_RuleOptimizer):
+    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant): Adam's memory.
+
+    The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
+    `beta_1 = variance_ratio / (variance_ratio + 1)`.
+
+    State of each variable, among `variables`: `mu_g`, `b` (the variable's shape and layout; float64 for float64 variables, else
+    float32). The count of steps is the optimizer's `iterations`, also for a variable that had no gradient in some of them.
+
+    Args:
+        learning_rate: the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a
+            callable without arguments. Keras holds a float in its default float dtype: for float64 training,
+            `keras.config.set_floatx("float64")` first.
+        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
+        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
+        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
+        epsilon: added to the root of the second moment, in units of the gradient.
+        weight_decay: decoupled weight decay, as in `keras.optimizers.AdamW`; None: none. On TensorFlow, Keras rounds a Python
+            float to float32: for float64 training, give a `numpy.float64`.
+        clipnorm: the gradient of each variable is scaled down to this norm.
+        clipvalue: each element of the gradients is clipped to this size.
+        global_clipnorm: all gradients together are scaled down to this norm.
+        use_ema: keep an exponential moving average of the variables.
+        ema_momentum: the average's momentum.
+        ema_overwrite_frequency: after how many steps the variables become their average; None: at the end of training.
+        loss_scale_factor: by what the loss is multiplied, and the gradients divided.
+        gradient_accumulation_steps: of how many steps' gradients the mean is taken for one update.
+        name: the optimizer's name.
+        **kwargs: passed on to `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+
+    Example:
+        >>> import keras
+        >>> from vsgd.keras import ConstantVSGD
+        >>> weight = keras.Variable([1.0, -2.0], name="weight")
+        >>> optimizer = ConstantVSGD(learning_rate=0.1)
+        >>> optimizer.apply([2 * weight], [weight])
+        >>> [variable.name for variable in optimizer.variables]
+        ['iteration', 'learning_rate', 'weight_mu_g', 'weight_b']
+    """
+
+    _rule = core.CONSTANT_VSGD
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.01,
+        variance_ratio: float = 3.0,
+        prior_strength: float = 1e-8,
+        kappa: float = 0.9,
+        epsilon: float = 1e-8,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "constant_vsgd",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**_arguments(locals()))
