@@ -41,14 +41,17 @@ _NON_NEGATIVE = ("a finite number >= 0", lambda x: 0 <= x <= sys.float_info.max)
 _ABOVE_UNDERFLOW = ("a finite number >= 1e-30", lambda x: 1e-30 <= x <= sys.float_info.max)
 _FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
 
+# By the names of torch and NumPy, and where Keras and optax have others by theirs.
 _RANGES = {
     "lr": _Range("learning rate", *_NON_NEGATIVE),
+    "learning_rate": _Range("learning rate", *_NON_NEGATIVE),
     "variance_ratio": _Range("variance_ratio value", *_POSITIVE),
     "prior_strength": _Range("prior_strength value", *_ABOVE_UNDERFLOW),
     "kappa": _Range("kappa value", *_FORGETTING),
     "kappa1": _Range("kappa1 value", *_FORGETTING),
     "kappa2": _Range("kappa2 value", *_FORGETTING),
     "eps": _Range("epsilon value", *_NON_NEGATIVE),
+    "epsilon": _Range("epsilon value", *_NON_NEGATIVE),
     "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
 }
 
@@ -59,7 +62,8 @@ def validate(**values: Any) -> None:
     Arrays, tensors and tracers (anything with a `dtype` that is no Python number) pass, since their value may not be known yet.
 
     Args:
-        **values: hyperparameters by name: `lr`, `weight_decay`, and those of `Hyperparameters` and `ConstantHyperparameters`.
+        **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, and those of `Hyperparameters` and
+            `ConstantHyperparameters`, where `epsilon` may stand for `eps`.
 
     Raises:
         ValueError: a value is no number or lies outside its range.

@@ -33,9 +33,9 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, **arguments: Any) -> None:
         hyper = {name: arguments.pop(name) for name in self._hyperparameter_names()}
-        core.validate(**dict(zip(self._rule.hyperparameters._fields, hyper.values(), strict=True)))
+        core.validate(**hyper)
         if isinstance(arguments["learning_rate"], Real):
-            core.validate(lr=arguments["learning_rate"])
+            core.validate(learning_rate=arguments["learning_rate"])
         if arguments["weight_decay"] is not None:
             core.validate(weight_decay=arguments["weight_decay"])
         super().__init__(**arguments)

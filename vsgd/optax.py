@@ -281,7 +281,11 @@ def _descend(
 ) -> optax.GradientTransformationExtraArgs:
     """The step from a direction: decoupled weight decay and the step size."""
     core.validate(
-        **{name: value for name, value in (("lr", learning_rate), ("weight_decay", weight_decay)) if not callable(value)}
+        **{
+            name: value
+            for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay))
+            if not callable(value)
+        }
     )
     return optax.chain(
         scaling,
