@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from typing import Any
@@ -449,6 +450,40 @@ def test_sparse_gradients_equal_dense_ones() -> None:
             dense.append(np.zeros((6, 3)))
             np.add.at(dense[-1], row, value)
         assert_equal_runs(read(optimizer, [variable]), numpy_run("VSGD", [table], [[grad] for grad in dense]), 1e-5)
+
+
+def test_the_rule_sees_sparse_gradients_dense() -> None:
+    # Today's rules would make them so by themselves, by what they do first.
+    if BACKEND != "tensorflow":
+        pytest.skip("only TensorFlow has sparse gradients of embeddings")
+    import tensorflow as tf
+
+    seen = []
+
+    def make_update(xp: Any) -> Any:
+        update = core.VSGD.make_update(xp)
+        return lambda grad, state, c: seen.append(grad) or update(grad, state, c)
+
+    class Watched(VSGD):
+        _rule = dataclasses.replace(core.VSGD, make_update=make_update)
+
+    variables = variables_of([np.ones((6, 3), np.float32)])
+    Watched().apply([tf.IndexedSlices(tf.ones((2, 3)), tf.constant([4, 4]), tf.constant([6, 3]))], variables)
+    assert isinstance(seen[0], tf.Tensor)
+    np.testing.assert_array_equal(to_numpy(seen[0]), np.where(np.arange(6) == 4, 2, 0)[:, None] * np.ones(3))
+
+
+@kinds
+def test_the_arithmetic_is_in_the_dtype_of_the_state_whatever_the_gradients(kind: str) -> None:
+    with allow_float64():
+        step, state = keras_engine(kind, as_dtype(PARAMS[1:], "float32"))
+        wide_step, wide_state = keras_engine(kind, as_dtype(PARAMS[1:], "float32"))
+        for grads in GRADS:
+            step(as_dtype(grads[1:], "float32"))
+            wide_step(as_dtype(as_dtype(grads[1:], "float32"), "float64"))
+        for ours, theirs in zip(wide_state(), state(), strict=True):
+            for name in theirs:
+                np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,10 +50,13 @@ def test_the_adapter_passes_its_tests_on(backend: str) -> None:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `keras_checkpoint.py` leaves when each installed backend saves a model, and each continues all of them."""
     folder = tmp_path_factory.mktemp("checkpoints")
+    installed = list(filter(find_spec, BACKENDS))
     for command in ("save", "continue"):
-        for backend in filter(find_spec, BACKENDS):
-            done = run(backend, str(TESTS / "keras_checkpoint.py"), command, str(folder))
-            assert done.returncode == 0, done.stdout
+        call = (str(TESTS / "keras_checkpoint.py"), command, str(folder))
+        with ThreadPoolExecutor() as pool:
+            processes = [pool.submit(run, backend, *call) for backend in installed]
+        for process in processes:
+            assert process.result().returncode == 0, process.result().stdout
     return folder
 
 
@@ -78,8 +82,8 @@ def test_a_model_saved_on_one_backend_continues_on_another(saver: str, reader: s
         if saver == reader:
             np.testing.assert_array_equal(other, own)
         else:
-            # Each backend sums its gradients in its own order: float32's rounding of them, along 20 steps.
-            np.testing.assert_allclose(other, own, rtol=1e-4, atol=1e-5 * np.abs(own).max())
+            # Each backend sums in its own order: 20 steps of float32's rounding, 6e-8 of the largest element. 6e-7 was seen.
+            np.testing.assert_allclose(other, own, rtol=0, atol=5e-6 * np.abs(own).max())
         assert index == 3 or not np.array_equal(own, start)  # all but the learning rate moved
 
 
