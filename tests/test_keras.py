@@ -493,7 +493,7 @@ def test_it_is_found_by_its_registered_name(cls: type) -> None:
         ({"epsilon": float("nan")}, "Invalid epsilon value: nan (eps must be a finite number >= 0)"),
         ({"weight_decay": -1.0}, "Invalid weight_decay value: -1.0 (weight_decay must be a finite number >= 0)"),
         ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a finite number > 0)"),
-        ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number > 0)"),
+        ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"kappa1": 0.5}, "Invalid kappa1 value: 0.5 (kappa1 must be a number in (0.5, 1])"),
         ({"kappa2": "1"}, "Invalid kappa2 value: '1' (kappa2 must be a number in (0.5, 1])"),
         ({"beta_1": 0.9}, "Argument(s) not recognized: {'beta_1': 0.9}"),
