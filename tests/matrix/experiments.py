@@ -75,9 +75,16 @@ EXPERIMENTS = {
     "constant-training": Experiment("ConstantVSGD", None),
 }
 
-# Compiling takes ten seconds for each: a case of all hyperparameters, one of many tensors with weight decay, and a training.
+# Compiling takes seconds for each: a case of all hyperparameters, one whose step size changes, one of many tensors with weight
+# decay, and a training.
 _COMPILED = frozenset(
-    [("golden-prior", "float64"), ("golden-prior", "float32"), ("golden-weight_decay", "float64"), ("training", "float64")]
+    [
+        ("golden-prior", "float64"),
+        ("golden-prior", "float32"),
+        ("golden-schedule", "float64"),
+        ("golden-weight_decay", "float64"),
+        ("training", "float64"),
+    ]
 )
 _COMPILED_LISTS = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
 
