@@ -1,4 +1,5 @@
-"""The Keras adapter's numbers, on the backend of this process; `test_keras_backends.py` runs this file on the others."""
+"""The Keras adapter's numbers, on the backend of this process; `test_keras_backends.py` runs this file on the others, and
+`matrix/` has its trajectories."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trajectories import CASES, Golden, assert_follows, golden, stack
+from trajectories import Golden, assert_follows, golden, stack
 
 keras = pytest.importorskip("keras")
 
@@ -66,15 +67,6 @@ def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
 
         return stateless(optimizer, variables, jax.jit)
     pytest.skip("torch.compile has its test in test_keras_training.py")
-
-
-@pytest.mark.parametrize("case", CASES)
-@dtypes
-def test_it_follows_the_authors_code(case: str, dtype: str) -> None:
-    with floatx(dtype):
-        run = follow(golden(case), dtype)
-    assert run[0]["mu_g"].dtype == dtype
-    assert_follows(run, golden(case).after, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", ["defaults", "weight_decay"])

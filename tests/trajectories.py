@@ -56,16 +56,45 @@ def golden(case: str) -> Golden:
     )
 
 
-def assert_follows(run: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]], tolerance: float) -> None:
-    """Every element, at every step, within `tolerance` of the largest value that it takes along the reference."""
+class Deviation(NamedTuple):
+    """How far a run strays from a reference, relative to the reference's size, where it strays most.
+
+    Attributes:
+        error: NaN where the run has one.
+        name: of which array.
+        step: at which step, from 0.
+    """
+
+    error: float
+    name: str
+    step: int
+
+
+def deviation(run: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]], axis: int | None = 0) -> Deviation:
+    """How far a run strays, relative to the largest value along `axis` of the reference.
+
+    Args:
+        run: for each parameter its arrays by name, time first.
+        reference: the same, in float64.
+        axis: 0: an element's largest value at any time; None: the array's largest.
+    """
     assert len(run) == len(reference)
+    worst = Deviation(0.0, "", 0)
     for ours, theirs in zip(run, reference, strict=True):
         assert ours.keys() == theirs.keys()
         for name, expected in theirs.items():
-            error = np.abs(np.asarray(ours[name], np.float64) - expected) / np.abs(expected).max(axis=0)
-            assert error.max() <= tolerance, (
-                f"{name} strays by {error.max():.1e} at step {error.reshape(len(error), -1).max(1).argmax()}"
-            )
+            assert ours[name].shape == expected.shape
+            error = np.abs(np.asarray(ours[name], np.float64) - expected) / np.abs(expected).max(axis=axis)
+            by_step = error.reshape(len(error), -1).max(axis=1)
+            if not by_step.max() <= worst.error:  # NaN is worse than any number
+                worst = Deviation(float(by_step.max()), name, int(by_step.argmax()))
+    return worst
+
+
+def assert_follows(run: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]], tolerance: float) -> None:
+    """Every element, at every step, within `tolerance` of the largest value that it takes along the reference."""
+    worst = deviation(run, reference)
+    assert worst.error <= tolerance, f"{worst.name} strays by {worst.error:.1e} at step {worst.step}"
 
 
 def stack(steps: list[list[dict[str, Any]]]) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,105 @@
+"""The workers of the matrix, one process for each framework, and the table of what agreed, at the end of the run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from matrix import report, worker
+from matrix.experiments import DATA_NEEDS, RUNNERS, missing, training
+
+collect_ignore_glob = ["*_runners.py"]  # each needs its framework
+TESTS = Path(__file__).parent.parent
+
+_agreement = pytest.StashKey[dict[worker.Cell, float]]()
+_outcomes = pytest.StashKey[dict[str, worker.Outcome]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--agreement", type=Path, help="write the matrix's table of what agreed, and to how much, to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_agreement] = {}
+    config.stash[_outcomes] = {}
+
+
+def _start(name: str, folder: Path, data: Path) -> worker.Outcome:
+    result = folder / f"{name}.pickle"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TESTS),
+        "KERAS_BACKEND": name.removeprefix("keras-"),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # The arrays are small, and the workers share the processors.
+        "OMP_NUM_THREADS": "1",
+        # So do they share the GPU, where there is one.
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from matrix.worker import main; main()", name, str(data), str(result)],
+        cwd=TESTS.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return pickle.loads(result.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def outcome(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], worker.Outcome]]:
+    """What a worker did; all that the chosen tests need start at the first question, two at a time."""
+    folder = tmp_path_factory.mktemp("matrix")
+    data = None if missing(DATA_NEEDS) else training()
+    (folder / "data.pickle").write_bytes(pickle.dumps(data))
+    chosen = [item.callspec.params["name"] for item in request.session.items if "outcome" in getattr(item, "fixturenames", ())]
+    names = dict.fromkeys(RUNNERS[name].worker for name in chosen if not missing(RUNNERS[name].needs))
+    done = request.config.stash[_outcomes]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures: dict[str, Future[worker.Outcome]] = {}
+        for name in names:
+            if name == "numpy":
+                done[name] = worker.work(name, data)
+            else:
+                futures[name] = pool.submit(_start, name, folder, folder / "data.pickle")
+
+        def ask(name: str) -> worker.Outcome:
+            if name not in done:
+                done[name] = futures[name].result()
+            return done[name]
+
+        yield ask
+
+
+@pytest.fixture(scope="session")
+def agreement(request: pytest.FixtureRequest) -> dict[worker.Cell, float]:
+    """How far each cell strayed, for the table."""
+    return request.config.stash[_agreement]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    strayed, outcomes = config.stash[_agreement], config.stash[_outcomes]
+    if not strayed:
+        return
+    terminalreporter.section("agreement")
+    terminalreporter.write_line(report.table(strayed))
+    for name, outcome in outcomes.items():
+        seconds = ", ".join(f"{runner} {took:.1f} s" for runner, took in outcome.seconds.items())
+        terminalreporter.write_line(f"{name}: {seconds}")
+    path = config.getoption("--agreement", None)
+    if path is not None:
+        path.write_text(report.page(strayed, outcomes.values()), encoding="utf-8")
+        terminalreporter.write_line(f"written to {path}")

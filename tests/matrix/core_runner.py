@@ -1,0 +1,74 @@
+"""The core alone, on any array library: what an adapter does with it, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matrix.experiments import LR, Snapshot, of_steps
+
+from vsgd import core
+
+RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
+
+
+def _as_they_are(arrays: list[Any]) -> list[Any]:
+    return arrays
+
+
+class Library(NamedTuple):
+    """An array library.
+
+    Attributes:
+        xp: the namespace for the update.
+        array: from NumPy.
+        numpy: to NumPy.
+        gradients: of the network, `gradients(params, x, y)`, with a batch of NumPy's.
+        pack: the operands of the update that hold these arrays.
+        unpack: the arrays that these operands hold.
+    """
+
+    xp: Any
+    array: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+    gradients: Callable[[list[Any], np.ndarray, np.ndarray], Sequence[Any]]
+    pack: Callable[[list[Any]], list[Any]] = _as_they_are
+    unpack: Callable[[list[Any]], list[Any]] = _as_they_are
+
+
+class CoreRunner:
+    """VSGD written with the core and a library."""
+
+    def __init__(
+        self, library: Library, kind: str, params: list[np.ndarray], *, lr: Any, weight_decay: float = 0.0, **hyper: float
+    ) -> None:
+        self.library, self.rule = library, RULES[kind]
+        self.hyper = self.rule.hyperparameters(**hyper)
+        self.lr, self.weight_decay = of_steps(lr, LR), weight_decay
+        self.update = self.rule.make_update(library.xp)
+        self.count = 0
+        self.params = [library.array(param) for param in params]
+        initial = self.rule.initial_state(self.hyper)
+        self.states = [[library.array(np.full_like(param, value)) for param in params] for value in initial]
+
+    def step(self, grads: Sequence[np.ndarray]) -> None:
+        self._step([self.library.array(grad) for grad in grads])
+
+    def train(self, x: np.ndarray, y: np.ndarray) -> None:
+        self._step(list(self.library.gradients(self.params, x, y)))
+
+    def _step(self, grads: list[Any]) -> None:
+        lr = self.lr(self.count)
+        self.count += 1
+        coefficients = self.rule.coefficients(self.count, self.hyper)
+        after = []
+        for param, grad, *state in zip(*map(self.library.pack, (self.params, grads, *self.states)), strict=True):
+            direction, state = self.update(grad, tuple(state), coefficients)
+            after.append((core.descend(param, direction, lr, 1 - lr * self.weight_decay), *state))
+        self.params, *self.states = (self.library.unpack(list(column)) for column in zip(*after, strict=True))
+
+    def read(self) -> Snapshot:
+        names = ("param", *self.rule.state_names)
+        rows = zip(self.params, *self.states, strict=True)
+        return [dict(zip(names, map(self.library.numpy, row), strict=True)) for row in rows]

@@ -1,0 +1,204 @@
+"""What the matrix runs and on what: runners by name, experiments, the data of a small training, and how each is driven.
+
+Imports no framework. A runner (of `*_runners.py`) is what an experiment drives, whatever the framework beneath.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from trajectories import CASES, golden, stack
+
+DTYPES = ("float64", "float32")
+DEVICES = ("cpu", "gpu")
+#: The step size of a training: the adapters' default.
+LR = 0.01
+STEPS = 200
+BATCH = 64
+#: Every so many steps of a training its parameters are looked at.
+STRIDE = 20
+
+#: What a training's data come from.
+DATA_NEEDS = ("sklearn",)
+
+# By what each run is given: gradients, or a network to train. A training neither rounds its gradients nor orders its sums as
+# another framework does, and such roundings grow. So its bound in float32 is ten times how far two float32 trainings of NumPy
+# drift apart whose initial weights differ by one unit in the last place (5e-7 to 1e-6 of the array's largest value), which
+# `test_the_bound_is_ten_roundings` holds. In float64 such twins drift 1e-15 to 2e-15, far below the bound.
+TOLERANCE = {"fed": {"float64": 1e-10, "float32": 1e-4}, "training": {"float64": 1e-9, "float32": 1e-5}}
+
+#: For each parameter its arrays by name, time first.
+Run = list[dict[str, np.ndarray]]
+Snapshot = list[dict[str, np.ndarray]]
+
+
+class Spec(NamedTuple):
+    """One runner.
+
+    Attributes:
+        worker: the process that runs it, named as the module `{worker}_runners` or, with its backend, `keras-{backend}`.
+        needs: the packages without which it cannot run.
+        gpu: whether it can run on one.
+        cells: what it runs, as (experiment, dtype); None: everything.
+    """
+
+    worker: str
+    needs: tuple[str, ...] = ()
+    gpu: bool = True
+    cells: frozenset[tuple[str, str]] | None = None
+
+
+class Experiment(NamedTuple):
+    """One experiment.
+
+    Attributes:
+        kind: the optimizer's class.
+        case: the golden case whose gradients are fed; None: a training, each framework computing its own.
+        hyper: the hyperparameters where they are not the golden case's own.
+    """
+
+    kind: str
+    case: str | None
+    hyper: dict[str, float] | None = None
+
+
+EXPERIMENTS = {
+    **{f"golden-{case}": Experiment("VSGD", case) for case in CASES},
+    "constant-fed": Experiment(
+        "ConstantVSGD", "defaults", {"variance_ratio": 5.0, "prior_strength": 1e-6, "kappa": 0.7, "weight_decay": 0.1}
+    ),
+    "training": Experiment("VSGD", None),
+    "constant-training": Experiment("ConstantVSGD", None),
+}
+
+# Compiling takes seconds for each: the trajectories of the authors' code, and a training.
+_COMPILED = frozenset(
+    [*((f"golden-{case}", dtype) for case in CASES for dtype in ("float64", "float32")), ("training", "float64")]
+)
+_COMPILED_LISTS = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
+
+_TORCH, _JAX, _OPTAX = ("torch",), ("jax",), ("jax", "optax")
+RUNNERS = {
+    "numpy": Spec("numpy", gpu=False),
+    "core-numpy": Spec("numpy", gpu=False),
+    "torch-loop": Spec("torch", _TORCH),
+    "torch-foreach": Spec("torch", _TORCH),
+    "torch-fused": Spec("torch", ("torch", "numba"), gpu=False),
+    "torch-differentiable": Spec("torch", _TORCH),
+    "torch-compiled": Spec("torch", _TORCH, cells=_COMPILED),
+    "torch-compiled-foreach": Spec("torch", _TORCH, cells=_COMPILED_LISTS),
+    "core-torch": Spec("torch", _TORCH),
+    "core-torch-lists": Spec("torch", _TORCH),
+    "optax-eager": Spec("jax", _OPTAX),
+    "optax-jit": Spec("jax", _OPTAX),
+    "core-jax": Spec("jax", _JAX),
+    **{
+        f"{name}-{backend}": Spec(f"keras-{backend}", ("keras", backend))
+        for backend in ("tensorflow", "jax", "torch")
+        for name in ("keras", "core-keras")
+    },
+    "core-tensorflow": Spec("keras-tensorflow", ("keras", "tensorflow")),
+}
+
+
+class Runner(Protocol):
+    """An optimizer with its parameters, made by `(kind, params, lr=..., **hyper)`.
+
+    `lr` is the step size of each step, or None for the adapter's default.
+    """
+
+    def step(self, grads: Sequence[np.ndarray]) -> None:
+        """One step with these gradients."""
+
+    def train(self, x: np.ndarray, y: np.ndarray) -> None:
+        """One step of the network on this batch, with gradients of the framework's own."""
+
+    def read(self) -> Snapshot:
+        """Value and state of each parameter; of a training the value at least."""
+
+
+class Training(NamedTuple):
+    """A network with one hidden layer of 32 tanh units on the digits.
+
+    Attributes:
+        params0: kernel and bias of both layers, float64.
+        x: the batches' pixels, (steps, batch, 64).
+        y: their classes, (steps, batch).
+    """
+
+    params0: list[np.ndarray]
+    x: np.ndarray
+    y: np.ndarray
+
+
+@functools.cache
+def training() -> Training:
+    """The training, which needs scikit-learn for its data."""
+    from sklearn.datasets import load_digits
+
+    rng = np.random.default_rng(5)
+    pixels, classes = load_digits(return_X_y=True)
+    shapes = ((64, 32), (32, 10))
+    params = [array for shape in shapes for array in (rng.standard_normal(shape) / np.sqrt(shape[0]), np.zeros(shape[1]))]
+    # Float32 numbers, so that all start from the very same weights.
+    params = [param.astype(np.float32).astype(np.float64) for param in params]
+    chosen = np.stack([rng.choice(len(classes), BATCH, replace=False) for _ in range(STEPS)])
+    return Training(params, pixels[chosen] / 16, classes[chosen].astype(np.int32))
+
+
+def fed(make: Callable[..., Runner], kind: str, case: str, hyper: dict[str, float] | None, dtype: str) -> Run:
+    """A golden case's gradients fed to an optimizer: what it holds after each step."""
+    inputs = golden(case)
+    runner = make(kind, [param.astype(dtype) for param in inputs.params0], lr=inputs.lr, **(hyper or inputs.hyper))
+    steps = []
+    for t in range(len(inputs.lr)):
+        runner.step([grad[t].astype(dtype) for grad in inputs.grads])
+        steps.append(runner.read())
+    return stack(steps)
+
+
+def trained(make: Callable[..., Runner], kind: str, data: Training, dtype: str) -> Run:
+    """A training with the adapter's defaults: the parameters now and then."""
+    runner = make(kind, [param.astype(dtype) for param in data.params0], lr=None)
+    steps = []
+    for t in range(STEPS):
+        runner.train(data.x[t].astype(dtype), data.y[t])
+        if (t + 1) % STRIDE == 0:
+            steps.append([{"param": each["param"]} for each in runner.read()])
+    return stack(steps)
+
+
+def run(make: Callable[..., Runner], experiment: Experiment, dtype: str, data: Training | None) -> Run:
+    """One cell of the matrix; `data` only matters to a training."""
+    if experiment.case is None:
+        return trained(make, experiment.kind, data, dtype)
+    return fed(make, experiment.kind, experiment.case, experiment.hyper, dtype)
+
+
+def cells(name: str) -> list[tuple[str, str]]:
+    """What a runner runs, as (experiment, dtype)."""
+    every = [(experiment, dtype) for experiment in EXPERIMENTS for dtype in DTYPES]
+    chosen = RUNNERS[name].cells
+    return every if chosen is None else [cell for cell in every if cell in chosen]
+
+
+def is_reference(name: str, experiment: str, dtype: str) -> bool:
+    """Whether the others are held against this, where the authors' code does not serve."""
+    return (name, dtype) == ("numpy", "float64") and not experiment.startswith("golden")
+
+
+def missing(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if find_spec(name) is None]
+
+
+def devices(name: str) -> Sequence[str]:
+    return DEVICES if RUNNERS[name].gpu else DEVICES[:1]
+
+
+def of_steps(lr: Any, default: float) -> Callable[[int], float]:
+    """The step size by the count of steps, from 0."""
+    return lambda t: default if lr is None else float(lr[t])
