@@ -34,7 +34,9 @@ STEP = """
 
 def run(package: Path, before: str = "") -> tuple[int, int]:
     """Cache hits and misses of a fused step, checked against the loop, in a new process with the package of this folder."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache")}
+    # No bytecode files: numba's key tells a function of one from the same function of its source. Where pip installed the
+    # package, every run has the files.
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", before + textwrap.dedent(STEP)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
     assert done.returncode == 0, done.stderr

@@ -85,28 +85,37 @@ def test_threads_may_share_parameters() -> None:
     assert (param < 0).all()
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.full((SIZE,), float(index))
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 def test_data_loader_workers_fork_between_steps() -> None:
     pytest.importorskip("numba")
-    param = nn.Parameter(torch.zeros(SIZE))
-    optimizer = VSGD([param], fused=True)
-    seen = 0
-    for _ in range(2):  # workers fork anew for each epoch, the second time after the kernel has run
-        loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=2, multiprocessing_context="fork")
-        for batch in loader:
-            param.grad = batch.mean(0)
-            optimizer.step()
-            seen += 1
-    assert seen == 8
-    assert param.isfinite().all()
+    # In a process of its own, which other tests have given no threads.
+    script = """
+        import torch
+        from vsgd.torch import VSGD
+
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, index):
+                return torch.full((300_000,), float(index))
+
+        def train(workers):
+            param = torch.nn.Parameter(torch.zeros(300_000))
+            optimizer = VSGD([param], fused=True)
+            for _ in range(2):  # workers fork anew for each epoch, the second time after the kernel has run
+                how = {"multiprocessing_context": "fork"} if workers else {}
+                for batch in torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=workers, **how):
+                    param.grad = batch.mean(0)
+                    optimizer.step()
+            return param, optimizer.state[param]["step"].item()
+
+        (with_workers, steps), (without, _) = train(2), train(0)
+        print(steps, torch.equal(with_workers, without))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == ["8.0", "True"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
