@@ -71,7 +71,8 @@ def assert_same(one: Any, other: Any, rtol: float = 0.0) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert jnp.asarray(a).dtype == jnp.asarray(b).dtype
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=0, equal_nan=False)
+        # As float64: an older NumPy compares no bfloat16.
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=0, equal_nan=False)
 
 
 # --- The numbers are those of the reference. ---

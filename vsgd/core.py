@@ -259,10 +259,10 @@ class Rule:
     make_update: Callable[[Any], Update]
 
 
-#: VSGD: both noise levels learned, three arrays of state (paper, section 3; residual form of Algorithm 1).
+#: The rule of VSGD, with both noise levels learned and three arrays of state (paper, section 3; residual form of Algorithm 1).
 VSGD = Rule(Hyperparameters, ("mu_g", "b_g", "b_ghat"), _initial_state, _coefficients, _make_update)
 
-#: Constant VSGD: one noise level learned, a fixed gain, two arrays of state (paper, section 4).
+#: The rule of Constant VSGD, with one noise level learned, a fixed gain and two arrays of state (paper, section 4).
 CONSTANT_VSGD = Rule(
     ConstantHyperparameters,
     ("mu_g", "b"),
