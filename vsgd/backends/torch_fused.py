@@ -127,10 +127,11 @@ class Plan:
         mine = set(map(id, self._params))
         self.others = [param for param in group if id(param) not in mine]
         self._of_state: Callable[[Any], tuple[Tensor, ...]] = itemgetter("step", *names)
-        self._kept = [tensor for leaf, step in zip(leaves, steps, strict=True) for tensor in (step, *leaf.state)]
-        self._kept_addresses = list(map(Tensor.data_ptr, chain(self._params, self._kept)))
+        kept = [tensor for leaf, step in zip(leaves, steps, strict=True) for tensor in (step, *leaf.state)]
+        self._fixed = [*self._params, *kept]
+        self._fixed_addresses = list(map(Tensor.data_ptr, self._fixed))
         # The compiler's check of its inputs: one call for all that is asked here, a hundredth of the time.
-        seen = [*self._params, *self._kept, *(leaf.grad for leaf in leaves)]
+        seen = [*self._fixed, *(leaf.grad for leaf in leaves)]
         sizes, strides = ([list(of(tensor)) for tensor in seen] for of in (Tensor.size, Tensor.stride))
         guards: Any = TensorGuards  # its annotation is wrong: it takes a list for each tensor
         self._guards = guards(*seen, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -147,14 +148,14 @@ class Plan:
         """
         if len(group) != len(self._group) or not all(map(is_, group, self._group)):
             return False
-        grads: list[Any] = list(map(_grad_of, self._params))
+        kept = chain.from_iterable(map(self._of_state, map(state.get, self._params)))
         try:
-            kept = list(chain.from_iterable(map(self._of_state, map(state.get, self._params))))
-        except (KeyError, TypeError):  # no state, or not all of it
+            if not all(map(is_, kept, self._fixed[len(self._params) :])):
+                return False
+        except (KeyError, TypeError):  # there is no state, or not all of it
             return False
-        if not all(map(is_, kept, self._kept)) or not self._guards.check(*self._params, *kept, *grads):
-            return False
-        if list(map(Tensor.data_ptr, chain(self._params, kept))) != self._kept_addresses:
+        grads: list[Any] = list(map(_grad_of, self._params))
+        if not self._guards.check(*self._fixed, *grads) or list(map(Tensor.data_ptr, self._fixed)) != self._fixed_addresses:
             return False
         self.batch.move_grads(grads)
         return True
