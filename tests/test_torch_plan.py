@@ -236,11 +236,22 @@ def test_a_refused_gradient_stops_the_step_before_it_begins() -> None:
 
 def test_nothing_holds_the_gradients_after_the_step() -> None:
     params, optimizer = start(fused=True)
+    grads = []
     for seed in range(3):
         step(params, optimizer, seed)
-    grads = [weakref.ref(param.grad) for param in params]
+        grads += [weakref.ref(param.grad) for param in params]
     optimizer.zero_grad()
-    assert [grad() for grad in grads] == [None] * 3
+    assert [grad() for grad in grads] == [None] * 9
+
+
+def test_another_way_to_step_is_taken_at_once() -> None:
+    params, optimizer = start(fused=True)
+    for seed in range(2):
+        step(params, optimizer, seed)
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(AssertionError, match="capturable"):
+        step(params, optimizer, 2)
+    assert optimizer.state[params[0]]["step"] == 2
 
 
 def test_state_that_a_load_replaced_is_freed() -> None:
