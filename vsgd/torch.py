@@ -25,7 +25,8 @@ from torch.optim.optimizer import (
 
 from vsgd import checkpoints, core
 from vsgd.backends import torch_foreach, torch_loop
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain
+from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain, leaf_of, state_dtype
+from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
@@ -46,6 +47,7 @@ class _RuleOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
+        self._plans: dict[int, Any] = {}
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -74,6 +76,7 @@ class _RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plans = {}  # never copied or saved: addresses are of this process and of these tensors
         for group in self.param_groups:
             for name, value in {**_FLAGS, **self.defaults}.items():
                 group.setdefault(name, value)
@@ -102,13 +105,20 @@ class _RuleOptimizer(Optimizer):
         """
         # The base class casts every tensor it sees to the parameter's dtype: show it none. As hooks, so that a user's hooks
         # before and after see the plain state.
-        before = self.register_load_state_dict_pre_hook(_hide_tensors)
-        after = self.register_load_state_dict_post_hook(_show_tensors, prepend=True)
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: self._before_loading(loaded))
+        after = self.register_load_state_dict_post_hook(show_tensors, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+
+    def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What to load, or an error, before anything has changed."""
+        state_dict = hide_tensors(checkpoints.translate(state_dict), self.param_groups, self._rule, type(self).__name__)
+        for group in state_dict["param_groups"]:
+            self._check_group({**self.defaults, **group})
+        return state_dict
 
     def _init_group(
         self,
@@ -144,7 +154,7 @@ class _RuleOptimizer(Optimizer):
         for name, value in zip(self._rule.state_names, self._rule.initial_state(self._hyper(group)), strict=True):
             fill = complex(value, value) if param.is_complex() else value
             state[name] = torch.full_like(
-                param, fill, dtype=_state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
+                param, fill, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
             )
 
     def _hyper(self, group: dict[str, Any]) -> Any:
@@ -172,15 +182,26 @@ class _RuleOptimizer(Optimizer):
                 loss = closure()
 
         only_init = self._is_dry_run()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            plan = None if torch.compiler.is_compiling() else self._valid_plan(number, group)
             params: list[Tensor] = []
             grads: list[Tensor] = []
             steps: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in self._rule.state_names]
-            self._init_group(group, params, grads, steps, *states)
+            self._init_group(group if plan is None else {**group, "params": plan.others}, params, grads, steps, *states)
+            if plan is not None:
+                self._step_batch(group, plan.batch)
             if params and not only_init:
-                self._step_group(group, params, grads, steps, states)
+                self._step_group(number, group, params, grads, steps, states)
         return loss
+
+    def _valid_plan(self, number: int, group: dict[str, Any]) -> Any:
+        """How to step again what was stepped fused the last time, where that may be done."""
+        plan = self._plans.get(number)
+        if plan is not None and not (_may_fuse(group) and plan.renew(group["params"], self.state)):
+            del self._plans[number]
+            return None
+        return plan
 
     def _is_dry_run(self) -> bool:
         """Whether this is how `torch.distributed.checkpoint` makes the state: a first step, at lr 0, with zero gradients."""
@@ -191,29 +212,59 @@ class _RuleOptimizer(Optimizer):
 
     def _step_group(
         self,
+        number: int,
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
         steps: list[Tensor],
         states: list[list[Tensor]],
     ) -> None:
-        leaves = [_leaf(param, grad, tuple(state)) for param, grad, *state in zip(params, grads, *states, strict=True)]
+        leaves = [leaf_of(param, grad, tuple(state)) for param, grad, *state in zip(params, grads, *states, strict=True)]
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
             if group["capturable"] and not torch.compiler.is_compiling():
                 _check_capturable(leaves, steps)
             self._step_by_tensors(group, leaves, steps)
-        else:
-            self._step_by_numbers(group, leaves, steps)
+            return
+        self._step_by_numbers(group, *self._step_fused(number, group, params, leaves, steps))
+
+    def _step_fused(
+        self, number: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
+    ) -> tuple[list[Leaf], list[Tensor]]:
+        """Step what the fused engine can, and plan the next step; what is left."""
+        fused = _fused(group) if any(leaf.param.is_cpu for leaf in leaves) else None
+        if fused is None:
+            return leaves, steps
+        kinds: dict[str, tuple[list[Leaf], list[Tensor]]] = {"left": ([], []), "own": ([], []), "views": ([], [])}
+        for param, leaf, step in zip(params, leaves, steps, strict=True):
+            kind = "left" if not fused.accepts(leaf, step) else "own" if leaf.param is param else "views"
+            kinds[kind][0].append(leaf)
+            kinds[kind][1].append(step)
+        if kinds["own"][0]:
+            batch = fused.Batch(*kinds["own"])
+            self._step_batch(group, batch)
+            # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
+            if self._plans.pop(number, None) is None:
+                self._plans[number] = fused.Plan(batch, group["params"], *kinds["own"], self._rule.state_names)
+        if kinds["views"][0]:  # made anew in each step
+            self._step_batch(group, fused.Batch(*kinds["views"]))
+        return kinds["left"]
+
+    def _step_batch(self, group: dict[str, Any], batch: Any) -> None:
+        lr = _number(group["lr"])
+        decay = 1 - lr * group["weight_decay"]
+        batch.step(self._rule, self._hyper(group), lr, decay, maximize=group["maximize"])
 
     def _step_by_numbers(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
         """Coefficients as numbers, computed once for all parameters of equal step count."""
-        engines = _engines(group, leaves)
+        if not leaves:
+            return
         torch._foreach_add_(steps, 1)
         hyper = self._hyper(group)
         lr = _number(group["lr"])
         decay = 1 - lr * group["weight_decay"]
         batches: dict[tuple[float, Engine], list[Leaf]] = {}
-        for leaf, step, engine in zip(leaves, steps, engines, strict=True):
+        for leaf, step in zip(leaves, steps, strict=True):
+            engine = torch_foreach.step if _wants_foreach(group, [leaf]) else _loop
             batches.setdefault((step.item(), engine), []).append(leaf)
         for (count, engine), batch in batches.items():
             coefficients = self._rule.coefficients(count, hyper)
@@ -241,72 +292,6 @@ class _RuleOptimizer(Optimizer):
             torch_loop.step(self._rule, parts, coefficients, lr, decay, maximize=group["maximize"])
 
 
-class _Hidden:
-    """A tensor that the base class's `load_state_dict` leaves alone."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _hide_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state as it will be, hidden; or an error, before anything has changed."""
-    assert isinstance(optimizer, _RuleOptimizer)
-    state_dict = checkpoints.translate(state_dict)
-    params: dict[Any, Tensor] = {}
-    for number, (saved, group) in enumerate(zip(state_dict["param_groups"], optimizer.param_groups, strict=False)):
-        _check_present(optimizer, saved, optimizer._rule.hyperparameters._fields, f"param_groups[{number}]")
-        optimizer._check_group({**optimizer.defaults, **saved})
-        params.update(zip(saved["params"], group["params"], strict=False))
-    states = state_dict["state"].items()
-    hidden = {
-        index: _hide_state(optimizer, index, params[index], state) if state else {}
-        for index, state in states
-        if index in params
-    }
-    return {**state_dict, "state": {**state_dict["state"], **hidden}}
-
-
-def _hide_state(optimizer: _RuleOptimizer, index: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    names = optimizer._rule.state_names
-    _check_present(optimizer, state, ("step", *names), f"the state of parameter {index}")
-    for name in names:
-        shape = getattr(state[name], "shape", None)
-        if shape != param.shape:
-            raise ValueError(f"{name} of parameter {index} has shape {shape}, but the parameter has {tuple(param.shape)}")
-    return {**state, **{name: _Hidden(_state_like(param, state[name])) for name in names}}
-
-
-def _check_present(optimizer: Optimizer, given: dict[str, Any], names: Iterable[str], where: str) -> None:
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise ValueError(
-            f"state_dict is not of a {type(optimizer).__name__}: {where} has {', '.join(map(str, given))} "
-            f"and lacks {', '.join(missing)}"
-        )
-
-
-def _state_like(param: Tensor, saved: Tensor) -> Tensor:
-    """A saved state array where and how the parameter lies, never in less precision than the arithmetic's."""
-    tensor = saved.to(device=param.device, dtype=_state_dtype(param))
-    if is_plain(tensor) and tensor.stride() != param.stride():
-        return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
-    return tensor
-
-
-def _show_tensors(optimizer: Optimizer) -> None:
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, _Hidden):
-                state[name] = value.tensor
-
-
-def _state_dtype(param: Tensor) -> torch.dtype:
-    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
-    if param.is_complex():
-        return torch.promote_types(param.dtype, torch.complex64)
-    return torch.promote_types(param.dtype, torch.float32)
-
-
 def _number(lr: float | Tensor) -> float:
     return lr.detach().item() if isinstance(lr, Tensor) else lr
 
@@ -319,38 +304,20 @@ def _has_nonzero(grad: Tensor) -> bool:
     return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
 
 
-def _leaf(param: Any, grad: Any, state: tuple[Any, ...]) -> Leaf:
-    """What the engines work on: this process's part of a sharded tensor, a complex number as two real ones."""
-    if not is_plain(param) and hasattr(param, "to_local"):
-        if getattr(grad, "placements", None) != param.placements:
-            grad = grad.redistribute(param.device_mesh, param.placements)
-        param, grad, *parts = (tensor.to_local() for tensor in (param, grad, *state))
-        state = tuple(parts)
-    if param.is_complex():
-        # Of the gradient a conjugate is as good as any; a parameter that is one cannot be written to.
-        param, grad, *parts = (torch.view_as_real(tensor) for tensor in (param, grad.resolve_conj(), *state))
-        state = tuple(parts)
-    return Leaf(param, grad, state)
-
-
 def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
     parts = (block for leaf in leaves for block in blocks(leaf, block_size(leaf)))
     torch_loop.step(rule, parts, *args, **kwargs)
 
 
-def _engines(group: dict[str, Any], leaves: list[Leaf]) -> list[Engine]:
-    """The engine for each leaf: what the user asked for, else the fastest there is; the loop where that cannot run."""
-    fused = _fused(group) if any(leaf.param.is_cpu for leaf in leaves) else None
-    if fused is None:
-        return [torch_foreach.step if _wants_foreach(group, [leaf]) else _loop for leaf in leaves]
-    return [
-        fused.step if fused.accepts(leaf) else torch_foreach.step if _wants_foreach(group, [leaf]) else _loop for leaf in leaves
-    ]
+def _may_fuse(group: dict[str, Any]) -> bool:
+    """Whether the fused engine is wanted, and no other way prescribed."""
+    wanted = group["fused"] or (_HAS_NUMBA and _is_automatic(group))
+    return wanted and not (group["capturable"] or group["differentiable"])
 
 
 def _fused(group: dict[str, Any]) -> ModuleType | None:
     """The fused engine, where it is wanted and can be had."""
-    if not group["fused"] and not (_HAS_NUMBA and _is_automatic(group)):
+    if not _may_fuse(group):
         return None
     engine = _import_fused()
     if isinstance(engine, ModuleType):

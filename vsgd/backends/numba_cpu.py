@@ -95,17 +95,39 @@ def _(arrays, i, values):
     return store
 
 
-class Table(NamedTuple):
-    """Dense arrays of equal dtype in CPU memory.
+class Chunks(NamedTuple):
+    """The work of a step, in units of at most `CHUNK` elements.
 
     Attributes:
-        addresses: one int64 array for each role (parameter, gradient, and the state arrays in the rule's order), holding the
-            address of that array for each parameter.
-        sizes: the number of elements of each parameter, int64.
+        tensors: which parameter each chunk is of, int64.
+        starts: its first element.
+        stops: the element behind its last.
     """
 
-    addresses: tuple[np.ndarray, ...]
-    sizes: np.ndarray
+    tensors: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Chunks:
+        """The chunks of some parameters, told by a boolean for each parameter."""
+        return Chunks(*(each[chosen[self.tensors]] for each in self))
+
+
+def chunks(sizes: np.ndarray) -> Chunks:
+    """All chunks of parameters of these sizes.
+
+    Args:
+        sizes: the number of elements of each parameter, int64.
+
+    Example:
+        >>> tensors, starts, stops = chunks(np.array([3, 0, CHUNK + 1]))
+        >>> tensors.tolist(), (stops - starts).tolist()
+        ([0, 2, 2], [3, 16384, 1])
+    """
+    counts = -(-sizes // CHUNK)
+    tensors = np.repeat(np.arange(len(sizes)), counts)
+    starts = (np.arange(len(tensors)) - (np.cumsum(counts) - counts)[tensors]) * CHUNK
+    return Chunks(tensors, starts, np.minimum(starts + CHUNK, sizes[tensors]))
 
 
 def _kernel_of(rule: core.Rule, indices: Callable[[int], Any]) -> Callable[..., None]:
@@ -131,27 +153,49 @@ def _kernel_of(rule: core.Rule, indices: Callable[[int], Any]) -> Callable[..., 
     return kernel
 
 
+def _count(addresses, counts, one):
+    for k in range(addresses.shape[0]):
+        count = numba.carray(_pointer(addresses[k], one), 1)
+        count[0] += one
+        counts[k] = count[0]
+
+
+def _jit(function: Callable[..., None], **options: Any) -> Callable[..., None]:
+    try:
+        return numba.njit(cache=True, nogil=True, **_OPTIONS, **options)(function)
+    except RuntimeError:  # there is no place to write the cache to
+        return numba.njit(nogil=True, **_OPTIONS, **options)(function)
+
+
 @functools.cache
 def _compiled(rule: core.Rule, parallel: bool) -> Callable[..., None]:
-    options = {**_OPTIONS, "nogil": True, "parallel": parallel}
-    kernel = _kernel_of(rule, numba.prange if parallel else range)
-    try:
-        return numba.njit(cache=True, **options)(kernel)
-    except RuntimeError:  # there is no place to write the cache to
-        return numba.njit(**options)(kernel)
+    return _jit(_kernel_of(rule, numba.prange if parallel else range), parallel=parallel)
 
 
-def _chunks(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tensor, first element and end of each chunk of the tensors of these sizes."""
-    counts = -(-sizes // CHUNK)
-    tensors = np.repeat(np.arange(len(sizes)), counts)
-    starts = (np.arange(len(tensors)) - (np.cumsum(counts) - counts)[tensors]) * CHUNK
-    return tensors, starts, np.minimum(starts + CHUNK, sizes[tensors])
+@functools.cache
+def _compiled_count() -> Callable[..., None]:
+    return _jit(_count)
+
+
+def count(addresses: np.ndarray, dtype: Any) -> np.ndarray:
+    """Add 1 to each step count, in place.
+
+    Args:
+        addresses: where the counts lie, int64; they stay alive and unmoved during the call.
+        dtype: numpy dtype of all counts, float32 or float64.
+
+    Returns:
+        The new counts, float64.
+    """
+    counts = np.empty(len(addresses))
+    _compiled_count()(addresses, counts, np.dtype(dtype).type(1))
+    return counts
 
 
 def step(
     rule: core.Rule,
-    table: Table,
+    addresses: tuple[np.ndarray, ...],
+    work: Chunks,
     coefficients: Sequence[float],
     lr: float,
     decay: float,
@@ -160,12 +204,14 @@ def step(
     maximize: bool = False,
     threads: int = 1,
 ) -> None:
-    """One step of `rule`, in place, on all arrays of `table`.
+    """One step of `rule`, in place, on dense arrays of equal dtype in CPU memory.
 
     Args:
         rule: the variant to run.
-        table: where the arrays lie; they stay alive and unmoved during the call.
-        coefficients: `rule.coefficients(step, hyper)` with Python numbers, the same for all parameters.
+        addresses: one int64 array for each role (parameter, gradient, and the state arrays in the rule's order), holding the
+            address of that array for each parameter. The arrays stay alive and unmoved during the call.
+        work: the chunks to step.
+        coefficients: `rule.coefficients(step, hyper)` with Python numbers, the same for all chunks.
         lr: step size.
         decay: `1 - lr * weight_decay`.
         dtype: numpy dtype of all arrays, float32 or float64.
@@ -175,11 +221,10 @@ def step(
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
     """
     scalar = np.dtype(dtype).type
-    tensors, starts, stops = _chunks(table.sizes)
     c = type(coefficients)(*map(scalar, coefficients))
-    arguments = (table.addresses, tensors, starts, stops, c, scalar(lr), scalar(decay), scalar(-1 if maximize else 1))
-    threads = min(threads, numba.config.NUMBA_NUM_THREADS)
-    if threads == 1 or len(tensors) == 1 or table.sizes.sum() <= CHUNK * 4 or os.getpid() != _home_process:
+    arguments = (addresses, *work, c, scalar(lr), scalar(decay), scalar(-1 if maximize else 1))
+    threads = min(threads, len(work.tensors), numba.config.NUMBA_NUM_THREADS)
+    if threads <= 1 or (work.stops - work.starts).sum() <= CHUNK * 4 or os.getpid() != _home_process:
         _compiled(rule, parallel=False)(*arguments)
         return
     with _lock:

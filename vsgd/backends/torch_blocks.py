@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ class Leaf(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order parameter, gradient, state."""
         return (self.param, self.grad, *self.state)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
+    if param.is_complex():
+        return torch.promote_types(param.dtype, torch.complex64)
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def leaf_of(param: Any, grad: Any, state: tuple[Any, ...]) -> Leaf:
+    """What the engines work on: this process's part of a sharded tensor, a complex number as two real ones."""
+    if not is_plain(param) and hasattr(param, "to_local"):
+        if getattr(grad, "placements", None) != param.placements:
+            grad = grad.redistribute(param.device_mesh, param.placements)
+        param, grad, *parts = (tensor.to_local() for tensor in (param, grad, *state))
+        state = tuple(parts)
+    if param.is_complex():
+        # Of the gradient a conjugate is as good as any; a parameter that is one cannot be written to.
+        param, grad, *parts = (torch.view_as_real(tensor) for tensor in (param, grad.resolve_conj(), *state))
+        state = tuple(parts)
+    return Leaf(param, grad, state)
 
 
 def block_size(leaf: Leaf) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from vsgd import core
 from vsgd.backends import numba_cpu
@@ -14,12 +18,16 @@ from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
 
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
+_grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 
-def accepts(leaf: Leaf) -> bool:
-    """Whether the kernel can run on the leaf: dense float32 or float64 tensors of one layout in CPU memory."""
+
+def accepts(leaf: Leaf, step: Tensor) -> bool:
+    """Whether the kernel can run on the leaf: dense float32 or float64 tensors of one layout, and its count, in CPU memory."""
     param, grad, state = leaf
     dtype, shape = param.dtype, param.shape
     if dtype not in _DTYPES or not is_plain(param) or not is_plain(grad):
+        return False
+    if step.dtype not in _DTYPES or not step.is_cpu or step.numel() != 1:
         return False
     # Every one, for the kernel writes where it is told: state of another size or device would be memory that is not ours.
     for tensor in (param, grad, *state):
@@ -28,40 +36,126 @@ def accepts(leaf: Leaf) -> bool:
     return is_flat(leaf)
 
 
-def step(
-    rule: core.Rule,
-    leaves: Iterable[Leaf],
-    coefficients: Any,
-    lr: float,
-    decay: float,
-    *,
-    maximize: bool = False,
-) -> None:
-    """One step, in place, on all leaves at once.
+class Batch:
+    """Leaves that the kernel steps together, as it wants them: a table of addresses and a list of chunks.
+
+    The tensors that it was made of must lie where they lay.
 
     Args:
-        rule: the variant to run.
         leaves: parameters that `accepts`.
-        coefficients: `rule.coefficients(step, hyper)`, of numbers.
-        lr: step size.
-        decay: `1 - lr * weight_decay`.
-        maximize: whether to step with the negative gradient.
+        steps: their step counts.
     """
-    by_dtype: dict[torch.dtype, list[Leaf]] = {}
-    for leaf in leaves:
-        by_dtype.setdefault(leaf.param.dtype, []).append(leaf)
-    for dtype, members in by_dtype.items():
-        addresses = np.array([[tensor.data_ptr() for tensor in leaf.tensors] for leaf in members], dtype=np.int64)
-        sizes = np.array([leaf.param.numel() for leaf in members], dtype=np.int64)
-        numba_cpu.step(
-            rule,
-            numba_cpu.Table(tuple(np.ascontiguousarray(addresses.T)), sizes),
-            coefficients,
-            lr,
-            decay,
-            dtype=_DTYPES[dtype],
-            maximize=maximize,
-            threads=torch.get_num_threads(),
-        )
+
+    def __init__(self, leaves: Sequence[Leaf], steps: Sequence[Tensor]) -> None:
+        self._addresses = tuple(_addresses(tensors) for tensors in zip(*(leaf.tensors for leaf in leaves), strict=True))
+        self._step_addresses = _addresses(steps)
+        self._work = numba_cpu.chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
+        self._double = np.array([leaf.param.dtype is torch.float64 for leaf in leaves])
+        self._double_steps = np.array([step.dtype is torch.float64 for step in steps])
+        self._changing = [*steps, *chain.from_iterable((leaf.param, *leaf.state) for leaf in leaves)]
+
+    def move_grads(self, grads: Sequence[Tensor]) -> None:
+        """Take other gradients, like the old ones in all but their address."""
+        self._addresses[1][:] = _addresses(grads)
+
+    def step(self, rule: core.Rule, hyper: Any, lr: float, decay: float, *, maximize: bool = False) -> None:
+        """One step, in place, on all leaves at once, with the coefficients of the count of each.
+
+        Args:
+            rule: the variant to run.
+            hyper: its hyperparameters.
+            lr: step size.
+            decay: `1 - lr * weight_decay`.
+            maximize: whether to step with the negative gradient.
+        """
+        counts = np.empty(len(self._double))
+        for dtype, chosen in _kinds(self._double_steps):
+            counts[chosen] = numba_cpu.count(self._step_addresses[chosen], dtype)
+        for dtype, of_dtype in _kinds(self._double):
+            for value in np.unique(counts[of_dtype]):
+                numba_cpu.step(
+                    rule,
+                    self._addresses,
+                    self._work.of(of_dtype & (counts == value)),
+                    rule.coefficients(value.item(), hyper),
+                    lr,
+                    decay,
+                    dtype=dtype,
+                    maximize=maximize,
+                    threads=torch.get_num_threads(),
+                )
         # Autograd must see that these changed, as it does with torch's own operations.
-        torch.autograd.graph.increment_version([tensor for leaf in members for tensor in (leaf.param, *leaf.state)])
+        torch.autograd.graph.increment_version(self._changing)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
+
+
+def _kinds(double: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    """The numpy dtypes that occur, and which have each."""
+    for dtype, chosen in ((np.float32, ~double), (np.float64, double)):
+        if chosen.any():
+            yield dtype, chosen
+
+
+class Plan:
+    """A batch to be stepped again and again, without looking at each tensor anew.
+
+    What was found when the batch was made holds as long as every tensor is the same one, of the same dtype, shape, strides and
+    kind, and at the same address; of gradients, which may be new ones in each step, all but the address. `renew` looks, in few
+    calls for all tensors.
+
+    Attributes:
+        batch: what to step.
+        others: parameters of the group that are not in it.
+
+    Args:
+        batch: of `leaves`.
+        group: the parameters of the optimizer's group.
+        leaves: for some of them, of the parameter, gradient and state themselves, not views or parts of them.
+        steps: their step counts.
+        names: of the state arrays in the leaves.
+    """
+
+    def __init__(
+        self, batch: Batch, group: Sequence[Tensor], leaves: Sequence[Leaf], steps: Sequence[Tensor], names: Sequence[str]
+    ) -> None:
+        self.batch = batch
+        self._group = list(group)
+        self._params = [leaf.param for leaf in leaves]
+        mine = set(map(id, self._params))
+        self.others = [param for param in group if id(param) not in mine]
+        self._of_state: Callable[[Any], tuple[Tensor, ...]] = itemgetter("step", *names)
+        kept = [tensor for leaf, step in zip(leaves, steps, strict=True) for tensor in (step, *leaf.state)]
+        self._fixed = [*self._params, *kept]
+        self._fixed_addresses = list(map(Tensor.data_ptr, self._fixed))
+        # The compiler's check of its inputs: one call for all that is asked here, a hundredth of the time.
+        seen = [*self._fixed, *(leaf.grad for leaf in leaves)]
+        sizes, strides = ([list(of(tensor)) for tensor in seen] for of in (Tensor.size, Tensor.stride))
+        guards: Any = TensorGuards  # its annotation is wrong: it takes a list for each tensor
+        self._guards = guards(*seen, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def renew(self, group: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Make the batch ready for the next step, where nothing has changed but the gradients.
+
+        Args:
+            group: the parameters of the optimizer's group.
+            state: the optimizer's.
+
+        Returns:
+            Whether that is so. If not, neither this plan nor its batch may be used any more.
+        """
+        if len(group) != len(self._group) or not all(map(is_, group, self._group)):
+            return False
+        kept = chain.from_iterable(map(self._of_state, map(state.get, self._params)))
+        try:
+            if not all(map(is_, kept, self._fixed[len(self._params) :])):
+                return False
+        except (KeyError, TypeError):  # there is no state, or not all of it
+            return False
+        grads: list[Any] = list(map(_grad_of, self._params))
+        if not self._guards.check(*self._fixed, *grads) or list(map(Tensor.data_ptr, self._fixed)) != self._fixed_addresses:
+            return False
+        self.batch.move_grads(grads)
+        return True
