@@ -29,24 +29,55 @@ MULTIPLIERS = (1, 0x2C1B3C6D, 0x297A2D39, 0x21F0AAAD)
 
 
 class _Numbers:
-    """The integer namespace of Python's integers, as far as keys need it."""
+    """The integer namespace of Python's integers (and of NumPy's int64 arrays), as far as keys need it."""
 
     @staticmethod
     def wrap(i: int) -> int:
         return (i + 2**31) % 2**32 - 2**31
 
 
-def _make_scramble(xp: Any) -> Callable[[Integer], Integer]:
+def make_word(xp: Any) -> Callable[[Integer, Integer], Integer]:
+    """Build `word(index, key) -> word`, 32 random bits for each element at one step.
+
+    Args:
+        xp: an integer namespace.
+
+    Returns:
+        A function of the elements' places in their array, int32, and of the key of the step.
+    """
+
     # Wellons' lowbias32 (public domain), its second factor as a negative number, for int32 holds no other.
     # The masks make a shift of a signed number one of an unsigned.
-    def scramble(i: Integer) -> Integer:
+    def word(index: Integer, key: Integer) -> Integer:
+        i = index ^ key
         i = xp.wrap(i ^ ((i >> 16) & 0xFFFF))
         i = xp.wrap(i * 0x7FEB352D)
         i = xp.wrap(i ^ ((i >> 15) & 0x1FFFF))
         i = xp.wrap(i * -0x7B935975)
         return xp.wrap(i ^ ((i >> 16) & 0xFFFF))
 
-    return scramble
+    return word
+
+
+def make_key(xp: Any) -> Callable[[int, Integer], Integer]:
+    """Build `key(base, step) -> key`, an int32 scalar for one parameter at one step.
+
+    Args:
+        xp: an integer namespace.
+
+    Returns:
+        A function of `base_key(...)` and the parameter's count of steps, int32.
+    """
+    word = make_word(xp)
+
+    def key(base: int, step: Integer) -> Integer:
+        return word(xp.wrap(step + base), 0)
+
+    return key
+
+
+#: `key(base, step)` for Python's integers, and for int64 arrays.
+host_key = make_key(_Numbers)
 
 
 def base_key(seed: int, number: int) -> int:
@@ -63,46 +94,7 @@ def base_key(seed: int, number: int) -> int:
         >>> base_key(0, 1) != base_key(1, 0)
         True
     """
-    scramble = _make_scramble(_Numbers)
-    return scramble(_Numbers.wrap(scramble(_Numbers.wrap(seed)) + number))
-
-
-def make_key(xp: Any) -> Callable[[int, Integer], Integer]:
-    """Build `key(base, step) -> key`, an int32 scalar for one parameter at one step.
-
-    Args:
-        xp: an integer namespace.
-
-    Returns:
-        A function of `base_key(...)` and the parameter's count of steps, int32.
-    """
-    scramble = _make_scramble(xp)
-
-    def key(base: int, step: Integer) -> Integer:
-        return scramble(xp.wrap(step + base))
-
-    return key
-
-
-#: `key(base, step)` for Python's integers.
-host_key = make_key(_Numbers)
-
-
-def make_word(xp: Any) -> Callable[[Integer, Integer], Integer]:
-    """Build `word(index, key) -> word`, 32 random bits for each element at one step.
-
-    Args:
-        xp: an integer namespace.
-
-    Returns:
-        A function of the elements' places in their array, int32, and of the key of the step.
-    """
-    scramble = _make_scramble(xp)
-
-    def word(index: Integer, key: Integer) -> Integer:
-        return scramble(index ^ key)
-
-    return word
+    return host_key(host_key(0, _Numbers.wrap(seed)), number)
 
 
 def make_round(xp: Any) -> Callable[[Float, Integer, int], Float]:
