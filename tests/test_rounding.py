@@ -20,6 +20,10 @@ class Integers:
         return i
 
     @staticmethod
+    def times(i: np.ndarray, factor: int) -> np.ndarray:
+        return i * factor
+
+    @staticmethod
     def bits(x: np.ndarray) -> np.ndarray:
         return x.view(np.int32)
 

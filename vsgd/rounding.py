@@ -10,6 +10,7 @@ loaded, and for an element wherever its shard lies.
 An integer namespace `xp` has int32 arrays with operators, and
 
 - `wrap(i)`: an integer modulo 2**32, as int32; the identity where the library's own int32 wraps around,
+- `times(i, factor)`: `wrap(i * factor)`,
 - `bits(x)` and `floats(i)`: float32 seen as int32, and back,
 - `where(condition, a, b)`.
 """
@@ -35,6 +36,10 @@ class _Numbers:
     def wrap(i: int) -> int:
         return (i + 2**31) % 2**32 - 2**31
 
+    @staticmethod
+    def times(i: int, factor: int) -> int:
+        return _Numbers.wrap(i * factor)
+
 
 def make_word(xp: Any) -> Callable[[Integer, Integer], Integer]:
     """Build `word(index, key) -> word`, 32 random bits for each element at one step.
@@ -51,15 +56,15 @@ def make_word(xp: Any) -> Callable[[Integer, Integer], Integer]:
     def word(index: Integer, key: Integer) -> Integer:
         i = index ^ key
         i = xp.wrap(i ^ ((i >> 16) & 0xFFFF))
-        i = xp.wrap(i * 0x7FEB352D)
+        i = xp.times(i, 0x7FEB352D)
         i = xp.wrap(i ^ ((i >> 15) & 0x1FFFF))
-        i = xp.wrap(i * -0x7B935975)
+        i = xp.times(i, -0x7B935975)
         return xp.wrap(i ^ ((i >> 16) & 0xFFFF))
 
     return word
 
 
-def make_key(xp: Any) -> Callable[[int, Integer], Integer]:
+def make_key(xp: Any) -> Callable[[Integer, Integer], Integer]:
     """Build `key(base, step) -> key`, an int32 scalar for one parameter at one step.
 
     Args:
@@ -70,7 +75,7 @@ def make_key(xp: Any) -> Callable[[int, Integer], Integer]:
     """
     word = make_word(xp)
 
-    def key(base: int, step: Integer) -> Integer:
+    def key(base: Integer, step: Integer) -> Integer:
         return word(xp.wrap(step + base), 0)
 
     return key
@@ -109,7 +114,7 @@ def make_round(xp: Any) -> Callable[[Float, Integer, int], Float]:
     """
 
     def to_bfloat16(value: Float, word: Integer, multiplier: int) -> Float:
-        noise = (xp.wrap(word * multiplier) >> 16) & 0xFFFF
+        noise = (xp.times(word, multiplier) >> 16) & 0xFFFF
         bits = xp.bits(value)
         # A NaN with all bits set would wrap around to a zero.
         noise = xp.where((bits & 0x7F800000) == 0x7F800000, 0, noise)

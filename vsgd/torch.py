@@ -23,8 +23,8 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from vsgd import checkpoints, core
-from vsgd.backends import torch_foreach, torch_loop
+from vsgd import checkpoints, core, rounding
+from vsgd.backends import torch_foreach, torch_loop, torch_rounding
 from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain, leaf_of, state_dtype
 from vsgd.torch_loading import hide_tensors, show_tensors
 
@@ -38,6 +38,7 @@ _FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
 Engine = Callable[..., None]
 
 _FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
+_STORAGE = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0}
 
 
 class _RuleOptimizer(Optimizer):
@@ -59,6 +60,7 @@ class _RuleOptimizer(Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
         names = ("lr", "weight_decay", *self._rule.hyperparameters._fields)
         core.validate(**{name: group[name] for name in names})
+        core.validate_storage(group["state_dtype"], group["seed"])
         if group["foreach"] and group["differentiable"]:
             raise RuntimeError("`foreach` does not support `differentiable`")
         if group["fused"]:
@@ -78,7 +80,7 @@ class _RuleOptimizer(Optimizer):
         super().__setstate__(state)
         self._plans = {}  # never copied or saved: addresses are of this process and of these tensors
         for group in self.param_groups:
-            for name, value in {**_FLAGS, **self.defaults}.items():
+            for name, value in {**_FLAGS, **_STORAGE, **self.defaults}.items():
                 group.setdefault(name, value)
             for param in group["params"]:
                 param_state = self.state.get(param, {})
@@ -154,7 +156,11 @@ class _RuleOptimizer(Optimizer):
         for name, value in zip(self._rule.state_names, self._rule.initial_state(self._hyper(group)), strict=True):
             fill = complex(value, value) if param.is_complex() else value
             state[name] = torch.full_like(
-                param, fill, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
+                param,
+                fill,
+                dtype=state_dtype(param, group["state_dtype"]),
+                memory_format=torch.preserve_format,
+                requires_grad=False,
             )
 
     def _hyper(self, group: dict[str, Any]) -> Any:
@@ -219,13 +225,26 @@ class _RuleOptimizer(Optimizer):
         steps: list[Tensor],
         states: list[list[Tensor]],
     ) -> None:
-        leaves = [leaf_of(param, grad, tuple(state)) for param, grad, *state in zip(params, grads, *states, strict=True)]
+        keys = self._base_keys(number, group, params)
+        rounds = group["stochastic_rounding"]
+        leaves = [
+            leaf_of(param, grad, tuple(state), key, rounds)
+            for param, grad, key, *state in zip(params, grads, keys, *states, strict=True)
+        ]
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
             if group["capturable"] and not torch.compiler.is_compiling():
                 _check_capturable(leaves, steps)
             self._step_by_tensors(group, leaves, steps)
             return
         self._step_by_numbers(group, *self._step_fused(number, group, params, leaves, steps))
+
+    def _base_keys(self, number: int, group: dict[str, Any], params: list[Tensor]) -> list[int | None]:
+        """What the noise of each parameter is made of, where there is any."""
+        if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
+            return [None] * len(params)
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
+        place = {id(param): first + index for index, param in enumerate(group["params"])}
+        return [rounding.base_key(group["seed"], place[id(param)]) for param in params]
 
     def _step_fused(
         self, number: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
@@ -265,7 +284,7 @@ class _RuleOptimizer(Optimizer):
         batches: dict[tuple[float, Engine], list[Leaf]] = {}
         for leaf, step in zip(leaves, steps, strict=True):
             engine = torch_foreach.step if _wants_foreach(group, [leaf]) else _loop
-            batches.setdefault((step.item(), engine), []).append(leaf)
+            batches.setdefault((step.item(), engine), []).append(_at(leaf, step.item()))
         for (count, engine), batch in batches.items():
             coefficients = self._rule.coefficients(count, hyper)
             engine(self._rule, batch, coefficients, lr, decay, maximize=group["maximize"])
@@ -276,7 +295,8 @@ class _RuleOptimizer(Optimizer):
         hyper = self._hyper(group)
         lr = _to_scalar(group["lr"])
         # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        steps = [step.to(leaf.state[0].dtype) for step, leaf in zip(steps, leaves, strict=True)]
+        leaves = [_at(leaf, step) for leaf, step in zip(leaves, steps, strict=True)]
+        steps = [step.to(leaf.dtype) for step, leaf in zip(steps, leaves, strict=True)]
         if _wants_foreach(group, leaves):
             coefficients = self._rule.coefficients(torch_foreach.TensorList(steps), hyper)
             if isinstance(lr, Tensor):
@@ -302,6 +322,11 @@ def _has_nonzero(grad: Tensor) -> bool:
         return True
     nonzero = (grad != 0).sum()
     return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
+
+
+def _at(leaf: Leaf, step: float | Tensor) -> Leaf:
+    """The leaf with the noise of a step."""
+    return leaf if leaf.noise is None else leaf._replace(noise=torch_rounding.noise_at(leaf.noise, step))
 
 
 def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
@@ -367,7 +392,7 @@ class VSGD(_RuleOptimizer):
     filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
 
     State of each parameter: `step` (a 0-d tensor), `mu_g`, `b_g`, `b_ghat` (the parameter's shape and layout; float64 for
-    float64 parameters, else float32).
+    float64 parameters, else float32 or bfloat16, as `state_dtype` says).
 
     Args:
         params: tensors, named tensors or groups, as for every torch optimizer.
@@ -383,6 +408,11 @@ class VSGD(_RuleOptimizer):
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
         fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
+            float32. float64 and complex parameters keep state of their own precision.
+        stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
+        seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
+            element, so that a resumed run has the same.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -421,6 +451,9 @@ class VSGD(_RuleOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
@@ -432,7 +465,7 @@ class ConstantVSGD(_RuleOptimizer):
     `beta1 = variance_ratio / (variance_ratio + 1)`.
 
     State of each parameter: `step` (a 0-d tensor), `mu_g`, `b` (the parameter's shape and layout; float64 for float64
-    parameters, else float32).
+    parameters, else float32 or bfloat16, as `state_dtype` says).
 
     Args:
         params: tensors, named tensors or groups, as for every torch optimizer.
@@ -447,6 +480,11 @@ class ConstantVSGD(_RuleOptimizer):
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
         fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
+            float32. float64 and complex parameters keep state of their own precision.
+        stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
+        seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
+            element, so that a resumed run has the same.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -481,5 +519,8 @@ class ConstantVSGD(_RuleOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, _defaults(locals()))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vsgd import core
 from vsgd.backends.torch_blocks import Leaf, block_size, blocks
+from vsgd.backends.torch_rounding import rounded
 
 
 class TensorList:
@@ -134,12 +135,14 @@ def _of_leaves(value: float | TensorList, indices: Iterable[int]) -> float | Ten
 def _step_chunk(
     update: core.Update, chunk: Sequence[Leaf], c: Any, lr: float | TensorList, decay: float | TensorList, maximize: bool
 ) -> None:
-    params = [leaf.param for leaf in chunk]
-    grads = TensorList([leaf.grad.to(leaf.state[0].dtype) for leaf in chunk])
-    states = [list(tensors) for tensors in zip(*(leaf.state for leaf in chunk), strict=True)]
-    direction, new_states = update(-grads if maximize else grads, tuple(map(TensorList, states)), c)
-    for old, new in zip(states, new_states, strict=True):
-        torch._foreach_copy_(old, new.tensors)
-    wide_params = TensorList([leaf.param.to(leaf.state[0].dtype) for leaf in chunk])
-    stepped = core.descend(wide_params, direction, lr, decay)
-    torch._foreach_copy_(params, stepped.tensors)
+    grads, *states = (
+        TensorList([tensor.to(leaf.dtype) for leaf, tensor in zip(chunk, tensors, strict=True)])
+        for tensors in zip(*(leaf.tensors[1:] for leaf in chunk), strict=True)
+    )
+    direction, new_states = update(-grads if maximize else grads, tuple(states), c)
+    wide_params = TensorList([leaf.param.to(leaf.dtype) for leaf in chunk])
+    new_params = core.descend(wide_params, direction, lr, decay)
+    per_leaf = zip(*(new.tensors for new in new_states), strict=True)
+    pairs = [rounded(*each) for each in zip(chunk, per_leaf, new_params.tensors, strict=True)]
+    old = [tensor for leaf in chunk for tensor in (*leaf.state, leaf.param)]
+    torch._foreach_copy_(old, [tensor for state, param in pairs for tensor in (*state, param)])
