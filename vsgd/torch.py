@@ -288,12 +288,19 @@ class _RuleOptimizer(Optimizer):
         whole = torch.compiler.is_compiling() or group["differentiable"]
         for leaf, step in zip(leaves, steps, strict=True):
             coefficients = self._rule.coefficients(step, hyper)
+            if torch.compiler.is_compiling() and leaf.param.is_cpu:
+                coefficients = type(coefficients)(*map(_in_memory, coefficients))
             parts = [leaf] if whole else blocks(leaf, block_size(leaf))
             torch_loop.step(self._rule, parts, coefficients, lr, decay, maximize=group["maximize"])
 
 
 def _number(lr: float | Tensor) -> float:
     return lr.detach().item() if isinstance(lr, Tensor) else lr
+
+
+def _in_memory(value: float | Tensor) -> float | Tensor:
+    """The same number, which the compiler computes before the loop over elements, and not for each of them."""
+    return value.as_strided((), ()) if isinstance(value, Tensor) else value
 
 
 def _has_nonzero(grad: Tensor) -> bool:
