@@ -25,7 +25,18 @@ from torch.optim.optimizer import (
 
 from vsgd import checkpoints, core
 from vsgd.backends import torch_foreach, torch_loop
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain, leaf_of, state_dtype
+from vsgd.backends.torch_blocks import (
+    Leaf,
+    batches,
+    block_size,
+    blocks,
+    is_plain,
+    join,
+    leaf_of,
+    small_kinds,
+    state_dtype,
+    write_back,
+)
 from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
@@ -262,11 +273,11 @@ class _RuleOptimizer(Optimizer):
         hyper = self._hyper(group)
         lr = _number(group["lr"])
         decay = 1 - lr * group["weight_decay"]
-        batches: dict[tuple[float, Engine], list[Leaf]] = {}
+        by_count: dict[tuple[float, Engine], list[Leaf]] = {}
         for leaf, step in zip(leaves, steps, strict=True):
             engine = torch_foreach.step if _wants_foreach(group, [leaf]) else _loop
-            batches.setdefault((step.item(), engine), []).append(leaf)
-        for (count, engine), batch in batches.items():
+            by_count.setdefault((step.item(), engine), []).append(leaf)
+        for (count, engine), batch in by_count.items():
             coefficients = self._rule.coefficients(count, hyper)
             engine(self._rule, batch, coefficients, lr, decay, maximize=group["maximize"])
 
@@ -312,7 +323,13 @@ def _has_nonzero(grad: Tensor) -> bool:
 
 
 def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
-    parts = (block for leaf in leaves for block in blocks(leaf, block_size(leaf)))
+    kinds, others = small_kinds(leaves)
+    for kind in kinds:
+        for _, batch in batches(kind, block_size(kind[0])):
+            joined = join(batch)
+            torch_loop.step(rule, [joined], *args, **kwargs)
+            write_back(joined, batch)
+    parts = (block for leaf in others for block in blocks(leaf, block_size(leaf)))
     torch_loop.step(rule, parts, *args, **kwargs)
 
 
