@@ -34,7 +34,7 @@ def bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 def emulate(cls: type, steps: int, dtype: torch.dtype, hyper: Any, lr: float, decay: float, seed: int) -> list[Any]:
-    """Parameters and states, flat, by NumPy and the definition: each array rounded with the noise of (seed, place, step, element)."""
+    """Parameters and states, flat, by NumPy and the definition: the noise is of seed, parameter, step and element."""
     rule = RULES[cls]
     update = rule.make_update(np)
     params = [param.detach().float().numpy().ravel().copy() for param in make_params(dtype)]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 try:
@@ -19,23 +16,25 @@ from torch.optim.optimizer import (
     ParamsT,
     _get_capturable_supported_devices,
     _get_scalar_dtype,
-    _to_scalar,
     _use_grad_for_differentiable,
 )
 
 from vsgd import checkpoints, core, rounding
-from vsgd.backends import torch_foreach, torch_loop, torch_rounding
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain, leaf_of, state_dtype
+from vsgd.backends.torch_blocks import Leaf, leaf_of, state_dtype
+from vsgd.backends.torch_engines import (
+    FUSED_NEEDS_NUMBA,
+    HAS_NUMBA,
+    fused_engine,
+    hyperparameters,
+    may_fuse,
+    number,
+    step_batch,
+    step_by_numbers,
+    step_by_tensors,
+)
 from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
-
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
-
-_FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
-
-#: `engine(rule, leaves, coefficients, lr, decay, maximize=...)` takes one step on all leaves.
-Engine = Callable[..., None]
 
 _FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
 _STORAGE = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0}
@@ -48,7 +47,7 @@ class _RuleOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
-        self._plans: dict[int, Any] = {}
+        self._plans: dict[Any, Any] = {}
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -68,8 +67,8 @@ class _RuleOptimizer(Optimizer):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if group["foreach"]:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-            if not _HAS_NUMBA:
-                raise ImportError(_FUSED_NEEDS_NUMBA)
+            if not HAS_NUMBA:
+                raise ImportError(FUSED_NEEDS_NUMBA)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -153,7 +152,8 @@ class _RuleOptimizer(Optimizer):
                 f"`fused=True` requires all the params to be on supported devices: ['cpu'] but one is on {param.device.type}"
             )
         state["step"] = self._step_count(group, param, 0.0)
-        for name, value in zip(self._rule.state_names, self._rule.initial_state(self._hyper(group)), strict=True):
+        initial = self._rule.initial_state(hyperparameters(self._rule, group))
+        for name, value in zip(self._rule.state_names, initial, strict=True):
             fill = complex(value, value) if param.is_complex() else value
             state[name] = torch.full_like(
                 param,
@@ -162,10 +162,6 @@ class _RuleOptimizer(Optimizer):
                 memory_format=torch.preserve_format,
                 requires_grad=False,
             )
-
-    def _hyper(self, group: dict[str, Any]) -> Any:
-        hyperparameters = self._rule.hyperparameters
-        return hyperparameters(*(group[name] for name in hyperparameters._fields))
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -188,44 +184,45 @@ class _RuleOptimizer(Optimizer):
                 loss = closure()
 
         only_init = self._is_dry_run()
-        for number, group in enumerate(self.param_groups):
-            plan = None if torch.compiler.is_compiling() else self._valid_plan(number, group)
+        for index, group in enumerate(self.param_groups):
+            plan = None if torch.compiler.is_compiling() else self._valid_plan(index, group)
             params: list[Tensor] = []
             grads: list[Tensor] = []
             steps: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in self._rule.state_names]
             self._init_group(group if plan is None else {**group, "params": plan.others}, params, grads, steps, *states)
             if plan is not None:
-                self._step_batch(group, plan.batch)
+                step_batch(self._rule, group, plan.batch)
             if params and not only_init:
-                self._step_group(number, group, params, grads, steps, states)
+                self._step_group(index, group, params, grads, steps, states)
         return loss
 
-    def _valid_plan(self, number: int, group: dict[str, Any]) -> Any:
+    def _valid_plan(self, index: int, group: dict[str, Any]) -> Any:
         """How to step again what was stepped fused the last time, where that may be done."""
-        plan = self._plans.get(number)
-        if plan is not None and not (_may_fuse(group) and plan.renew(group["params"], self.state)):
-            del self._plans[number]
+        key = _plan_key(index, group)
+        plan = self._plans.get(key)
+        if plan is not None and not (may_fuse(group) and plan.renew(group["params"], self.state)):
+            del self._plans[key]
             return None
         return plan
 
     def _is_dry_run(self) -> bool:
         """Whether this is how `torch.distributed.checkpoint` makes the state: a first step, at lr 0, with zero gradients."""
-        if torch.compiler.is_compiling() or self.state or any(_number(group["lr"]) != 0 for group in self.param_groups):
+        if torch.compiler.is_compiling() or self.state or any(number(group["lr"]) != 0 for group in self.param_groups):
             return False
         params = (param for group in self.param_groups for param in group["params"])
         return not any(param.grad is not None and _has_nonzero(param.grad) for param in params)
 
     def _step_group(
         self,
-        number: int,
+        index: int,
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
         steps: list[Tensor],
         states: list[list[Tensor]],
     ) -> None:
-        keys = self._base_keys(number, group, params)
+        keys = self._base_keys(index, group, params)
         rounds = group["stochastic_rounding"]
         leaves = [
             leaf_of(param, grad, tuple(state), key, rounds)
@@ -234,23 +231,23 @@ class _RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
             if group["capturable"] and not torch.compiler.is_compiling():
                 _check_capturable(leaves, steps)
-            self._step_by_tensors(group, leaves, steps)
+            step_by_tensors(self._rule, group, leaves, steps)
             return
-        self._step_by_numbers(group, *self._step_fused(number, group, params, leaves, steps))
+        step_by_numbers(self._rule, group, *self._step_fused(index, group, params, leaves, steps))
 
-    def _base_keys(self, number: int, group: dict[str, Any], params: list[Tensor]) -> list[int | None]:
+    def _base_keys(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[int | None]:
         """What the noise of each parameter is made of, where there is any."""
         if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
             return [None] * len(params)
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:number])
-        place = {id(param): first + index for index, param in enumerate(group["params"])}
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        place = {id(param): first + number for number, param in enumerate(group["params"])}
         return [rounding.base_key(group["seed"], place[id(param)]) for param in params]
 
     def _step_fused(
-        self, number: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
+        self, index: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
     ) -> tuple[list[Leaf], list[Tensor]]:
         """Step what the fused engine can, and plan the next step; what is left."""
-        fused = _fused(group) if any(leaf.param.is_cpu for leaf in leaves) else None
+        fused = fused_engine(group) if any(leaf.param.is_cpu for leaf in leaves) else None
         if fused is None:
             return leaves, steps
         kinds: dict[str, tuple[list[Leaf], list[Tensor]]] = {"left": ([], []), "own": ([], []), "views": ([], [])}
@@ -260,60 +257,18 @@ class _RuleOptimizer(Optimizer):
             kinds[kind][1].append(step)
         if kinds["own"][0]:
             batch = fused.Batch(*kinds["own"])
-            self._step_batch(group, batch)
+            step_batch(self._rule, group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
-            if self._plans.pop(number, None) is None:
-                self._plans[number] = fused.Plan(batch, group["params"], *kinds["own"], self._rule.state_names)
+            if self._plans.pop(_plan_key(index, group), None) is None:
+                self._plans[_plan_key(index, group)] = fused.Plan(batch, group["params"], *kinds["own"], self._rule.state_names)
         if kinds["views"][0]:  # made anew in each step
-            self._step_batch(group, fused.Batch(*kinds["views"]))
+            step_batch(self._rule, group, fused.Batch(*kinds["views"]))
         return kinds["left"]
 
-    def _step_batch(self, group: dict[str, Any], batch: Any) -> None:
-        lr = _number(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
-        batch.step(self._rule, self._hyper(group), lr, decay, maximize=group["maximize"])
 
-    def _step_by_numbers(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
-        """Coefficients as numbers, computed once for all parameters of equal step count."""
-        if not leaves:
-            return
-        torch._foreach_add_(steps, 1)
-        hyper = self._hyper(group)
-        lr = _number(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
-        batches: dict[tuple[float, Engine], list[Leaf]] = {}
-        for leaf, step in zip(leaves, steps, strict=True):
-            engine = torch_foreach.step if _wants_foreach(group, [leaf]) else _loop
-            batches.setdefault((step.item(), engine), []).append(_at(leaf, step.item()))
-        for (count, engine), batch in batches.items():
-            coefficients = self._rule.coefficients(count, hyper)
-            engine(self._rule, batch, coefficients, lr, decay, maximize=group["maximize"])
-
-    def _step_by_tensors(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
-        """Coefficients as 0-d tensors beside the parameters: no value is read back to the host."""
-        torch._foreach_add_(steps, 1)
-        hyper = self._hyper(group)
-        lr = _to_scalar(group["lr"])
-        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        leaves = [_at(leaf, step) for leaf, step in zip(leaves, steps, strict=True)]
-        steps = [step.to(leaf.dtype) for step, leaf in zip(steps, leaves, strict=True)]
-        if _wants_foreach(group, leaves):
-            coefficients = self._rule.coefficients(torch_foreach.TensorList(steps), hyper)
-            if isinstance(lr, Tensor):
-                lr = torch_foreach.TensorList([lr] * len(leaves))
-            decay = 1 - lr * group["weight_decay"]
-            torch_foreach.step(self._rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
-            return
-        decay = 1 - lr * group["weight_decay"]
-        whole = torch.compiler.is_compiling() or group["differentiable"]
-        for leaf, step in zip(leaves, steps, strict=True):
-            coefficients = self._rule.coefficients(step, hyper)
-            parts = [leaf] if whole else blocks(leaf, block_size(leaf))
-            torch_loop.step(self._rule, parts, coefficients, lr, decay, maximize=group["maximize"])
-
-
-def _number(lr: float | Tensor) -> float:
-    return lr.detach().item() if isinstance(lr, Tensor) else lr
+def _plan_key(index: int, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a plan is for: a group, and what its leaves' noise is made of."""
+    return index, group["stochastic_rounding"], group["seed"]
 
 
 def _has_nonzero(grad: Tensor) -> bool:
@@ -322,54 +277,6 @@ def _has_nonzero(grad: Tensor) -> bool:
         return True
     nonzero = (grad != 0).sum()
     return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
-
-
-def _at(leaf: Leaf, step: float | Tensor) -> Leaf:
-    """The leaf with the noise of a step."""
-    return leaf if leaf.noise is None else leaf._replace(noise=torch_rounding.noise_at(leaf.noise, step))
-
-
-def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
-    parts = (block for leaf in leaves for block in blocks(leaf, block_size(leaf)))
-    torch_loop.step(rule, parts, *args, **kwargs)
-
-
-def _may_fuse(group: dict[str, Any]) -> bool:
-    """Whether the fused engine is wanted, and no other way prescribed."""
-    wanted = group["fused"] or (_HAS_NUMBA and _is_automatic(group))
-    return wanted and not (group["capturable"] or group["differentiable"])
-
-
-def _fused(group: dict[str, Any]) -> ModuleType | None:
-    """The fused engine, where it is wanted and can be had."""
-    if not _may_fuse(group):
-        return None
-    engine = _import_fused()
-    if isinstance(engine, ModuleType):
-        return engine
-    if group["fused"]:
-        raise ImportError(_FUSED_NEEDS_NUMBA) from engine
-    return None
-
-
-@functools.cache
-def _import_fused() -> ModuleType | ImportError:
-    # At the first use, and not above: importing numba takes half a second.
-    try:
-        from vsgd.backends import torch_fused
-    except ImportError as error:
-        return error
-    return torch_fused
-
-
-def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
-    if _is_automatic(group):
-        return not group["differentiable"] and all(leaf.param.is_cuda and is_plain(leaf.param) for leaf in leaves)
-    return bool(group["foreach"])
-
-
-def _is_automatic(group: dict[str, Any]) -> bool:
-    return group["foreach"] is None and group["fused"] is None
 
 
 def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 CPU_BLOCK = 65536
 #: Bytes of an array of a block elsewhere: enough to fill a GPU, while its dozen temporaries stay under 64 MB.
 DEVICE_BLOCK_BYTES = 2**22
+#: Elements up to which a leaf is small: calling an operation on it costs more than copying it.
+SMALL = 4096
 
 
 class Noise(NamedTuple):
@@ -176,3 +178,69 @@ def _split(leaf: Leaf, dim: int, length: int) -> Iterator[Leaf]:
     parts = [torch.split(tensor, length, dim) for tensor in leaf.tensors]
     for param, grad, *state in zip(*parts, strict=True):
         yield Leaf(param, grad, tuple(state), leaf.noise)
+
+
+def batches(leaves: Sequence[Leaf], size: int) -> Iterator[tuple[list[int], list[Leaf]]]:
+    """Blocks of the leaves, in lists of at most `size` elements, with the index of each block's leaf."""
+    indices: list[int] = []
+    chunk: list[Leaf] = []
+    elements = 0
+    for index, leaf in enumerate(leaves):
+        for block in blocks(leaf, size):
+            if chunk and elements + block.param.numel() > size:
+                yield indices, chunk
+                indices, chunk, elements = [], [], 0
+            indices.append(index)
+            chunk.append(block)
+            elements += block.param.numel()
+    if chunk:
+        yield indices, chunk
+
+
+def small_kinds(leaves: Iterable[Leaf]) -> tuple[list[list[Leaf]], list[Leaf]]:
+    """Small leaves that may be joined, by kind, and all other leaves.
+
+    Args:
+        leaves: of any kind.
+
+    Returns:
+        Lists of leaves of equal dtypes on one device; and what is in none of them.
+
+    Example:
+        >>> small, large = (Leaf(torch.zeros(n), torch.ones(n), (torch.zeros(n),)) for n in (3, 10_000))
+        >>> kinds, others = small_kinds([small, large, small])
+        >>> [len(kind) for kind in kinds], len(others)
+        ([2], 1)
+    """
+    kinds: dict[Any, list[Leaf]] = {}
+    others: list[Leaf] = []
+    for leaf in leaves:
+        shape = leaf.param.shape
+        # State that does not fit is for the engine to refuse: joined, it might happen to.
+        # What is rounded at random stays where the noise of its place is.
+        if (
+            leaf.noise is None
+            and shape.numel() <= SMALL
+            and all(is_plain(tensor) and tensor.shape == shape for tensor in leaf.tensors)
+        ):
+            kinds.setdefault(tuple((tensor.device, tensor.dtype) for tensor in leaf.tensors), []).append(leaf)
+        else:
+            others.append(leaf)
+    return list(kinds.values()), others
+
+
+def join(leaves: Sequence[Leaf]) -> Leaf:
+    """A copy of the leaves as one, flat."""
+    param, grad, *state = (
+        torch.cat([each.reshape(-1) for each in role]) for role in zip(*(leaf.tensors for leaf in leaves), strict=True)
+    )
+    return Leaf(param, grad, tuple(state))
+
+
+def write_back(joined: Leaf, leaves: Sequence[Leaf]) -> None:
+    """Copy what a step has written on the leaves' copy to the leaves."""
+    sizes = [leaf.param.numel() for leaf in leaves]
+    targets = zip(*((leaf.param, *leaf.state) for leaf in leaves), strict=True)
+    for whole, role in zip((joined.param, *joined.state), targets, strict=True):
+        pieces = [piece.view_as(each) for piece, each in zip(whole.split(sizes), role, strict=True)]
+        torch._foreach_copy_(role, pieces)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks
+from vsgd.backends.torch_blocks import Leaf, batches, block_size
 from vsgd.backends.torch_rounding import rounded
 
 
@@ -69,23 +69,6 @@ class _Namespace:
         return TensorList(torch._foreach_sqrt(values.tensors))
 
 
-def _chunks(leaves: Sequence[Leaf], size: int) -> Iterator[tuple[list[int], list[Leaf]]]:
-    """Blocks of the leaves, in lists of at most `size` elements, with the index of each block's leaf."""
-    indices: list[int] = []
-    chunk: list[Leaf] = []
-    elements = 0
-    for index, leaf in enumerate(leaves):
-        for block in blocks(leaf, size):
-            if chunk and elements + block.param.numel() > size:
-                yield indices, chunk
-                indices, chunk, elements = [], [], 0
-            indices.append(index)
-            chunk.append(block)
-            elements += block.param.numel()
-    if chunk:
-        yield indices, chunk
-
-
 def _by_kind(leaves: Iterable[Leaf]) -> dict[Any, list[int]]:
     kinds: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
@@ -121,7 +104,7 @@ def step(
         return
     for members in _by_kind(leaves).values():
         kind = [leaves[index] for index in members]
-        for indices, chunk in _chunks(kind, block_size(kind[0])):
+        for indices, chunk in batches(kind, block_size(kind[0])):
             which = [members[index] for index in indices]
             c = type(coefficients)(*(_of_leaves(value, which) for value in coefficients))
             _step_chunk(update, chunk, c, _of_leaves(lr, which), _of_leaves(decay, which), maximize)

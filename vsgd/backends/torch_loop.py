@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch_blocks import Leaf
+from vsgd.backends.torch_blocks import Leaf, batches, block_size, blocks, join, small_kinds, write_back
 from vsgd.backends.torch_rounding import rounded
 
 
@@ -45,3 +45,26 @@ def step(
         for old, new in zip(leaf.state, stored, strict=True):
             old.copy_(new)
         leaf.param.copy_(new_param)
+
+
+def step_in_blocks(
+    rule: core.Rule, leaves: Iterable[Leaf], coefficients: Any, lr: float, decay: float, *, maximize: bool = False
+) -> None:
+    """One step, in place, on leaves of any size: large ones in blocks, small ones many at a time, on a copy.
+
+    Args:
+        rule: the variant to run.
+        leaves: parameters.
+        coefficients: `rule.coefficients(step, hyper)`, of numbers.
+        lr: step size.
+        decay: `1 - lr * weight_decay`.
+        maximize: whether to step with the negative gradient.
+    """
+    kinds, others = small_kinds(leaves)
+    for kind in kinds:
+        for _, batch in batches(kind, block_size(kind[0])):
+            joined = join(batch)
+            step(rule, [joined], coefficients, lr, decay, maximize=maximize)
+            write_back(joined, batch)
+    parts = (block for leaf in others for block in blocks(leaf, block_size(leaf)))
+    step(rule, parts, coefficients, lr, decay, maximize=maximize)
