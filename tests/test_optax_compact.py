@@ -108,7 +108,7 @@ def test_each_step_rounds_as_the_contract_says(make: Callable[..., Any], seed: i
         trees = ({name: jnp.asarray(expected[name][i], jnp.bfloat16) for name in SHAPES} for i in range(len(state) - 1))
         state = type(state)(new_state.count, *trees)
     # A last digit of float32, which compilers round in other ways, decides in one of 65536 roundings.
-    assert differ < total / 2000
+    assert differ < total / 10_000
     assert total > 100_000
 
 
@@ -184,7 +184,7 @@ def test_runs_are_equal_but_for_float32_rounding(make: Callable[..., Any], run: 
     result = trained(run, 3)
     assert jax.tree.map(jax.typeof, result) == jax.tree.map(jax.typeof, expected)
     # Roundings that went the other way, as above; once it did, what follows differs.
-    assert equal_share(result, expected) > 0.98
+    assert equal_share(result, expected) > 0.99
     # With other noise hardly an element is equal.
     assert equal_share(trained(run, 4), expected) < 0.5
 
@@ -352,7 +352,7 @@ def test_masked_and_accumulated(make: Callable[..., Any]) -> None:
     repeated, state = train(solver, params, [grad for grad in grads for _ in range(2)])
     expected, expected_state = train(compact(make), params, grads)
     assert_same(state.inner_opt_state[0].count, expected_state[0].count)
-    assert equal_share((repeated, state.inner_opt_state), (expected, expected_state)) > 0.98
+    assert equal_share((repeated, state.inner_opt_state), (expected, expected_state)) > 0.99
 
 
 @solvers
@@ -370,7 +370,7 @@ def test_injected_hyperparameters(make: Callable[..., Any]) -> None:
     injected = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
     result, state = train(compact(injected), params, grads)
     expected = train(compact(make), params, grads)
-    assert equal_share((result, state.inner_state), expected) > 0.98
+    assert equal_share((result, state.inner_state), expected) > 0.99
     assert {leaf.dtype for leaf in jax.tree.leaves(state.inner_state[0][1:])} == {jnp.dtype(jnp.bfloat16)}
     # The seed is an array among the others, and may be set.
     other, _ = train(compact(injected, seed=8), params, grads)

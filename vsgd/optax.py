@@ -191,7 +191,7 @@ def vsgd(
     With ``stochastic_rounding=True`` bfloat16 parameters are rounded so too: decay and step are computed in float32, from the
     gradient on, and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost. The updates of these
     parameters are float32, and such that `optax.apply_updates` arrives at the rounded number. So nothing may change them in
-    between: clip the gradients before, in `optax.chain`.
+    between: in an `optax.chain`, this comes last.
 
     A step is at most ``learning_rate`` in each element: try 0.01 where you would use 0.001 with Adam.
 
@@ -353,7 +353,7 @@ def _round_steps(
                 return step
             old = jnp.asarray(param, jnp.float32)
             new = old + jnp.asarray(step, jnp.float32)
-            # Adding the difference arrives there: of float32's 24 digits, two numbers of 8 leave room between their sizes.
+            # Adding the difference arrives there: two numbers of 8 digits, and float32 has 24.
             return _to_bfloat16(new, make_words(number, new_state[0].count, old.shape), multiplier) - old
 
         return jax.tree.map(round_leaf, steps, _numbers(state[0][1]), params, is_leaf=lambda leaf: leaf is None), new_state
