@@ -53,7 +53,11 @@ _RANGES = {
     "eps": _Range("epsilon value", *_NON_NEGATIVE),
     "epsilon": _Range("epsilon value", *_NON_NEGATIVE),
     "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
+    "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
 }
+
+#: What state may be stored as, where the arithmetic is float32.
+STATE_DTYPES = ("float32", "bfloat16")
 
 
 def validate(**values: Any) -> None:
@@ -62,8 +66,8 @@ def validate(**values: Any) -> None:
     Arrays, tensors and tracers (anything with a `dtype` that is no Python number) pass, since their value may not be known yet.
 
     Args:
-        **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, and those of `Hyperparameters` and
-            `ConstantHyperparameters`, where `epsilon` may stand for `eps`.
+        **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, and those of `Hyperparameters`
+            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`.
 
     Raises:
         ValueError: a value is no number or lies outside its range.
@@ -80,25 +84,23 @@ def validate(**values: Any) -> None:
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
 
 
-def validate_storage(state_dtype: Any, seed: Any) -> None:
-    """Check how the state is to be stored.
+def validate_state_dtype(state_dtype: Any) -> None:
+    """Check what the state is to be stored as.
 
     Args:
-        state_dtype: "float32" or "bfloat16".
-        seed: of the noise that bfloat16 is rounded with, an integer.
+        state_dtype: one of `STATE_DTYPES`.
 
     Raises:
-        ValueError: one of them is something else.
+        ValueError: it is none of them.
 
     Example:
-        >>> validate_storage("float16", seed=0)
+        >>> validate_state_dtype("float16")
         Traceback (most recent call last):
-        ValueError: Invalid state_dtype value: 'float16' (state_dtype must be "float32" or "bfloat16")
+        ValueError: Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')
     """
-    if state_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f'Invalid state_dtype value: {state_dtype!r} (state_dtype must be "float32" or "bfloat16")')
-    if not isinstance(seed, Integral):
-        raise ValueError(f"Invalid seed value: {seed!r} (seed must be an integer)")
+    if state_dtype not in STATE_DTYPES:
+        allowed = " or ".join(map(repr, STATE_DTYPES))
+        raise ValueError(f"Invalid state_dtype value: {state_dtype!r} (state_dtype must be {allowed})")
 
 
 class Hyperparameters(NamedTuple):

@@ -3,7 +3,7 @@
 # Not `from __future__ import annotations`: optax's own tests look whether `learning_rate` is annotated as a schedule.
 import functools
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 try:
@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
 
-from vsgd import core
+from vsgd import core, rounding
 
 __all__ = [
     "ScaleByConstantVsgdState",
@@ -63,6 +63,9 @@ def scale_by_vsgd(
     kappa1: jax.typing.ArrayLike = 0.81,
     kappa2: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    state_dtype: str = "float32",
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -74,12 +77,14 @@ def scale_by_vsgd(
         kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
         kappa2: the same for b_ghat.
         eps: added to the root of the second moment, in units of the gradient.
+        state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
+        seed: an integer, what the noise of the rounding is drawn from.
 
     Returns:
         A gradient transformation with a `ScaleByVsgdState`. It ignores extra arguments and needs no `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -91,7 +96,7 @@ def scale_by_vsgd(
         [-0.0072  0.009 ]
     """
     hyper = core.Hyperparameters(*_known(variance_ratio, prior_strength, kappa1, kappa2, eps))
-    return _scale_by_rule(core.VSGD, hyper, ScaleByVsgdState)
+    return _scale_by_rule(core.VSGD, hyper, ScaleByVsgdState, state_dtype, seed)
 
 
 def scale_by_constant_vsgd(
@@ -99,6 +104,9 @@ def scale_by_constant_vsgd(
     prior_strength: jax.typing.ArrayLike = 1e-8,
     kappa: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    state_dtype: str = "float32",
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by Constant VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -109,12 +117,14 @@ def scale_by_constant_vsgd(
         prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
         kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
         eps: added to the root of the second moment, in units of the gradient.
+        state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
+        seed: an integer, what the noise of the rounding is drawn from.
 
     Returns:
         A gradient transformation with a `ScaleByConstantVsgdState`. It ignores extra arguments and needs no `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
 
     Example:
         >>> import jax.numpy as jnp
@@ -125,7 +135,7 @@ def scale_by_constant_vsgd(
         ('count', 'mu_g', 'b')
     """
     hyper = core.ConstantHyperparameters(*_known(variance_ratio, prior_strength, kappa, eps))
-    return _scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState)
+    return _scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState, state_dtype, seed)
 
 
 def vsgd(
@@ -137,6 +147,10 @@ def vsgd(
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
+    *,
+    state_dtype: str = "float32",
+    seed: jax.typing.ArrayLike = 0,
+    stochastic_rounding: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variational stochastic gradient descent.
 
@@ -164,8 +178,20 @@ def vsgd(
 
     The state has the shape and sharding of the parameters. It is float32, and so is the arithmetic, for bfloat16, float16 and
     float32 parameters, and float64 for float64 ones: b_g falls to 1e-8, which float16 cannot hold and at which bfloat16
-    freezes. A complex number is two real ones, in its state too (complex64 or complex128). Updates have the gradient's dtype.
-    All parameters share one step count. A gradient of None leaves its state as it is, and its update is None.
+    freezes, if rounded to the nearest. A complex number is two real ones, in its state too (complex64 or complex128). Updates
+    have the gradient's dtype. All parameters share one step count. A gradient of None leaves its state as it is, and its
+    update is None.
+
+    With ``state_dtype="bfloat16"`` what would be float32 state is stored as bfloat16, 6 bytes per parameter instead of 12, by
+    stochastic rounding: up or down by chance, so that the mean is kept, and with it changes too small for bfloat16. The
+    arithmetic stays float32, and complex and float64 state what it is. The chance is a hash of ``seed``, the parameter's
+    place in the tree, the step and the element's place in the whole array: a run can be repeated and continued, and sharding
+    changes nothing. (In `jax.shard_map` and `jax.vmap` the whole array is what the function sees.)
+
+    With ``stochastic_rounding=True`` bfloat16 parameters are rounded so too: decay and step are computed in float32, from the
+    gradient on, and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost. The updates of these
+    parameters are float32, and such that `optax.apply_updates` arrives at the rounded number. So nothing may change them in
+    between: in an `optax.chain`, this comes last.
 
     A step is at most ``learning_rate`` in each element: try 0.01 where you would use 0.001 with Adam.
 
@@ -186,12 +212,15 @@ def vsgd(
         weight_decay: decoupled weight decay, multiplied by the learning rate, as in `optax.adamw`.
         mask: a tree of booleans with the structure of the parameters or a prefix of it, or a callable that returns one given
             the parameters: which of them decay.
+        state_dtype: "float32", or "bfloat16" for state in half the memory.
+        seed: an integer, what the noise of the rounding is drawn from.
+        stochastic_rounding: whether bfloat16 parameters are rounded stochastically.
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -211,7 +240,9 @@ def vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
-    return _descend(scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps), learning_rate, weight_decay, mask)
+    scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, state_dtype=state_dtype, seed=seed)
+    solver = _descend(scaling, learning_rate, weight_decay, mask)
+    return _round_steps(solver, core.VSGD, seed) if stochastic_rounding else solver
 
 
 def constant_vsgd(
@@ -222,6 +253,10 @@ def constant_vsgd(
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
+    *,
+    state_dtype: str = "float32",
+    seed: jax.typing.ArrayLike = 0,
+    stochastic_rounding: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VSGD with one precision for drift and noise, the paper's second variant: Adam's memory.
 
@@ -250,12 +285,15 @@ def constant_vsgd(
         weight_decay: decoupled weight decay, multiplied by the learning rate, as in `optax.adamw`.
         mask: a tree of booleans with the structure of the parameters or a prefix of it, or a callable that returns one given
             the parameters: which of them decay.
+        state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
+        seed: an integer, what the noise of the rounding is drawn from.
+        stochastic_rounding: whether bfloat16 parameters are rounded stochastically: see `vsgd.optax.vsgd`.
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -270,7 +308,9 @@ def constant_vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
-    return _descend(scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps), learning_rate, weight_decay, mask)
+    scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, state_dtype=state_dtype, seed=seed)
+    solver = _descend(scaling, learning_rate, weight_decay, mask)
+    return _round_steps(solver, core.CONSTANT_VSGD, seed) if stochastic_rounding else solver
 
 
 def _descend(
@@ -294,17 +334,49 @@ def _descend(
     )
 
 
-def _scale_by_rule(rule: core.Rule, hyper: Any, make_state: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+def _round_steps(
+    solver: optax.GradientTransformationExtraArgs, rule: core.Rule, seed: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Let a chain that begins with the rule's scaling step to stochastically rounded bfloat16 parameters."""
+    make_words = _make_words(seed)
+    multiplier = rounding.MULTIPLIERS[len(rule.state_names)]
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32) if _dtype(leaf) == jnp.bfloat16 else leaf, tree)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
+        # From the gradient on, for a decay or a direction in bfloat16 would have been rounded before.
+        steps, new_state = solver.update(widen(updates), state, widen(params), **extra_args)
+
+        def round_leaf(step: Any, number: Any, param: Any) -> Any:
+            if step is None or _dtype(param) != jnp.bfloat16:
+                return step
+            old = jnp.asarray(param, jnp.float32)
+            new = old + jnp.asarray(step, jnp.float32)
+            # Adding the difference arrives there: two numbers of 8 digits, and float32 has 24.
+            return _to_bfloat16(new, make_words(number, new_state[0].count, old.shape), multiplier) - old
+
+        return jax.tree.map(round_leaf, steps, _numbers(state[0][1]), params, is_leaf=lambda leaf: leaf is None), new_state
+
+    return optax.GradientTransformationExtraArgs(solver.init, update)
+
+
+def _scale_by_rule(
+    rule: core.Rule, hyper: Any, make_state: Callable[..., Any], state_dtype: str, seed: Any
+) -> optax.GradientTransformationExtraArgs:
     """What VSGD and Constant VSGD share: everything but the rule, its hyperparameters and its state's type."""
-    core.validate(**hyper._asdict())
+    core.validate(**hyper._asdict(), seed=seed)
+    core.validate_state_dtype(state_dtype)
     update_real = rule.make_update(jnp)
+    make_words = _make_words(seed)
 
     def init(params: optax.Params) -> Any:
         def full(param: Any, index: int) -> jax.Array:
-            dtype = _state_dtype(_dtype(param))
+            dtype = _arithmetic_dtype(_dtype(param))
             real = jnp.finfo(dtype).dtype
             value = jnp.asarray(rule.initial_state(_in_dtype(hyper, real))[index], real)
-            return jnp.full_like(param, _join(value, value) if dtype != real else value, dtype=dtype)
+            stored = state_dtype if dtype == jnp.float32 else dtype
+            return jnp.full_like(param, _join(value, value) if dtype != real else value, dtype=stored)
 
         trees = (jax.tree.map(functools.partial(full, index=i), params) for i in range(len(rule.state_names)))
         return make_state(jnp.zeros([], jnp.int32), *trees)
@@ -315,27 +387,89 @@ def _scale_by_rule(rule: core.Rule, hyper: Any, make_state: Callable[..., Any]) 
 
         @functools.cache
         def coefficients(dtype: Any) -> Any:
-            # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
+            # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
             return rule.coefficients(count.astype(dtype), _in_dtype(hyper, dtype))
 
-        def update_leaf(path: Any, grad: Any, *arrays: jax.Array) -> tuple[Any, ...]:
+        def update_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> tuple[Any, ...]:
             if grad is None:
                 return None, *arrays
             _check_gradient(path, grad)
-            dtype = arrays[0].dtype
+            stored = arrays[0].dtype
+            dtype = _arithmetic_dtype(stored)
             c = coefficients(jnp.finfo(dtype).dtype)
-            parts = zip(_parts(jnp.asarray(grad, dtype)), zip(*map(_parts, arrays), strict=True), strict=True)
+            wide = (_parts(array.astype(dtype)) for array in arrays)
+            parts = zip(_parts(jnp.asarray(grad, dtype)), zip(*wide, strict=True), strict=True)
             direction, new_arrays = jax.tree.map(_join, *(update_real(part, of_state, c) for part, of_state in parts))
+            if stored == jnp.bfloat16:
+                words = make_words(number, count, arrays[0].shape)
+                multipliers = rounding.MULTIPLIERS[: len(arrays)]
+                rounded = (_to_bfloat16(*each) for each in zip(new_arrays, [words] * len(arrays), multipliers, strict=True))
+                new_arrays = [array.astype(stored) for array in rounded]
             return direction.astype(_dtype(grad)), *new_arrays
 
         treedef: Any
         grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda leaf: leaf is None)
-        trees = [treedef.flatten_up_to(tree) for tree in state[1:]]
-        leaves = [update_leaf(path, grad, *arrays) for (path, grad), *arrays in zip(grads, *trees, strict=True)]
+        trees = [treedef.flatten_up_to(tree) for tree in (_numbers(state[1]), *state[1:])]
+        leaves = [update_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
         directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(state)))
         return directions, make_state(count, *new_trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Integers:
+    """JAX's integer namespace, as `vsgd.rounding` wants one."""
+
+    where = staticmethod(jnp.where)
+
+    @staticmethod
+    def wrap(i: jax.Array) -> jax.Array:
+        return i
+
+    @staticmethod
+    def times(i: jax.Array, factor: int) -> jax.Array:
+        return i * factor
+
+    @staticmethod
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+    @staticmethod
+    def floats(i: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(i, jnp.float32)
+
+
+_make_key = rounding.make_key(_Integers)
+_make_word = rounding.make_word(_Integers)
+_to_bfloat16 = rounding.make_round(_Integers)
+
+
+def _make_words(seed: Any) -> Callable[[int, jax.Array, tuple[int, ...]], jax.Array]:
+    """Build `words(number, count, shape)`, the random bits of a leaf's elements at a step."""
+    if isinstance(seed, Integral):
+        base_key, seed = rounding.base_key, int(seed)
+    else:  # an array, as `inject_hyperparams` makes of it
+        base_key, seed = rounding.make_base_key(_Integers), jnp.asarray(seed).astype(jnp.int32)
+
+    def words(number: int, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return _make_word(_places(shape), _make_key(base_key(seed, number), count))
+
+    return words
+
+
+def _places(shape: tuple[int, ...]) -> Any:
+    """Where the elements are in an array of this shape, in row-major order."""
+    # Not a reshaped range, which a compiler might first make whole on each of the devices that share the array.
+    places: Any = 0
+    for dimension, size in enumerate(shape):
+        places = places * size + jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
+    return places
+
+
+def _numbers(tree: Any) -> Any:
+    """The tree with each leaf's number in its place."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, range(len(leaves)))
 
 
 def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
@@ -373,8 +507,8 @@ def _array_in_dtype(name: str, value: Any, dtype: Any) -> jax.Array:
     return value.astype(dtype)
 
 
-def _state_dtype(dtype: Any) -> Any:
-    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
+def _arithmetic_dtype(dtype: Any) -> Any:
+    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: the arithmetic is in float32 or more."""
     # Not `promote_types`, which knows no common type of float32 and the 8-bit floats.
     double = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits == 64
     if jnp.issubdtype(dtype, jnp.complexfloating):

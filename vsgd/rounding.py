@@ -85,21 +85,29 @@ def make_key(xp: Any) -> Callable[[Integer, Integer], Integer]:
 host_key = make_key(_Numbers)
 
 
-def base_key(seed: int, number: int) -> int:
-    """What the keys of an array's steps are made of.
+def make_base_key(xp: Any) -> Callable[[Integer, int], Integer]:
+    """Build `base_key(seed, number) -> base`, which the keys of an array's steps are made of.
 
     Args:
-        seed: the user's, any integer.
-        number: which parameter it is, 0 for the first.
+        xp: an integer namespace.
 
     Returns:
-        An integer in the range of int32.
+        A function of the user's seed, and of which parameter it is, 0 for the first.
 
     Example:
         >>> base_key(0, 1) != base_key(1, 0)
         True
     """
-    return host_key(host_key(0, _Numbers.wrap(seed)), number)
+    key = make_key(xp)
+
+    def base_key(seed: Integer, number: int) -> Integer:
+        return key(key(0, xp.wrap(seed)), number)
+
+    return base_key
+
+
+#: `base_key(seed, number)` for Python's integers, any of them, in the range of int32.
+base_key = make_base_key(_Numbers)
 
 
 def make_round(xp: Any) -> Callable[[Float, Integer, int], Float]:

@@ -57,9 +57,9 @@ class _RuleOptimizer(Optimizer):
                 raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
             if lr.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
-        names = ("lr", "weight_decay", *self._rule.hyperparameters._fields)
+        names = ("lr", "weight_decay", "seed", *self._rule.hyperparameters._fields)
         core.validate(**{name: group[name] for name in names})
-        core.validate_storage(group["state_dtype"], group["seed"])
+        core.validate_state_dtype(group["state_dtype"])
         if group["foreach"] and group["differentiable"]:
             raise RuntimeError("`foreach` does not support `differentiable`")
         if group["fused"]:

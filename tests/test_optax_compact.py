@@ -1,0 +1,413 @@
+"""State in bfloat16 and bfloat16 parameters, both by stochastic rounding, in optax."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import x64
+from test_rounding import ROUND, WORD
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from vsgd import core, rounding  # noqa: E402
+from vsgd.optax import constant_vsgd, scale_by_constant_vsgd, scale_by_vsgd, vsgd  # noqa: E402
+
+RULES = {vsgd: core.VSGD, constant_vsgd: core.CONSTANT_VSGD}
+solvers = pytest.mark.parametrize("make", RULES)
+STEPS = 30
+SHAPES = {"number": (), "row": (5,), "table": (6, 7, 50)}
+
+
+def gradients(steps: int = STEPS, shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(steps)]
+
+
+def ones(dtype: Any = np.float32) -> dict[str, Any]:
+    return {name: jnp.ones(shape, dtype) for name, shape in SHAPES.items()}
+
+
+def stepper(solver: Any, **options: Any) -> Callable[..., Any]:
+    @partial(jax.jit, **options)
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = solver.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(solver: Any, params: Any, grads: list[Any], jit: bool = True) -> Any:
+    step = stepper(solver) if jit else stepper(solver).__wrapped__
+    state = solver.init(params)
+    for grad in grads:
+        params, state = step(params, state, grad)
+    return params, state
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All elements, as complex numbers, which hold them all."""
+    return np.concatenate([np.asarray(leaf).astype(np.complex128).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def equal_share(one: Any, other: Any) -> float:
+    return float(np.mean(flat(one) == flat(other)))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert jax.tree.map(jax.typeof, one) == jax.tree.map(jax.typeof, other)
+    np.testing.assert_array_equal(flat(one), flat(other))
+
+
+def words(seed: int, number: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
+    places = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    with np.errstate(over="ignore"):  # of NumPy's scalars
+        return WORD(places, np.int32(rounding.host_key(rounding.base_key(seed, number), step)))
+
+
+def emulate(rule: core.Rule, step: int, grad: np.ndarray, state: list[np.ndarray], word: np.ndarray) -> list[np.ndarray]:
+    """One step's new state, by NumPy in float32."""
+    coefficients = rule.coefficients(float(step), rule.hyperparameters())
+    _, new_state = rule.make_update(np)(grad, tuple(state), type(coefficients)(*map(np.float32, coefficients)))
+    with np.errstate(over="ignore"):
+        return [ROUND(np.asarray(each), word, by) for each, by in zip(new_state, rounding.MULTIPLIERS, strict=False)]
+
+
+# --- The contract. ---
+
+
+@pytest.mark.parametrize("seed", [0, -7, 2**40 + 3])
+@solvers
+def test_each_step_rounds_as_the_contract_says(make: Callable[..., Any], seed: int) -> None:
+    solver = make(0.01, state_dtype="bfloat16", seed=seed)
+    update = jax.jit(solver.update)
+    params, (state, *rest) = ones(), solver.init(ones())
+    differ = total = 0
+    for step, grads in enumerate(gradients(), start=1):
+        _, (new_state, *_) = update(grads, (state, *rest), params)
+        expected: dict[str, list[Any]] = {}
+        for number, (name, shape) in enumerate(SHAPES.items()):
+            old = [np.asarray(tree[name], np.float32) for tree in state[1:]]
+            expected[name] = emulate(RULES[make], step, grads[name], old, words(seed, number, step, shape))
+            for ours, theirs in zip((tree[name] for tree in new_state[1:]), expected[name], strict=True):
+                # Adjacent bfloat16 numbers are adjacent as integers.
+                apart = np.asarray(ours, np.float32).view(np.int32) // 2**16 - theirs.view(np.int32) // 2**16
+                assert np.abs(apart).max() <= 1
+                differ, total = differ + np.count_nonzero(apart), total + apart.size
+        # From the emulated state, so that a difference does not grow.
+        trees = ({name: jnp.asarray(expected[name][i], jnp.bfloat16) for name in SHAPES} for i in range(len(state) - 1))
+        state = type(state)(new_state.count, *trees)
+    # A last digit of float32, which compilers round in other ways, decides in one of 65536 roundings.
+    assert differ < total / 10_000
+    assert total > 100_000
+
+
+@solvers
+def test_a_step_of_a_bfloat16_parameter_is_rounded_once(make: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(0)
+    count = 20_000
+    # Of sizes from 2**-12 to 2**12 against steps of about 1.
+    sizes = 2.0 ** rng.integers(-12, 12, count)
+    params = jnp.asarray(rng.standard_normal(count) * sizes, jnp.bfloat16)
+    plain, rounded = make(1.0, weight_decay=1e-3), make(1.0, weight_decay=1e-3, stochastic_rounding=True, seed=5)
+    state = plain_state = rounded.init(params)
+    assert_same(state, plain.init(params))
+    for step in range(1, 11):
+        grads = jnp.asarray(rng.standard_normal(count), jnp.bfloat16)
+        wide = np.asarray(params, np.float32)
+        steps, plain_state = plain.update(grads.astype(jnp.float32), plain_state, wide)
+        updates, state = rounded.update(grads, state, params)
+        assert updates.dtype == jnp.float32
+        params = optax.apply_updates(params, updates)
+        assert params.dtype == jnp.bfloat16
+        multiplier = rounding.MULTIPLIERS[len(RULES[make].state_names)]
+        expected = ROUND(wide + np.asarray(steps), words(5, 0, step, (count,)), multiplier)
+        np.testing.assert_array_equal(np.asarray(params, np.float32), expected)
+        assert_same(state, plain_state)
+
+
+def test_the_way_between_two_bfloat16_numbers_is_a_float32() -> None:
+    everything = np.arange(2**16, dtype=np.uint32) << 16
+    numbers = everything.view(np.int32).view(np.float32)
+    numbers = numbers[np.isfinite(numbers) & (np.abs(numbers) > 1e-30) & (np.abs(numbers) < 1e38)]
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        target = rng.choice(numbers, len(numbers))
+        # Where a step leaves less of a parameter than 2**-15, there is no such float32.
+        fits = np.abs(target) >= np.abs(numbers) * 2.0**-15
+        params = jnp.asarray(numbers[fits], jnp.bfloat16)
+        reached = optax.apply_updates(params, jnp.asarray(target[fits] - numbers[fits]))
+        np.testing.assert_array_equal(np.asarray(reached, np.float32), target[fits])
+
+
+# --- Equal, however it is run. ---
+
+
+def scanned(solver: Any, params: Any, grads: list[Any]) -> Any:
+    step = stepper(solver)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+    carry, _ = jax.lax.scan(lambda carry, grad: (step(*carry, grad), None), (params, solver.init(params)), stacked)
+    return carry
+
+
+def donated(solver: Any, params: Any, grads: list[Any]) -> Any:
+    step, state = stepper(solver, donate_argnums=(0, 1)), solver.init(params)
+    params = jax.tree.map(jnp.copy, params)
+    for grad in grads:
+        before = state
+        params, state = step(params, state, grad)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    return params, state
+
+
+RUNS = {"compiled": train, "eager": partial(train, jit=False), "scan": scanned, "donated": donated}
+
+
+@pytest.mark.parametrize("run", ["eager", "scan", "donated"])
+@solvers
+def test_runs_are_equal_but_for_float32_rounding(make: Callable[..., Any], run: str) -> None:
+    def trained(run: str, seed: int) -> Any:
+        solver = make(0.01, weight_decay=0.1, state_dtype="bfloat16", stochastic_rounding=True, seed=seed)
+        return RUNS[run](solver, ones(jnp.bfloat16), gradients(STEPS))
+
+    expected = trained("compiled", 3)
+    result = trained(run, 3)
+    assert jax.tree.map(jax.typeof, result) == jax.tree.map(jax.typeof, expected)
+    # Roundings that went the other way, as above; once it did, what follows differs.
+    assert equal_share(result, expected) > 0.99
+    # With other noise hardly an element is equal.
+    assert equal_share(trained(run, 4), expected) < 0.5
+
+
+@solvers
+def test_a_run_continues_from_its_saved_state(make: Callable[..., Any]) -> None:
+    def solver() -> Any:
+        return make(0.01, state_dtype="bfloat16", stochastic_rounding=True, seed=3)
+
+    grads = gradients(10)
+    params, state = jax.tree.map(np.asarray, train(solver(), ones(jnp.bfloat16), grads[:5]))
+    step = stepper(solver())
+    for grad in grads[5:]:
+        params, state = step(params, state, grad)
+    assert_same((params, state), train(solver(), ones(jnp.bfloat16), grads))
+
+
+def test_sharded_equals_whole_without_communication() -> None:
+    script = """
+        import re
+        import numpy as np
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+        import optax
+        from vsgd.optax import constant_vsgd, vsgd
+
+        mesh = jax.make_mesh((4, 2), ("x", "y"))
+        specs = {"matrix": PartitionSpec("x", "y"), "rows": PartitionSpec("y"), "deep": PartitionSpec(None, "y", "x")}
+        shapes = {"matrix": (16, 8), "rows": (6, 5), "deep": (3, 4, 8)}
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        rng = np.random.default_rng(0)
+        grads = [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(10)]
+
+        def run(solver, place):
+            def step(params, state, grads):
+                updates, state = solver.update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            params = place({name: jnp.ones(shape, jnp.bfloat16) for name, shape in shapes.items()})
+            state = solver.init(params)
+            compiled = jax.jit(step).lower(params, state, place(grads[0])).compile()
+            for grad in grads:
+                params, state = compiled(params, state, place(grad))
+            return (params, state), compiled.as_text()
+
+        for make in (vsgd, constant_vsgd):
+            solver = make(0.1, weight_decay=0.1, state_dtype="bfloat16", stochastic_rounding=True)
+            whole, _ = run(solver, lambda tree: tree)
+            sharded, text = run(solver, lambda tree: jax.device_put(tree, shardings))
+            assert not re.findall(r" (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)[(]", text)
+            for name, sharding in shardings.items():
+                assert all(tree[name].sharding.is_equivalent_to(sharding, len(shapes[name])) for tree in sharded[1][0][1:])
+            for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
+                assert ours.dtype == theirs.dtype and (np.asarray(ours) == np.asarray(theirs)).all()
+        print("done")
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **flags})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "done"
+
+
+# --- What it is for. ---
+
+
+@pytest.mark.parametrize(("make", "size"), [(scale_by_vsgd, 6), (scale_by_constant_vsgd, 4)])
+def test_bytes_of_state(make: Callable[..., Any], size: int) -> None:
+    state = make(state_dtype="bfloat16").init(ones())
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[1:])} == {jnp.dtype(jnp.bfloat16)}
+    number = sum(leaf.size for leaf in jax.tree.leaves(ones()))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state[1:])) == size * number
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex64, jnp.complex128])
+@solvers
+def test_wider_state_stays_what_it_is(make: Callable[..., Any], dtype: Any) -> None:
+    with x64():
+        params = jnp.ones(3, dtype)
+        assert_same(
+            train(make(0.1, state_dtype="bfloat16", stochastic_rounding=True), params, [params] * 3),
+            train(make(0.1), params, [params] * 3),
+        )
+
+
+def to_nearest(transformation: Any) -> Any:
+    """A transformation whose state is rounded to the nearest bfloat16."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, (count, *trees) = transformation.update(updates, state, params)
+        rounded = jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, exponent_bits=8, mantissa_bits=7), trees)
+        return updates, type(state)(count, *rounded)
+
+    return optax.GradientTransformation(transformation.init, update)
+
+
+@pytest.mark.parametrize(("make", "rate"), [(scale_by_vsgd, "b_ghat"), (scale_by_constant_vsgd, "b")])
+def test_the_noise_estimate_follows_a_drop_of_the_noise(make: Callable[..., Any], rate: str) -> None:
+    drop, steps = 2_000, 20_000
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((499, 512)), jnp.float32)
+
+    def run(transformation: Any) -> tuple[float, float]:
+        """The mean of the noise's rate before the gradients' noise drops to a tenth, and at the end."""
+
+        def step(state: Any, scale: Any) -> Any:
+            return transformation.update(table[state.count % len(table)] * scale, state)[1], None
+
+        @jax.jit
+        def both() -> Any:
+            before, _ = jax.lax.scan(step, transformation.init(table[0]), jnp.ones(drop))
+            return before, jax.lax.scan(step, before, jnp.full(steps - drop, 0.1))[0]
+
+        return tuple(float(getattr(state, rate).astype(jnp.float32).mean()) for state in both())
+
+    before, after = run(make())
+    assert after < before / 10
+    assert run(make(state_dtype="bfloat16")) == pytest.approx((before, after), rel=0.03)
+    nearest_before, nearest_after = run(to_nearest(make()))
+    assert nearest_after > nearest_before / 2
+
+
+def test_a_decay_that_bfloat16_cannot_hold_is_not_lost() -> None:
+    params = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, 2**16), jnp.bfloat16)
+    grads = [jnp.zeros_like(params)] * 50
+
+    def shrunk(**options: Any) -> float:
+        result, _ = train(vsgd(0.01, weight_decay=0.01, **options), params, grads)
+        return float((flat(result).mean() / flat(params).mean()).real)
+
+    assert 1 - shrunk(stochastic_rounding=True) == pytest.approx(1 - (1 - 1e-4) ** 50, rel=0.05)
+    assert shrunk() == 1
+
+
+# --- Trees and wrappers. ---
+
+
+def compact(make: Callable[..., Any], **options: Any) -> Any:
+    return make(0.1, **{"weight_decay": 0.1, "state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 7, **options})
+
+
+@solvers
+def test_none_changes_nothing_for_the_others(make: Callable[..., Any]) -> None:
+    solver, grads = compact(make), gradients(5)
+    params = ones(jnp.bfloat16)
+    state, without = solver.init(params), solver.init(params)
+    for grad in grads:
+        updates, state = solver.update(grad, state, params)
+        others, without = solver.update({**grad, "number": None}, without, params)
+        assert others["number"] is None
+        assert_same({**others, "number": 0.0}, {**updates, "number": 0.0})
+    assert_same(without[0].mu_g["number"], solver.init(params)[0].mu_g["number"])
+    # None among the parameters is no parameter: it is not counted.
+    with_none = train(solver, {"a": None, **params}, [{"a": None, **grad} for grad in grads])
+    assert_same(with_none[0]["table"], train(solver, params, grads)[0]["table"])
+
+
+@solvers
+def test_masked_and_accumulated(make: Callable[..., Any]) -> None:
+    grads, params = gradients(6), ones(jnp.bfloat16)
+    expected, _ = train(compact(make), {"table": params["table"]}, [{"table": grad["table"]} for grad in grads])
+    result, _ = train(optax.masked(compact(make), {"number": False, "row": False, "table": True}), params, grads)
+    assert_same(result["table"], expected["table"])
+
+    solver = optax.MultiSteps(compact(make), every_k_schedule=2)
+    repeated, state = train(solver, params, [grad for grad in grads for _ in range(2)])
+    expected, expected_state = train(compact(make), params, grads)
+    assert_same(state.inner_opt_state[0].count, expected_state[0].count)
+    assert equal_share((repeated, state.inner_opt_state), (expected, expected_state)) > 0.99
+
+
+@solvers
+def test_decay_is_masked(make: Callable[..., Any]) -> None:
+    grads, params = gradients(6), ones(jnp.bfloat16)
+    mask = {"number": False, "row": False, "table": True}
+    masked, _ = train(compact(make, mask=mask), params, grads)
+    assert_same(masked["table"], train(compact(make), params, grads)[0]["table"])
+    assert_same(masked["row"], train(compact(make, weight_decay=0.0), params, grads)[0]["row"])
+
+
+@solvers
+def test_injected_hyperparameters(make: Callable[..., Any]) -> None:
+    grads, params = gradients(10), ones(jnp.bfloat16)
+    injected = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+    result, state = train(compact(injected), params, grads)
+    expected = train(compact(make), params, grads)
+    assert equal_share((result, state.inner_state), expected) > 0.99
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.inner_state[0][1:])} == {jnp.dtype(jnp.bfloat16)}
+    # The seed is an array among the others, and may be set.
+    other, _ = train(compact(injected, seed=8), params, grads)
+    assert equal_share(other, expected[0]) < 0.9
+    state = compact(injected, seed=8).init(params)
+    state.hyperparams["seed"] = jnp.asarray(7)
+    step = stepper(compact(injected, seed=8))
+    for grad in grads:
+        params, state = step(params, state, grad)
+    assert_same(params, result)
+
+
+@solvers
+def test_float32_parameters_are_not_rounded(make: Callable[..., Any]) -> None:
+    grads = gradients(5)
+    assert_same(train(make(0.1, stochastic_rounding=True), ones(), grads), train(make(0.1), ones(), grads))
+
+
+# --- Bad input. ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_dtype": "float16"}, "Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')"),
+        ({"seed": 0.5}, "Invalid seed value: 0.5 (seed must be an integer)"),
+        ({"seed": None}, "Invalid seed value: None (seed must be an integer)"),
+    ],
+)
+@solvers
+def test_a_bad_argument_is_named(make: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make(0.1, **options)
+    assert str(error.value) == message
+
+
+def test_rounding_needs_the_parameters() -> None:
+    solver = vsgd(0.1, stochastic_rounding=True)
+    with pytest.raises(ValueError, match="you are not passing `params`"):
+        solver.update(jnp.ones(3), solver.init(jnp.ones(3)))
