@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 try:
     import torch
@@ -31,7 +32,19 @@ __all__ = ["VSGD", "ConstantVSGD"]
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
-_FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
+
+class _Fused(NamedTuple):
+    """Where a device's fused engine is, and what it needs."""
+
+    module: str
+    package: str
+    missing: str
+
+
+_FUSED = {
+    "cpu": _Fused("torch_fused", "numba", "fused=True needs numba: pip install 'vsgd[fused]'"),
+    "cuda": _Fused("torch_triton", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'"),
+}
 
 #: `engine(rule, leaves, coefficients, lr, decay, maximize=...)` takes one step on all leaves.
 Engine = Callable[..., None]
@@ -47,6 +60,10 @@ class _RuleOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
         super().__init__(params, defaults)
+        fused = {param.device.type for group in self.param_groups if group["fused"] for param in group["params"]}
+        for engine in (_FUSED[device] for device in fused & _FUSED.keys()):
+            if importlib.util.find_spec(engine.package) is None:
+                raise ImportError(engine.missing)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -64,8 +81,6 @@ class _RuleOptimizer(Optimizer):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if group["foreach"]:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-            if not _HAS_NUMBA:
-                raise ImportError(_FUSED_NEEDS_NUMBA)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -136,9 +151,10 @@ class _RuleOptimizer(Optimizer):
                 tensors.append(state[name])
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
-        if group["fused"] and not param.is_cpu:
+        if group["fused"] and param.device.type not in _FUSED:
+            device = param.device.type
             raise RuntimeError(
-                f"`fused=True` requires all the params to be on supported devices: ['cpu'] but one is on {param.device.type}"
+                f"`fused=True` requires all the params to be on supported devices: {[*_FUSED]} but one is on {device}"
             )
         state["step"] = self._step_count(group, param, 0.0)
         for name, value in zip(self._rule.state_names, self._rule.initial_state(self._hyper(group)), strict=True):
@@ -212,18 +228,22 @@ class _RuleOptimizer(Optimizer):
         hyper = self._hyper(group)
         lr = _number(group["lr"])
         decay = 1 - lr * group["weight_decay"]
-        batches: dict[tuple[float, Engine], list[Leaf]] = {}
+        batches: dict[tuple[float, Engine, torch.device], list[Leaf]] = {}
         for leaf, step, engine in zip(leaves, steps, engines, strict=True):
-            batches.setdefault((step.item(), engine), []).append(leaf)
-        for (count, engine), batch in batches.items():
+            batches.setdefault((step.item(), engine, leaf.param.device), []).append(leaf)
+        for (count, engine, _), batch in batches.items():
             coefficients = self._rule.coefficients(count, hyper)
             engine(self._rule, batch, coefficients, lr, decay, maximize=group["maximize"])
 
     def _step_by_tensors(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
         """Coefficients as 0-d tensors beside the parameters: no value is read back to the host."""
+        wants_fused = group["fused"] and not torch.compiler.is_compiling()
+        fused = _fused(group, leaves[0].param.device.type) if wants_fused else None
         torch._foreach_add_(steps, 1)
         hyper = self._hyper(group)
         lr = _to_scalar(group["lr"])
+        if fused is not None:
+            leaves, steps = self._step_fused(fused, group, leaves, steps)
         # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
         steps = [step.to(leaf.state[0].dtype) for step, leaf in zip(steps, leaves, strict=True)]
         if _wants_foreach(group, leaves):
@@ -239,6 +259,24 @@ class _RuleOptimizer(Optimizer):
             coefficients = self._rule.coefficients(step, hyper)
             parts = [leaf] if whole else blocks(leaf, block_size(leaf))
             torch_loop.step(self._rule, parts, coefficients, lr, decay, maximize=group["maximize"])
+
+    def _step_fused(
+        self, engine: ModuleType, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]
+    ) -> tuple[list[Leaf], list[Tensor]]:
+        """The leaves that the kernel takes, stepped by it on each device; the others are returned."""
+        batches: dict[torch.device | None, list[tuple[Leaf, Tensor]]] = {None: []}
+        for leaf, step in zip(leaves, steps, strict=True):
+            device = leaf.param.device if engine.accepts(leaf) else None
+            batches.setdefault(device, []).append((leaf, step))
+        rest = batches.pop(None)
+        lr = _to_scalar(group["lr"])
+        for batch in batches.values():
+            # In float64, as numbers are: of the kernel's scalars each is rounded once.
+            counts = torch.stack([step for _, step in batch]).double()
+            coefficients = self._rule.coefficients(counts, self._hyper(group))
+            decay = 1 - lr * group["weight_decay"]
+            engine.step(self._rule, [leaf for leaf, _ in batch], coefficients, lr, decay, maximize=group["maximize"])
+        return [leaf for leaf, _ in rest], [step for _, step in rest]
 
 
 class _Hidden:
@@ -340,34 +378,36 @@ def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) ->
 
 def _engines(group: dict[str, Any], leaves: list[Leaf]) -> list[Engine]:
     """The engine for each leaf: what the user asked for, else the fastest there is; the loop where that cannot run."""
-    fused = _fused(group) if any(leaf.param.is_cpu for leaf in leaves) else None
-    if fused is None:
-        return [torch_foreach.step if _wants_foreach(group, [leaf]) else _loop for leaf in leaves]
-    return [
-        fused.step if fused.accepts(leaf) else torch_foreach.step if _wants_foreach(group, [leaf]) else _loop for leaf in leaves
-    ]
+    fused = {device: _fused(group, device) for device in {leaf.param.device.type for leaf in leaves}}
+    return [_engine(group, leaf, fused[leaf.param.device.type]) for leaf in leaves]
 
 
-def _fused(group: dict[str, Any]) -> ModuleType | None:
-    """The fused engine, where it is wanted and can be had."""
-    if not group["fused"] and not (_HAS_NUMBA and _is_automatic(group)):
+def _engine(group: dict[str, Any], leaf: Leaf, fused: ModuleType | None) -> Engine:
+    if fused is not None and fused.accepts(leaf):
+        return fused.step
+    return torch_foreach.step if _wants_foreach(group, [leaf]) else _loop
+
+
+def _fused(group: dict[str, Any], device: str) -> ModuleType | None:
+    """The fused engine of a type of device, where it is wanted and can be had."""
+    automatic = device == "cpu" and _HAS_NUMBA and _is_automatic(group)
+    if device not in _FUSED or not (group["fused"] or automatic):
         return None
-    engine = _import_fused()
+    engine = _import_fused(device)
     if isinstance(engine, ModuleType):
         return engine
     if group["fused"]:
-        raise ImportError(_FUSED_NEEDS_NUMBA) from engine
+        raise ImportError(_FUSED[device].missing) from engine
     return None
 
 
 @functools.cache
-def _import_fused() -> ModuleType | ImportError:
+def _import_fused(device: str) -> ModuleType | ImportError:
     # At the first use, and not above: importing numba takes half a second.
     try:
-        from vsgd.backends import torch_fused
+        return importlib.import_module(f"vsgd.backends.{_FUSED[device].module}")
     except ImportError as error:
         return error
-    return torch_fused
 
 
 def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
@@ -415,12 +455,13 @@ class VSGD(_RuleOptimizer):
         maximize: maximize the objective instead of minimizing it.
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
-        fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        fused: run one kernel for all parameters, numba's on the CPU, Triton's on CUDA; None: on the CPU where numba is
+            installed.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
         RuntimeError: flags that exclude each other.
-        ImportError: `fused=True` without numba.
+        ImportError: `fused=True` without numba on the CPU, or without Triton on CUDA.
 
     Example:
         >>> import torch
@@ -479,12 +520,13 @@ class ConstantVSGD(_RuleOptimizer):
         maximize: maximize the objective instead of minimizing it.
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
-        fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        fused: run one kernel for all parameters, numba's on the CPU, Triton's on CUDA; None: on the CPU where numba is
+            installed.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
         RuntimeError: flags that exclude each other.
-        ImportError: `fused=True` without numba.
+        ImportError: `fused=True` without numba on the CPU, or without Triton on CUDA.
 
     Example:
         >>> import torch

@@ -20,6 +20,7 @@ from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
 from vsgd import core
+from vsgd.backends.chunks import chunks
 
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
@@ -141,14 +142,6 @@ def _compiled(rule: core.Rule, parallel: bool) -> Callable[..., None]:
         return numba.njit(**options)(kernel)
 
 
-def _chunks(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tensor, first element and end of each chunk of the tensors of these sizes."""
-    counts = -(-sizes // CHUNK)
-    tensors = np.repeat(np.arange(len(sizes)), counts)
-    starts = (np.arange(len(tensors)) - (np.cumsum(counts) - counts)[tensors]) * CHUNK
-    return tensors, starts, np.minimum(starts + CHUNK, sizes[tensors])
-
-
 def step(
     rule: core.Rule,
     table: Table,
@@ -175,7 +168,8 @@ def step(
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
     """
     scalar = np.dtype(dtype).type
-    tensors, starts, stops = _chunks(table.sizes)
+    tensors, starts = chunks(table.sizes, CHUNK)
+    stops = np.minimum(starts + CHUNK, table.sizes[tensors])
     c = type(coefficients)(*map(scalar, coefficients))
     arguments = (table.addresses, tensors, starts, stops, c, scalar(lr), scalar(decay), scalar(-1 if maximize else 1))
     threads = min(threads, numba.config.NUMBA_NUM_THREADS)
