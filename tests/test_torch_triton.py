@@ -30,7 +30,7 @@ from vsgd import core
 from vsgd.backends import torch_triton
 
 RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
-INTERPRETED = ["bits", "alone", "half", "capturable", "layouts"]
+INTERPRETED = ["bits", "alone", "half", "capturable", "layouts", "tables"]
 
 
 @pytest.mark.parametrize("name", INTERPRETED)

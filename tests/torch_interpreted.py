@@ -160,6 +160,25 @@ def layouts() -> None:
         same(param, twin)
 
 
+def tables() -> None:
+    """Tables are kept while addresses stay, whatever else changes, and no longer."""
+    ours, theirs = (leaves_of(core.VSGD, [torch.ones(5), torch.ones(2500)]) for _ in range(2))
+    old = ours
+    kept, lengths = torch_triton._kept_tensors, torch_triton._kept_chunks
+    for count, (hits, misses) in enumerate([(0, 1), (1, 1), (2, 1), (2, 2), (3, 2)], start=1):
+        if count == 4:  # gradients elsewhere, while the old ones keep their memory
+            ours = [leaf._replace(grad=torch.zeros_like(leaf.grad)) for leaf in old]
+        for leaves in (ours, theirs):
+            feed(leaves, np.random.default_rng(count))
+        c = core.VSGD.coefficients(count, core.Hyperparameters())
+        torch_triton.step(core.VSGD, ours, c, 0.1 / count, 1.0)
+        torch_loop.step(core.VSGD, theirs, c, 0.1 / count, 1.0)
+        assert kept.cache_info()[:2] == (hits, misses)
+        assert lengths.cache_info()[:2] == (count - 1, 1)
+        for leaf, twin in zip(ours, theirs, strict=True):
+            same(leaf.param, twin.param)
+
+
 def _run_on_the_cpu() -> None:
     vsgd.torch._FUSED["cpu"] = vsgd.torch._FUSED["cuda"]
     vsgd.torch._get_capturable_supported_devices = lambda: ["cpu"]
@@ -169,5 +188,5 @@ if __name__ == "__main__":
     (name,) = sys.argv[1:]
     # The interpreter computes beyond the end of a tensor, too, where all is 0.
     with np.errstate(invalid="ignore", divide="ignore"):
-        {"bits": bits, "alone": alone, "half": half, "capturable": capturable, "layouts": layouts}[name]()
+        {"bits": bits, "alone": alone, "half": half, "capturable": capturable, "layouts": layouts, "tables": tables}[name]()
     print(name, "passed")
