@@ -5,6 +5,7 @@ Interpreting must be asked for before Triton is imported, so that each such test
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -36,7 +37,8 @@ INTERPRETED = ["bits", "alone", "half", "capturable", "layouts", "tables"]
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted(name: str) -> None:
     script = Path(__file__).with_name("torch_interpreted.py")
-    done = subprocess.run([sys.executable, str(script), name], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(script), name], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [name, "passed"]
 

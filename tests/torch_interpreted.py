@@ -1,14 +1,10 @@
-"""The Triton kernel in Triton's interpreter: `python tests/torch_interpreted.py NAME` runs the check of this name."""
+"""The Triton kernel in Triton's interpreter: `TRITON_INTERPRET=1 python tests/torch_interpreted.py NAME` runs one check."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
-
-# Before Triton is imported.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
