@@ -6,14 +6,18 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+from packaging.requirements import Requirement
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require", default="", help="packages, by commas, without which the run fails instead of skipping tests")
+    packages = "packages, by commas, with markers, without which the run fails instead of skipping tests"
+    parser.addoption("--require", default="", help=packages)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    missing = [name for name in config.getoption("--require").split(",") if name and find_spec(name) is None]
+    required = map(Requirement, filter(None, config.getoption("--require").split(",")))
+    here = [each.name for each in required if each.marker is None or each.marker.evaluate()]
+    missing = [name for name in here if find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"--require: not installed: {', '.join(missing)}")
 

@@ -91,12 +91,14 @@ def test_forward_backward_and_step_compile_together() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("engine", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("cls", [VSGD, ConstantVSGD])
-def test_a_cuda_graph_captures_the_step(cls: type, foreach: bool) -> None:
+def test_a_cuda_graph_captures_the_step(cls: type, engine: dict[str, bool]) -> None:
+    if "fused" in engine:
+        pytest.importorskip("triton")
     (params, _), (others, _) = problem(), problem()
     params = [nn.Parameter(param.detach().cuda()) for param in params]
-    optimizer = cls(params, capturable=True, foreach=foreach)
+    optimizer = cls(params, capturable=True, **engine)
     grads = [torch.zeros_like(param) for param in params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad

@@ -80,7 +80,7 @@ INFOS = [
         supported_impls=("foreach", "differentiable", "fused"),
         not_og_supported_flags=("foreach", "differentiable", "fused", "maximize", "capturable"),
         has_capturable_arg=True,
-        supports_fused_on=("cpu",),
+        supports_fused_on=("cpu", "cuda"),
     )
     for cls in (VSGD, ConstantVSGD)
 ]

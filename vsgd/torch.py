@@ -22,8 +22,8 @@ from torch.optim.optimizer import (
 from vsgd import checkpoints, core, rounding
 from vsgd.backends.torch_blocks import Leaf, leaf_of, state_dtype
 from vsgd.backends.torch_engines import (
-    FUSED_NEEDS_NUMBA,
-    HAS_NUMBA,
+    FUSED,
+    check_installed,
     fused_engine,
     hyperparameters,
     may_fuse,
@@ -49,6 +49,7 @@ class _RuleOptimizer(Optimizer):
         self._check_group(defaults)
         self._plans: dict[Any, Any] = {}
         super().__init__(params, defaults)
+        check_installed(param.device.type for group in self.param_groups if group["fused"] for param in group["params"])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -67,8 +68,6 @@ class _RuleOptimizer(Optimizer):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if group["foreach"]:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-            if not HAS_NUMBA:
-                raise ImportError(FUSED_NEEDS_NUMBA)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -147,9 +146,10 @@ class _RuleOptimizer(Optimizer):
                 tensors.append(state[name])
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
-        if group["fused"] and not param.is_cpu:
+        if group["fused"] and param.device.type not in FUSED:
+            device = param.device.type
             raise RuntimeError(
-                f"`fused=True` requires all the params to be on supported devices: ['cpu'] but one is on {param.device.type}"
+                f"`fused=True` requires all the params to be on supported devices: {[*FUSED]} but one is on {device}"
             )
         state["step"] = self._step_count(group, param, 0.0)
         initial = self._rule.initial_state(hyperparameters(self._rule, group))
@@ -247,7 +247,7 @@ class _RuleOptimizer(Optimizer):
         self, index: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
     ) -> tuple[list[Leaf], list[Tensor]]:
         """Step what the fused engine can, and plan the next step; what is left."""
-        fused = fused_engine(group) if any(leaf.param.is_cpu for leaf in leaves) else None
+        fused = fused_engine(group, "cpu", batches=True) if any(leaf.param.is_cpu for leaf in leaves) else None
         if fused is None:
             return leaves, steps
         kinds: dict[str, tuple[list[Leaf], list[Tensor]]] = {"left": ([], []), "own": ([], []), "views": ([], [])}
@@ -314,7 +314,8 @@ class VSGD(_RuleOptimizer):
         maximize: maximize the objective instead of minimizing it.
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
-        fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        fused: run one kernel for all parameters, numba's on the CPU, Triton's on CUDA; None: on the CPU where numba is
+            installed.
         state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
             float32. float64 and complex parameters keep state of their own precision.
         stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
@@ -324,7 +325,7 @@ class VSGD(_RuleOptimizer):
     Raises:
         ValueError: a hyperparameter is out of its range.
         RuntimeError: flags that exclude each other.
-        ImportError: `fused=True` without numba.
+        ImportError: `fused=True` without numba on the CPU, or without Triton on CUDA.
 
     Example:
         >>> import torch
@@ -386,7 +387,8 @@ class ConstantVSGD(_RuleOptimizer):
         maximize: maximize the objective instead of minimizing it.
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
-        fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        fused: run one kernel for all parameters, numba's on the CPU, Triton's on CUDA; None: on the CPU where numba is
+            installed.
         state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
             float32. float64 and complex parameters keep state of their own precision.
         stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
@@ -396,7 +398,7 @@ class ConstantVSGD(_RuleOptimizer):
     Raises:
         ValueError: a hyperparameter is out of its range.
         RuntimeError: flags that exclude each other.
-        ImportError: `fused=True` without numba.
+        ImportError: `fused=True` without numba on the CPU, or without Triton on CUDA.
 
     Example:
         >>> import torch

@@ -42,13 +42,13 @@ class Spec(NamedTuple):
     Attributes:
         worker: the process that runs it, named as the module `{worker}_runners` or, with its backend, `keras-{backend}`.
         needs: the packages without which it cannot run.
-        gpu: whether it can run on one.
+        devices: where it can run, of `DEVICES`.
         cells: what it runs, as (experiment, dtype); None: everything.
     """
 
     worker: str
     needs: tuple[str, ...] = ()
-    gpu: bool = True
+    devices: tuple[str, ...] = DEVICES
     cells: frozenset[tuple[str, str]] | None = None
 
 
@@ -81,13 +81,17 @@ _COMPILED = frozenset(
 )
 _COMPILED_LISTS = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
 
-_TORCH, _JAX, _OPTAX = ("torch",), ("jax",), ("jax", "optax")
+_CPU, _GPU = DEVICES[:1], DEVICES[1:]
+_TORCH, _JAX, _OPTAX, _TRITON = ("torch",), ("jax",), ("jax", "optax"), ("torch", "triton")
 RUNNERS = {
-    "numpy": Spec("numpy", gpu=False),
-    "core-numpy": Spec("numpy", gpu=False),
+    "numpy": Spec("numpy", devices=_CPU),
+    "core-numpy": Spec("numpy", devices=_CPU),
     "torch-loop": Spec("torch", _TORCH),
     "torch-foreach": Spec("torch", _TORCH),
-    "torch-fused": Spec("torch", ("torch", "numba"), gpu=False),
+    "torch-fused": Spec("torch", ("torch", "numba"), devices=_CPU),
+    "torch-triton": Spec("torch", _TRITON, devices=_GPU),
+    "torch-triton-capturable": Spec("torch", _TRITON, devices=_GPU),
+    "torch-triton-interpreted": Spec("triton", _TRITON, devices=_CPU),
     "torch-differentiable": Spec("torch", _TORCH),
     "torch-compiled": Spec("torch", _TORCH, cells=_COMPILED),
     "torch-compiled-foreach": Spec("torch", _TORCH, cells=_COMPILED_LISTS),
@@ -196,7 +200,7 @@ def missing(packages: Sequence[str]) -> list[str]:
 
 
 def devices(name: str) -> Sequence[str]:
-    return DEVICES if RUNNERS[name].gpu else DEVICES[:1]
+    return RUNNERS[name].devices
 
 
 def of_steps(lr: Any, default: float) -> Callable[[int], float]:

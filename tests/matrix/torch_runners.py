@@ -94,6 +94,8 @@ RUNNERS = {
     "torch-loop": partial(TorchRunner, flags={"foreach": False, "fused": False}),
     "torch-foreach": partial(TorchRunner, flags={"foreach": True}),
     "torch-fused": partial(TorchRunner, flags={"fused": True}),
+    "torch-triton": partial(TorchRunner, flags={"fused": True}),
+    "torch-triton-capturable": partial(TorchRunner, flags={"fused": True, "capturable": True}),
     "torch-differentiable": partial(TorchRunner, flags={"differentiable": True}),
     "torch-compiled": partial(TorchRunner, flags={}, compiled=True),
     "torch-compiled-foreach": partial(TorchRunner, flags={"foreach": True, "capturable": True}, compiled=True),

@@ -4,8 +4,8 @@ A backend is one of two things:
 
 - an array namespace: an object `xp` with `sqrt`, whose arrays have arithmetic operators. `numpy` and `torch` are such
   namespaces as they are; `torch_foreach` adds lists of tensors.
-- a compiler or scheduler of the core's update: `numba_cpu` compiles it into one loop over many tensors, `torch_loop` runs it
-  block by block.
+- a compiler or scheduler of the core's update: `numba_cpu` and `torch_triton` compile it into one loop over many tensors,
+  `torch_loop` runs it block by block.
 
 A backend takes a `vsgd.core.Rule` (or its update) and never states the update itself. It imports its framework and
 `vsgd.core`, nothing of the adapters, and no adapter's user pays for a backend that is not used.

@@ -21,6 +21,7 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from vsgd import core, rounding
 from vsgd.backends import numba_integers
+from vsgd.backends.chunks import chunks as cut
 
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
@@ -168,9 +169,7 @@ def chunks(sizes: np.ndarray) -> Chunks:
         >>> tensors.tolist(), (stops - starts).tolist()
         ([0, 2, 2], [3, 16384, 1])
     """
-    counts = -(-sizes // CHUNK)
-    tensors = np.repeat(np.arange(len(sizes)), counts)
-    starts = (np.arange(len(tensors)) - (np.cumsum(counts) - counts)[tensors]) * CHUNK
+    tensors, starts = cut(sizes, CHUNK)
     return Chunks(tensors, starts, np.minimum(starts + CHUNK, sizes[tensors]))
 
 

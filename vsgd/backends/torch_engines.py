@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,39 @@ from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
-FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
+
+class Fused(NamedTuple):
+    """Where a device's fused engine is, and what it needs.
+
+    Attributes:
+        module: its module, in `vsgd.backends`.
+        package: the package that must be there.
+        missing: what to say where it is not.
+        batches: whether the engine steps batches, which may be planned, or leaves.
+    """
+
+    module: str
+    package: str
+    missing: str
+    batches: bool
+
+
+#: By type of device.
+FUSED = {
+    "cpu": Fused("torch_fused", "numba", "fused=True needs numba: pip install 'vsgd[fused]'", batches=True),
+    "cuda": Fused("torch_triton", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", batches=False),
+}
+
+
+def check_installed(devices: Iterable[str]) -> None:
+    """Check that the fused engines of these devices can be had.
+
+    Raises:
+        ImportError: the package of one is missing.
+    """
+    for engine in (FUSED[device] for device in set(devices) & FUSED.keys()):
+        if importlib.util.find_spec(engine.package) is None:
+            raise ImportError(engine.missing)
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
@@ -27,26 +60,33 @@ def may_fuse(group: dict[str, Any]) -> bool:
     return wanted and not (group["capturable"] or group["differentiable"])
 
 
-def fused_engine(group: dict[str, Any]) -> ModuleType | None:
-    """The fused engine, where it is wanted and can be had."""
-    if not may_fuse(group):
+def fused_engine(group: dict[str, Any], device: str, *, batches: bool) -> ModuleType | None:
+    """The fused engine of a type of device, where it is wanted and can be had, and steps batches or leaves, as is asked."""
+    automatic = device == "cpu" and HAS_NUMBA and _is_automatic(group)
+    if device not in FUSED or FUSED[device].batches != batches or not (group["fused"] or automatic):
         return None
-    engine = _import_fused()
+    engine = _import_fused(device)
     if isinstance(engine, ModuleType):
         return engine
     if group["fused"]:
-        raise ImportError(FUSED_NEEDS_NUMBA) from engine
+        raise ImportError(FUSED[device].missing) from engine
     return None
 
 
 @functools.cache
-def _import_fused() -> ModuleType | ImportError:
+def _import_fused(device: str) -> ModuleType | ImportError:
     # At the first use, and not above: importing numba takes half a second.
     try:
-        from vsgd.backends import torch_fused
+        return importlib.import_module(f"vsgd.backends.{FUSED[device].module}")
     except ImportError as error:
         return error
-    return torch_fused
+
+
+def _engine(group: dict[str, Any], leaf: Leaf) -> Callable[..., None]:
+    fused = fused_engine(group, leaf.param.device.type, batches=False)
+    if fused is not None and fused.accepts(leaf):
+        return fused.step
+    return torch_foreach.step if _wants_foreach(group, [leaf]) else torch_loop.step_in_blocks
 
 
 def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
@@ -84,11 +124,10 @@ def step_by_numbers(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], 
     hyper = hyperparameters(rule, group)
     lr = number(group["lr"])
     decay = 1 - lr * group["weight_decay"]
-    by_count: dict[tuple[float, Callable[..., None]], list[Leaf]] = {}
+    kinds: dict[tuple[float, Callable[..., None], torch.device], list[Leaf]] = {}
     for leaf, step in zip(leaves, steps, strict=True):
-        engine = torch_foreach.step if _wants_foreach(group, [leaf]) else torch_loop.step_in_blocks
-        by_count.setdefault((step.item(), engine), []).append(_at(leaf, step.item()))
-    for (count, engine), batch in by_count.items():
+        kinds.setdefault((step.item(), _engine(group, leaf), leaf.param.device), []).append(_at(leaf, step.item()))
+    for (count, engine, _), batch in kinds.items():
         coefficients = rule.coefficients(count, hyper)
         engine(rule, batch, coefficients, lr, decay, maximize=group["maximize"])
 
@@ -98,10 +137,12 @@ def step_by_tensors(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], 
     torch._foreach_add_(steps, 1)
     hyper = hyperparameters(rule, group)
     lr = _to_scalar(group["lr"])
+    if group["fused"] and not torch.compiler.is_compiling():
+        leaves, steps = _step_fused(rule, group, leaves, steps)
     # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
     leaves = [_at(leaf, step) for leaf, step in zip(leaves, steps, strict=True)]
     steps = [step.to(leaf.dtype) for step, leaf in zip(steps, leaves, strict=True)]
-    if _wants_foreach(group, leaves):
+    if leaves and _wants_foreach(group, leaves):
         coefficients = rule.coefficients(torch_foreach.TensorList(steps), hyper)
         if isinstance(lr, Tensor):
             lr = torch_foreach.TensorList([lr] * len(leaves))
@@ -116,6 +157,28 @@ def step_by_tensors(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], 
             coefficients = type(coefficients)(*map(_in_memory, coefficients))
         parts = [leaf] if whole else blocks(leaf, block_size(leaf))
         torch_loop.step(rule, parts, coefficients, lr, decay, maximize=group["maximize"])
+
+
+def _step_fused(
+    rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]
+) -> tuple[list[Leaf], list[Tensor]]:
+    """Step the leaves that a fused engine takes, on each device; the others are returned."""
+    kinds: dict[tuple[ModuleType, torch.device], list[tuple[Leaf, Tensor]]] = {}
+    rest: list[tuple[Leaf, Tensor]] = []
+    for leaf, step in zip(leaves, steps, strict=True):
+        engine = fused_engine(group, leaf.param.device.type, batches=False)
+        if engine is not None and engine.accepts(leaf):
+            kinds.setdefault((engine, leaf.param.device), []).append((leaf, step))
+        else:
+            rest.append((leaf, step))
+    lr = _to_scalar(group["lr"])
+    decay = 1 - lr * group["weight_decay"]
+    for (engine, _), pairs in kinds.items():
+        # In float64, as numbers are: of the kernel's scalars each is rounded once.
+        counts = torch.stack([step for _, step in pairs]).double()
+        coefficients = rule.coefficients(counts, hyperparameters(rule, group))
+        engine.step(rule, [leaf for leaf, _ in pairs], coefficients, lr, decay, maximize=group["maximize"])
+    return [leaf for leaf, _ in rest], [step for _, step in rest]
 
 
 def _at(leaf: Leaf, step: float | Tensor) -> Leaf:

@@ -126,6 +126,8 @@ def _step_chunk(
     wide_params = TensorList([leaf.param.to(leaf.dtype) for leaf in chunk])
     new_params = core.descend(wide_params, direction, lr, decay)
     per_leaf = zip(*(new.tensors for new in new_states), strict=True)
-    pairs = [rounded(*each) for each in zip(chunk, per_leaf, new_params.tensors, strict=True)]
-    old = [tensor for leaf in chunk for tensor in (*leaf.state, leaf.param)]
-    torch._foreach_copy_(old, [tensor for state, param in pairs for tensor in (*state, param)])
+    stored = [rounded(*each) for each in zip(chunk, per_leaf, new_params.tensors, strict=True)]
+    old_roles = zip(*((*leaf.state, leaf.param) for leaf in chunk), strict=True)
+    new_roles = zip(*((*state, param) for state, param in stored), strict=True)
+    for old, new in zip(old_roles, new_roles, strict=True):
+        torch._foreach_copy_(old, new)

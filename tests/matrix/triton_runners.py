@@ -1,0 +1,32 @@
+"""The torch adapter on the Triton kernel, run by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before Triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"
+
+from functools import partial
+
+import triton
+from matrix import torch_runners
+from matrix.torch_runners import TorchRunner, scope
+
+from vsgd.backends import torch_engines, torch_loop
+
+__all__ = ["RUNNERS", "gpu", "scope", "versions"]
+
+torch_engines.FUSED["cpu"] = torch_engines.FUSED["cuda"]
+# So that no step is taken by another engine.
+torch_loop.step_in_blocks = None
+
+RUNNERS = {"torch-triton-interpreted": partial(TorchRunner, flags={"fused": True})}
+
+
+def versions() -> dict[str, str]:
+    return {**torch_runners.versions(), "triton": triton.__version__}
+
+
+def gpu() -> None:
+    """The interpreter uses none."""
