@@ -531,8 +531,8 @@ def test_state_that_no_longer_fits_is_an_error_and_no_write_elsewhere(engine: di
 
 @engines
 def test_state_that_fits_another_parameter_is_an_error(engine: dict[str, Any]) -> None:
-    # As many elements in all as there should be: parameters that are stepped together must not borrow from each other.
-    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))]
+    # As many elements as there should be, in another shape.
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))]
     optimizer = VSGD(params, **engine)
     train(optimizer, params, range(1))
     one, other = (optimizer.state[param] for param in params)
