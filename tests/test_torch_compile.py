@@ -90,6 +90,20 @@ def test_forward_backward_and_step_compile_together() -> None:
     assert_close(list(model.parameters()), list(twin.parameters()))
 
 
+@pytest.mark.compiler
+def test_powers_of_the_count_are_computed_outside_of_the_loop_over_elements() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    params = [nn.Parameter(torch.ones(4096))]
+    params[0].grad = torch.ones(4096)
+    optimizer = VSGD(params, lr=torch.tensor(0.01))
+    _, code = run_and_get_code(torch.compile(optimizer.step))
+    before, *after = "".join(code).split("for(")
+    assert "pow(" in before
+    assert after
+    assert "pow(" not in "".join(after)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("cls", [VSGD, ConstantVSGD])

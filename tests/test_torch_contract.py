@@ -529,6 +529,19 @@ def test_state_that_no_longer_fits_is_an_error_and_no_write_elsewhere(engine: di
         optimizer.step()
 
 
+@engines
+def test_state_that_fits_another_parameter_is_an_error(engine: dict[str, Any]) -> None:
+    # As many elements as there should be, in another shape.
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))]
+    optimizer = VSGD(params, **engine)
+    train(optimizer, params, range(1))
+    one, other = (optimizer.state[param] for param in params)
+    for name in STATE_NAMES[VSGD]:
+        one[name], other[name] = other[name], one[name]
+    with pytest.raises((RuntimeError, ValueError)):
+        train(optimizer, params, range(1))
+
+
 @classes
 @engines
 def test_a_group_may_join_after_steps_and_parameters_may_have_names(cls: type, engine: dict[str, Any]) -> None:
