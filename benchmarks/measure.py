@@ -112,7 +112,7 @@ def _python(*arguments: str, **environment: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def _merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """What was measured anew, with other competitors' earlier results where machine and versions are the same."""
     if old is None or old["environment"] != new["environment"]:
         return new
@@ -149,9 +149,9 @@ def run(
         competitors = chosen(suite, _plotted(suite) if names is None and swept else names, device)
         cell = {**cells.get(shape.name, {}), "tensors": len(shape.tensors), "parameters": shape.parameters}
         if "times" in parts:
-            cell["times"] = _merge(cell.get("times"), times(suite, shape, competitors, device, limits))
+            cell["times"] = merge(cell.get("times"), times(suite, shape, competitors, device, limits))
         if "probes" in parts:
-            cell["probes"] = _merge(cell.get("probes"), probes(suite_name, suite, shape, competitors, device))
+            cell["probes"] = merge(cell.get("probes"), probes(suite_name, suite, shape, competitors, device))
         cells[shape.name] = cell
     results = {**results, "suite": suite_name, "title": suite.title, "device": device, "baselines": list(suite.baselines)}
     results["cells"] = cells

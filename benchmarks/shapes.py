@@ -56,8 +56,8 @@ def parse(text: str) -> list[Shape]:
     """
     if text in NAMED:
         return [NAMED[text]]
-    sweep, _, number = text.partition("=")
-    if sweep not in SWEEPS or (number and not (number.isdecimal() and int(number))):
+    sweep, equals, number = text.partition("=")
+    if sweep not in SWEEPS or (equals and not (number.isdecimal() and int(number))):
         raise ValueError(f"{text!r} is no shape; there are {', '.join((*NAMED, *SWEEPS))} and such as parameters=1000")
     values = (int(number),) if number else SWEEPS[sweep]
     return [_point(sweep, value) for value in values]

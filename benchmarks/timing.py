@@ -14,7 +14,7 @@ import numpy as np
 
 #: Rounds that even a slow competitor takes part in.
 LEAST_ROUNDS = 3
-_WARM_UP_STEPS = 3
+_WARM_UP_STEPS = 2
 # Another library's threads may still spin, waiting for work, for some milliseconds.
 _PAUSE_SECONDS = 0.005
 
@@ -81,7 +81,7 @@ def interleave(
     repeats: dict[str, int] = {}
     for name, step in steps.items():
         print(f"warming up {name}", file=sys.stderr)
-        step(_WARM_UP_STEPS)
+        step(_WARM_UP_STEPS)  # makes the state, and compiles, for some once more at the second step
         repeats[name] = max(1, math.ceil(limits.sample_seconds / max(_timed(step, 1, clock), 1e-6)))
     samples: dict[str, list[float | None]] = {name: [] for name in steps}
     spent = dict.fromkeys(steps, 0.0)
