@@ -60,8 +60,8 @@ def _draw(results: Mapping[str, Any], name: str, cells: list[Mapping[str, Any]],
             xs, [1e3 * each.low for each in spreads], [1e3 * each.high for each in spreads], color=line.get_color(), alpha=0.2
         )
     most = max((each["traffic_bytes"], name) for name, each in cells[-1]["times"]["competitors"].items())[1]
-    floor = [1e3 * floor(cell["times"], most) for cell in cells]
-    axes.plot([cell[count] for cell in cells], floor, "k--", label="floor of VSGD: bytes / measured bandwidth")
+    least = [1e3 * floor(cell["times"], most) for cell in cells]
+    axes.plot([cell[count] for cell in cells], least, "k--", label="floor of VSGD: bytes / measured bandwidth")
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="time of a step, ms", title=results["title"].replace("`", ""))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

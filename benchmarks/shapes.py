@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 def _convolutions() -> tuple[tuple[int, ...], ...]:
     """A residual network's: convolutions with the scale and bias of the norm that follows, and a head."""
-    widths = (3, 64, 64, 64, 128, 256, 256, 512, 512, 512, 512)
+    widths = (3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512)
     stages = [((3, 3, narrow, wide), (wide,), (wide,)) for narrow, wide in itertools.pairwise(widths)]
     return (*(tensor for stage in stages for tensor in stage), (512,), (512,), (512, 10), (10,))
 
