@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from benchmarks import measure, report, shapes, suite, timing
@@ -43,6 +44,9 @@ def main() -> None:
     """Do what the command line says."""
     parser = _parser()
     arguments = parser.parse_args()
+    if getattr(arguments, "device", None) == "cpu":
+        # JAX and TensorFlow would run on a GPU unasked.
+        os.environ.update(CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu")
     try:
         if arguments.command == "run":
             _run(arguments)
@@ -61,11 +65,12 @@ def _run(arguments: argparse.Namespace) -> None:
     output = arguments.output or _RESULTS / f"{name}.json"
     results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     limits = timing.Limits(rounds=arguments.rounds, competitor_seconds=arguments.seconds)
-    results = measure.run(
-        arguments.suite, results, arguments.shapes, arguments.parts, arguments.competitors, arguments.device, limits
-    )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    what = (arguments.shapes, arguments.parts, arguments.competitors, arguments.device, limits)
+    for found in measure.run(arguments.suite, results, *what):
+        # After each shape, for a run may take long.
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results = found
     print(report.tables(results))
 
 

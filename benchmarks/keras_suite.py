@@ -17,9 +17,9 @@ from benchmarks.suite import LEARNING_RATE, WEIGHT_DECAY, Arm, Competitor, Suite
 
 BACKEND = keras.backend.backend()
 #: Samples of a train step: few, so that the optimizer's share of it is large.
-BATCH = 4
+BATCH = 2
 #: Height and width of the images that a convolution is given first.
-SIDE = 16
+SIDE = 8
 
 
 class _KerasProblem:

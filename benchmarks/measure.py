@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import machine, shapes, timing
@@ -127,7 +127,7 @@ def run(
     names: Iterable[str] | None,
     device: str,
     limits: timing.Limits,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Measure a suite.
 
     Args:
@@ -139,10 +139,11 @@ def run(
         device: "cpu" or "cuda".
         limits: how long to measure times.
 
-    Returns:
-        The results, as `benchmarks.report` reads them.
+    Yields:
+        The results so far, as `benchmarks.report` reads them: after each shape, and at the end.
     """
     suite = load(suite_name)
+    head = {"suite": suite_name, "title": suite.title, "device": device, "baselines": list(suite.baselines)}
     cells = dict(results.get("cells", {}))
     wanted = [(shape, word in shapes.SWEEPS) for word in words for shape in shapes.parse(word)]
     for shape, swept in wanted:
@@ -153,8 +154,6 @@ def run(
         if "probes" in parts:
             cell["probes"] = merge(cell.get("probes"), probes(suite_name, suite, shape, competitors, device))
         cells[shape.name] = cell
-    results = {**results, "suite": suite_name, "title": suite.title, "device": device, "baselines": list(suite.baselines)}
-    results["cells"] = cells
+        yield {**results, **head, "cells": cells}
     if "imports" in parts:
-        results["imports"] = imports(suite, device)
-    return results
+        yield {**results, **head, "cells": cells, "imports": imports(suite, device)}

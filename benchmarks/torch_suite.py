@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -113,7 +114,11 @@ SUITE = Suite(
     competitors=COMPETITORS,
     problem=TorchProblem,
     packages=("torch", "numba", "pytorch_optimizer"),
-    imports={"vsgd.torch": ("torch",), "vsgd.backends.torch_fused": ("torch", "vsgd.torch")},
+    imports={
+        "vsgd.torch": ("torch",),
+        # At the first fused step.
+        **({"vsgd.backends.torch_fused": ("torch", "vsgd.torch")} if find_spec("numba") else {}),
+    },
     memory="on a CPU growth of the process's resident memory, on a GPU torch.cuda.max_memory_allocated",
     threads=torch.get_num_threads,
     gpu=torch.cuda.get_device_name,
