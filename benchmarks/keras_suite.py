@@ -28,8 +28,8 @@ class _KerasProblem:
             raise ValueError("the Keras suites run on the CPU alone")
         self.shape = shape
 
-    def bandwidth(self, size: int) -> float:
-        return machine.bandwidth(size)
+    def memory(self, size: int) -> machine.Memory:
+        return machine.Memory(size)
 
 
 class ApplyProblem(_KerasProblem):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_REPETITIONS = 9
+_REPETITIONS = 5
 
 
 def processors() -> int:
@@ -91,6 +91,41 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+class Memory:
+    """Two float32 arrays, one added to the other by one thread or by all, whichever is faster.
+
+    Each byte is written where one was read, as an optimizer does it: no line of memory is fetched only to be overwritten.
+
+    Attributes:
+        moved: the bytes that an addition reads or writes.
+
+    Args:
+        size: bytes of the two arrays together.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._a, self._b = (np.ones(max(1, size // 8), np.float32) for _ in range(2))
+        self.moved = 3 * self._a.nbytes
+        bounds = np.linspace(0, self._a.size, processors() + 1, dtype=int)
+        self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self._pool = ThreadPoolExecutor(len(self._parts))
+        self._move = min((self._by_one, self._by_all), key=fastest)
+
+    def _add(self, part: slice) -> None:
+        np.add(self._a[part], self._b[part], out=self._a[part])
+
+    def _by_one(self) -> None:
+        self._add(slice(None))
+
+    def _by_all(self) -> None:
+        list(self._pool.map(self._add, self._parts))
+
+    def step(self, count: int) -> None:
+        """Add so many times."""
+        for _ in range(count):
+            self._move()
+
+
 def fastest(action: Callable[[], object]) -> float:
     """The seconds of the fastest of several runs."""
     action()
@@ -100,23 +135,3 @@ def fastest(action: Callable[[], object]) -> float:
         action()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def bandwidth(size: int) -> float:
-    """Bytes a second that the processors move in `a += b`, read or written, by one thread or by all, whichever is faster.
-
-    Each byte is written where one was read, as an optimizer does it: no line of memory is fetched only to be overwritten.
-
-    Args:
-        size: bytes of the two arrays together.
-    """
-    a, b = (np.ones(max(1, size // 8), np.float32) for _ in range(2))
-    bounds = np.linspace(0, a.size, processors() + 1, dtype=int)
-    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-
-    def add(part: slice) -> None:
-        np.add(a[part], b[part], out=a[part])
-
-    with ThreadPoolExecutor(len(parts)) as pool:
-        seconds = min(fastest(lambda: add(slice(None))), fastest(lambda: list(pool.map(add, parts))))
-    return 3 * a.nbytes / seconds

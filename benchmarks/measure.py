@@ -19,6 +19,8 @@ from benchmarks.suite import Suite, load, state_bytes_per_parameter, traffic_byt
 _IMPORTS = 3
 # Numbers that a step of VSGD holds for each parameter: itself, its gradient, and three arrays of state.
 _WORKING_SET = 5
+# Runs among the competitors, for a machine that others use moves memory now faster, now slower.
+_MEMORY = "memory"
 
 
 def chosen(suite: Suite, names: Iterable[str] | None, device: str) -> list[str]:
@@ -43,15 +45,16 @@ def _plotted(suite: Suite) -> list[str]:
 
 
 def times(suite: Suite, shape: Shape, names: Iterable[str], device: str, limits: timing.Limits) -> dict[str, Any]:
-    """The times of all competitors' steps on one shape, and the bandwidth of the memory."""
+    """The times of all competitors' steps on one shape, and of moving memory in the same rounds."""
     problem = suite.problem(shape, device)
-    bandwidth = problem.bandwidth(4 * _WORKING_SET * shape.parameters)
+    memory = problem.memory(4 * _WORKING_SET * shape.parameters)
     arms = {name: suite.competitors[name].make(problem) for name in names}
-    samples = timing.interleave({name: arm.step for name, arm in arms.items()}, limits, problem.turn)
+    steps = {name: arm.step for name, arm in arms.items()}
+    samples = timing.interleave({**steps, _MEMORY: memory.step}, limits, problem.turn)
     against = {name: samples[name] for name in suite.baselines}
     return {
         "environment": suite.environment(device),
-        "bytes_per_second": bandwidth,
+        "memory": {"bytes": memory.moved, "seconds": samples[_MEMORY]},
         "competitors": {
             name: {
                 "seconds": samples[name],

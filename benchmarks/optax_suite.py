@@ -29,8 +29,8 @@ class OptaxProblem:
     def turn(self) -> None:
         self.grads, self.opposite = self.opposite, self.grads
 
-    def bandwidth(self, size: int) -> float:
-        return machine.bandwidth(size)
+    def memory(self, size: int) -> machine.Memory:
+        return machine.Memory(size)
 
 
 class OptaxArm:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import shapes
-from benchmarks.timing import spread, taken
+from benchmarks.timing import seconds_per_byte, spread, taken
 
 _AXES = {
     "parameters": ("parameters, in 4 tensors", "parameters"),
@@ -61,7 +61,7 @@ def _draw(results: Mapping[str, Any], name: str, cells: list[Mapping[str, Any]],
         )
     most = max((each["traffic_bytes"], name) for name, each in cells[-1]["times"]["competitors"].items())[1]
     least = [1e3 * floor(cell["times"], most) for cell in cells]
-    axes.plot([cell[count] for cell in cells], least, "k--", label="floor of VSGD: bytes / measured bandwidth")
+    axes.plot([cell[count] for cell in cells], least, "k--", label="floor of VSGD: its bytes at the measured bandwidth")
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="time of a step, ms", title=results["title"].replace("`", ""))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -77,4 +77,4 @@ def floor(times: Mapping[str, Any], competitor: str) -> float:
         times: of a shape.
         competitor: whose.
     """
-    return float(times["competitors"][competitor]["traffic_bytes"] / times["bytes_per_second"])
+    return float(times["competitors"][competitor]["traffic_bytes"]) * seconds_per_byte(times["memory"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, shapes
-from benchmarks.timing import Spread, paired_ratio, spread, taken
+from benchmarks.timing import Spread, paired_ratio, seconds_per_byte, spread, taken
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -124,7 +124,7 @@ def tables(results: Mapping[str, Any]) -> str:
     parts = [f"`{_command(results)}`, on {'; and on '.join(_environments(results))}."]
     timed = _cells(results, "times")
     if timed:
-        speeds = ", ".join(f"{cell['bytes_per_second'] / 1e9:.3g} GB/s on {name}" for name, cell in timed.items())
+        speeds = ", ".join(f"{1e-9 / seconds_per_byte(cell['memory']):.3g} GB/s on {name}" for name, cell in timed.items())
         parts.append(f"Median of paired ratios (quartiles), and median time. Memory moved {speeds}.")
         parts += [times(results, baseline) for baseline in results["baselines"]]
     probed = _cells(results, "probes")

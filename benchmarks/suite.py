@@ -34,14 +34,23 @@ class Arm(Protocol):
         """Memory that a step takes beyond what lives before it; None where it cannot be told."""
 
 
+class Memory(Protocol):
+    """What moves memory, to tell how fast that can be."""
+
+    moved: int
+
+    def step(self, count: int) -> None:
+        """Move `moved` bytes so many times and wait for the end."""
+
+
 class Problem(Protocol):
     """Parameters of a shape, with gradients, which all competitors step in turn."""
 
     def turn(self) -> None:
         """Change the gradients, all to their opposite: constant ones would leave nothing to filter."""
 
-    def bandwidth(self, size: int) -> float:
-        """Bytes a second that are moved within arrays of so many bytes together."""
+    def memory(self, size: int) -> Memory:
+        """Arrays of so many bytes together, to be moved where the parameters are."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,15 @@ def paired_ratio(samples: Samples, baseline: Samples) -> Spread:
     """The times over those of a baseline in the same rounds, so that a slow moment of the machine weighs on both."""
     pairs = zip(samples, baseline, strict=True)
     return spread([seconds / base for seconds, base in pairs if seconds is not None and base is not None])
+
+
+def seconds_per_byte(memory: Mapping[str, Any]) -> float:
+    """How long a byte takes to be read or written, by the median.
+
+    Args:
+        memory: "bytes" that were moved, and "seconds" that it took in each round.
+    """
+    return spread(taken(memory["seconds"])).median / float(memory["bytes"])
 
 
 def interleave(

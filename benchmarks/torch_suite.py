@@ -33,14 +33,22 @@ class TorchProblem:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def bandwidth(self, size: int) -> float:
-        a, b = (torch.ones(max(1, size // 8), device=self.device) for _ in range(2))
+    def memory(self, size: int) -> TorchMemory:
+        return TorchMemory(self, size)
 
-        def add() -> None:
-            a.add_(b)
-            self.wait()
 
-        return 3 * a.nbytes / machine.fastest(add)
+class TorchMemory:
+    """Two float32 tensors of so many bytes together, one added to the other."""
+
+    def __init__(self, problem: TorchProblem, size: int) -> None:
+        self.problem = problem
+        self.a, self.b = (torch.ones(max(1, size // 8), device=problem.device) for _ in range(2))
+        self.moved = 3 * self.a.nbytes
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.a.add_(self.b)
+        self.problem.wait()
 
 
 class TorchArm:

@@ -173,18 +173,14 @@ def test_the_peak_is_of_memory_that_an_action_takes_and_gives_back(module: Calla
     assert machine.peak_growth(lambda: np.ones(5_000_000)) == pytest.approx(40e6, rel=0.05)
 
 
-def test_bandwidth_counts_two_reads_and_a_write(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = module("machine")
-    ran = []
-
-    def two_seconds(action: Callable[[], object]) -> float:
-        ran.append(action())
-        return 2.0
-
-    monkeypatch.setattr(machine, "fastest", two_seconds)
-    # Two arrays of 1000 float32.
-    assert machine.bandwidth(8000) == 3 * 4000 / 2.0
-    assert len(ran) == 2  # by one thread, and by all
+def test_moving_memory_adds_every_element_once(module: Callable[[str], Any]) -> None:
+    memory = module("machine").Memory(8000)
+    # Two arrays of 1000 float32, of which one is read, the other read and written.
+    assert memory.moved == 3 * 4000
+    for move in (memory._by_one, memory._by_all):
+        before = memory._a.copy()
+        move()
+        np.testing.assert_array_equal(memory._a, before + 1)
 
 
 def test_a_competitor_that_lacks_something_sits_out(module: Callable[[str], Any]) -> None:
@@ -270,7 +266,8 @@ def test_a_run_of_a_suite(suite: str, tmp_path: Path) -> None:
     (cell,) = results["cells"].values()
     assert (cell["tensors"], cell["parameters"]) == (2, 128)
     times = cell["times"]
-    assert times["bytes_per_second"] > 0
+    assert times["memory"]["bytes"] == 3 * 4 * 5 * 128 / 2
+    assert times["memory"]["seconds"][0] > 0
     assert times["environment"]["processors"] >= 1
     assert set(needs) <= {name.removesuffix("-cpu") for name in times["environment"]["versions"]}
     assert set(times["competitors"]) == set(floors)
@@ -365,7 +362,9 @@ def results(cells: dict[str, Any]) -> dict[str, Any]:
 def cell(slow: list[float | None], **size: int) -> dict[str, Any]:
     base = [0.001, 0.002, 0.005, 0.002]
     competitors = {"base": competitor(base, base), "slow": competitor(slow, base, 12.0)}
-    times = {"environment": environment(torch="2"), "bytes_per_second": 5e10, "competitors": competitors}
+    # 50 GB/s, but for one slow round.
+    memory = {"bytes": 100_000_000, "seconds": [0.002, 0.002, 0.008, None]}
+    times = {"environment": environment(torch="2"), "memory": memory, "competitors": competitors}
     return {"tensors": 4, "parameters": 100, **size, "times": times}
 
 
