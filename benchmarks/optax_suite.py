@@ -1,0 +1,90 @@
+"""JAX: one jitted optax update, its state and parameters donated."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import vsgd.optax
+from benchmarks import machine
+from benchmarks.shapes import Shape
+from benchmarks.suite import LEARNING_RATE, WEIGHT_DECAY, Competitor, Suite
+
+
+class OptaxProblem:
+    """Parameters, which each step replaces, and gradients of normal noise."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        if device != jax.default_backend().replace("gpu", "cuda"):
+            raise ValueError(f"JAX runs on {jax.default_backend()}, not on {device}")
+        keys = jax.random.split(jax.random.key(0), len(shape.tensors))
+        self.params = [jnp.ones(tensor) for tensor in shape.tensors]
+        self.grads = [1e-2 * jax.random.normal(key, tensor) for key, tensor in zip(keys, shape.tensors, strict=True)]
+        self.opposite = [-grad for grad in self.grads]
+
+    def turn(self) -> None:
+        self.grads, self.opposite = self.opposite, self.grads
+
+    def memory(self, size: int) -> machine.Memory:
+        return machine.Memory(size)
+
+
+class OptaxArm:
+    """A gradient transformation."""
+
+    def __init__(self, problem: OptaxProblem, transformation: optax.GradientTransformation) -> None:
+        self.problem = problem
+        self.optimizer_state = transformation.init(problem.params)
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = transformation.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.update = update
+
+    def step(self, count: int) -> None:
+        params = self.problem.params
+        for _ in range(count):
+            params, self.optimizer_state = self.update(params, self.optimizer_state, self.problem.grads)
+        self.problem.params = params
+        jax.block_until_ready((params, self.optimizer_state))
+
+    def state(self) -> list[tuple[int, int]]:
+        return [(leaf.size, leaf.nbytes) for leaf in jax.tree.leaves(self.optimizer_state)]
+
+    def transient_bytes(self) -> int | None:
+        compiled = self.update.lower(self.problem.params, self.optimizer_state, self.problem.grads).compile()
+        analysis = compiled.memory_analysis()
+        return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def _competitor(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
+    return Competitor(lambda problem: OptaxArm(problem, transformation(LEARNING_RATE, **arguments)), plotted=plotted)
+
+
+def _decaying(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
+    return _competitor(transformation, plotted=plotted, weight_decay=WEIGHT_DECAY, **arguments)
+
+
+SUITE = Suite(
+    title="JAX, an optax update under `jax.jit`",
+    baselines=("optax.adamw",),
+    competitors={
+        "optax.adamw": _decaying(optax.adamw, plotted=True),
+        "optax.adabelief": _competitor(optax.adabelief),
+        "optax.lion": _decaying(optax.lion),
+        "optax.sgd(momentum=0.9)": _competitor(optax.sgd, momentum=0.9),
+        "vsgd": _decaying(vsgd.optax.vsgd, plotted=True),
+        "constant_vsgd": _decaying(vsgd.optax.constant_vsgd, plotted=True),
+    },
+    problem=OptaxProblem,
+    packages=("jax", "jaxlib", "optax"),
+    imports={"vsgd.optax": ("jax", "optax")},
+    memory="temp_size_in_bytes of jax's compiled.memory_analysis()",
+    gpu=lambda: jax.devices()[0].device_kind,
+)
