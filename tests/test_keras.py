@@ -545,7 +545,77 @@ def test_constant_vsgd_checks_its_own_kappa() -> None:
         ConstantVSGD(kappa=2.0)
 
 
-def test_a_complex_variable_is_refused() -> None:
-    variable = keras.Variable(np.ones(2, np.complex64), dtype="complex64", name="phase")
-    with pytest.raises(ValueError, match="phase is of complex64, but must be of floating numbers"):
-        make("VSGD").build([variable])
+@kinds
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_a_complex_variable_is_two_real_ones(kind: str, dtype: str) -> None:
+    real = {"complex64": "float32", "complex128": "float64"}[dtype]
+    with floatx(real):
+        param, *grads = (rng.standard_normal((2, 3)).astype(real) for _ in range(6))
+        (variable,) = variables = variables_of([param[0] + 1j * param[1]])
+        assert variable.dtype == dtype
+        optimizer = make(kind, lr=0.125)
+        step, state = keras_engine(kind, list(param), lr=0.125)
+        for grad in grads:
+            optimizer.apply(tensors([grad[0] + 1j * grad[1]]), variables)
+            step(list(grad))
+    (ours,), parts = read(optimizer, variables), state()
+    for name, value in ours.items():
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value.real, parts[0][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
+        np.testing.assert_allclose(value.imag, parts[1][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
+
+
+def powers_in_a_step(count: int) -> int:
+    """How many powers an `apply` on so many variables computes: in the graph, the jaxpr or torch's calls."""
+    variables = variables_of([np.ones(2, np.float32)] * count)
+    optimizer = make("VSGD")
+    optimizer.build(variables)
+    grads = tensors([np.ones(2, np.float32)] * count)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.function(optimizer.apply).get_concrete_function(grads).graph
+        return sum(operation.type == "Pow" for operation in graph.get_operations())
+    if BACKEND == "jax":
+        import jax
+
+        values = ([each.value for each in some] for some in (optimizer.variables, variables))
+        optimizer_values, variable_values = values
+        jaxpr = jax.make_jaxpr(optimizer.stateless_apply)(optimizer_values, grads, variable_values)
+        return str(jaxpr).count(" pow ")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Powers(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += "pow" in func.name()
+            return func(*args, **(kwargs or {}))
+
+    with Powers() as powers:
+        optimizer.apply(grads)
+    return powers.seen
+
+
+def test_the_coefficients_of_a_step_are_computed_once_for_all_variables() -> None:
+    expected = {"tensorflow": 2, "jax": 2, "torch": 0}[BACKEND]  # of kappa1 and kappa2; on torch they are Python numbers
+    assert powers_in_a_step(1) == powers_in_a_step(5) == expected
+
+
+def test_on_torch_our_engines_step_all_variables_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    if BACKEND != "torch":
+        pytest.skip("torch's own")
+    pytest.importorskip("numba")
+    from vsgd.backends import torch_fused
+
+    sizes = []
+
+    class Batch(torch_fused.Batch):
+        def __init__(self, leaves: Any, steps: Any) -> None:
+            sizes.append(len(leaves))
+            super().__init__(leaves, steps)
+
+    monkeypatch.setattr(torch_fused, "Batch", Batch)
+    variables = variables_of([np.ones(shape, np.float32) for shape in [(2, 3), (4,), (), (0,)]])
+    make("VSGD").apply(tensors([np.ones(each.shape, np.float32) for each in variables]), variables)
+    assert sizes == [4]

@@ -18,6 +18,12 @@ except ImportError as error:
 
 from vsgd import core
 
+if keras.backend.backend() == "torch":
+    import torch
+
+    from vsgd.backends import torch_engines
+    from vsgd.backends.torch_blocks import leaf_of
+
 __all__ = ["VSGD", "ConstantVSGD"]
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], Any]
@@ -54,9 +60,6 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
         Args:
             variables: the variables that the optimizer will update.
-
-        Raises:
-            ValueError: a variable is complex.
         """
         if self.built:
             return
@@ -73,14 +76,65 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
     def _add_state(self, variable: Any, name: str, value: float) -> Any:
         # Not `add_variable_from_reference`, which has no other dtype than the variable's.
         label = getattr(variable, "path", variable.name).replace("/", "_").replace(":", "_")
+        dtype = _state_dtype(variable)
+        fill = complex(value, value) if dtype != _real(dtype) else value
         return self.add_variable(
             shape=variable.shape,
-            # As float64: Keras takes a Python float through float32 on TensorFlow.
-            initializer=keras.initializers.Constant(np.float64(value)),
-            dtype=_state_dtype(variable),
+            # Of NumPy: Keras takes a Python float through float32 on TensorFlow.
+            initializer=keras.initializers.Constant(np.asarray(fill)[()]),
+            dtype=dtype,
             layout=getattr(variable, "_layout", None),
             name=f"{label}_{name}",
         )
+
+    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
+        """Update all variables: on PyTorch by our own engines, elsewhere, and where PyTorch compiles, one after the other."""
+        if keras.backend.backend() == "torch" and not torch.compiler.is_compiling():
+            self._step_by_engines(grads, trainable_variables, learning_rate)
+            return
+        dtypes = dict.fromkeys(_real(state[0].dtype) for state in self._states if state)
+        scalars = {dtype: self._scalars(learning_rate, dtype) for dtype in dtypes}
+        # In the place of the learning rate, for so they come to each device.
+        super()._backend_update_step(grads, trainable_variables, scalars)
+
+    def _scalars(self, learning_rate: Any, dtype: str) -> tuple[Any, Any]:
+        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
+        count = ops.cast(self.iterations + 1, dtype)
+        # Not `ops.cast`: on TensorFlow a Python float would go through float32.
+        return ops.convert_to_tensor(learning_rate, dtype), self._rule.coefficients(count, self._hyper())
+
+    def _step_by_engines(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
+        with torch.no_grad():
+            leaves = list(map(self._leaf, variables, grads))
+            torch_engines.step(self._rule, self._hyper(), leaves, _number(self.iterations) + 1, _number(learning_rate))
+
+    def _leaf(self, variable: Any, grad: Any) -> Any:
+        param = variable.value
+        state = tuple(each.value for each in self._states[self._get_variable_index(variable)])
+        # An odd gradient would keep the fused engine away, and so round otherwise.
+        return leaf_of(param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state)
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """`apply` that returns the new values and assigns nothing; as in Keras, not on TensorFlow.
+
+        Args:
+            optimizer_variables: values of the optimizer's variables.
+            grads: a gradient for each of the variables that the optimizer was built with.
+            trainable_variables: values of those variables.
+
+        Returns:
+            The new values of the variables, and of the optimizer's.
+
+        Raises:
+            ValueError: the optimizer is not built, or a list is of another length.
+        """
+        if keras.backend.backend() == "torch":  # the engines write in place
+            optimizer_variables = [value.clone() for value in optimizer_variables]
+            trainable_variables = [value.clone() for value in trainable_variables]
+        new: tuple[list[Any], list[Any]] = super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        return new
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a variable and its state, given its gradient.
@@ -88,7 +142,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         Args:
             gradient: the gradient, clipped and unscaled by the base class; zero in the rows that `tf.IndexedSlices` leave out.
             variable: the variable, its weight decay done by the base class.
-            learning_rate: the step size of this step.
+            learning_rate: by dtype of the arithmetic, the step size and the coefficients of this step.
         """
         variables = self._states[self._get_variable_index(variable)]
         state = tuple(ops.convert_to_tensor(each) for each in variables)
@@ -96,14 +150,15 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         gradient = ops.cast(gradient, dtype)
         if hasattr(gradient, "dense_shape"):
             gradient = ops.add(ops.zeros_like(state[0]), gradient)
-        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        coefficients = self._rule.coefficients(ops.cast(self.iterations + 1, dtype), self._hyper())
-        direction, state = self._rule.make_update(ops)(gradient, state, coefficients)
-        # Not `ops.cast`: on TensorFlow a Python float would go through float32.
-        lr = ops.convert_to_tensor(learning_rate, dtype)
-        self.assign(variable, core.descend(ops.cast(variable, dtype), direction, lr, decay=1.0))
-        for each, value in zip(variables, state, strict=True):
-            self.assign(each, value)
+        lr, coefficients = learning_rate[_real(dtype)]
+        update = self._rule.make_update(ops)
+        parts = zip(*map(_parts, (ops.cast(variable, dtype), gradient, *state)), strict=True)
+        stepped = []
+        for param, grad, *old in parts:
+            direction, new = update(grad, tuple(old), coefficients)
+            stepped.append((core.descend(param, direction, lr, decay=1.0), *new))
+        for each, values in zip((variable, *variables), zip(*stepped, strict=True), strict=True):
+            self.assign(each, _whole(values, dtype))
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from which `from_config` makes an equal optimizer.
@@ -117,10 +172,30 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 def _state_dtype(variable: Any) -> str:
     """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
     # Of the value: JAX without x64 has float32 values in float64 variables.
-    dtype = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
-    if dtype.startswith("complex"):
-        raise ValueError(f"{variable.name} is of {dtype}, but must be of floating numbers; hold its parts in two variables")
-    return "float64" if dtype == "float64" else "float32"
+    dtype: str = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
+    return dtype if dtype in ("float64", "complex64", "complex128") else "float32"
+
+
+def _real(dtype: str) -> str:
+    """The dtype of a number's parts."""
+    return {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
+
+
+def _parts(tensor: Any) -> tuple[Any, ...]:
+    """The real tensors that are updated: a complex one is two."""
+    is_complex = keras.backend.standardize_dtype(tensor.dtype).startswith("complex")
+    return (ops.real(tensor), ops.imag(tensor)) if is_complex else (tensor,)
+
+
+def _whole(parts: tuple[Any, ...], dtype: str) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    real, imaginary = (ops.cast(part, dtype) for part in parts)
+    return real + imaginary * 1j
+
+
+def _number(value: Any) -> float:
+    return float(value if isinstance(value, Real) else ops.convert_to_tensor(value).item())
 
 
 def _arguments(arguments: dict[str, Any]) -> dict[str, Any]:

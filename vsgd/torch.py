@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -25,7 +24,8 @@ from torch.optim.optimizer import (
 
 from vsgd import checkpoints, core
 from vsgd.backends import torch_foreach, torch_loop
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain, leaf_of, state_dtype
+from vsgd.backends.torch_blocks import Leaf, block_size, blocks, leaf_of, state_dtype
+from vsgd.backends.torch_engines import Engine, import_fused, loop, prefers_foreach
 from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
@@ -33,9 +33,6 @@ __all__ = ["VSGD", "ConstantVSGD"]
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 _FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
-
-#: `engine(rule, leaves, coefficients, lr, decay, maximize=...)` takes one step on all leaves.
-Engine = Callable[..., None]
 
 _FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
 
@@ -264,7 +261,7 @@ class _RuleOptimizer(Optimizer):
         decay = 1 - lr * group["weight_decay"]
         batches: dict[tuple[float, Engine], list[Leaf]] = {}
         for leaf, step in zip(leaves, steps, strict=True):
-            engine = torch_foreach.step if _wants_foreach(group, [leaf]) else _loop
+            engine = torch_foreach.step if _wants_foreach(group, [leaf]) else loop
             batches.setdefault((step.item(), engine), []).append(leaf)
         for (count, engine), batch in batches.items():
             coefficients = self._rule.coefficients(count, hyper)
@@ -304,11 +301,6 @@ def _has_nonzero(grad: Tensor) -> bool:
     return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
 
 
-def _loop(rule: core.Rule, leaves: Iterable[Leaf], *args: Any, **kwargs: Any) -> None:
-    parts = (block for leaf in leaves for block in blocks(leaf, block_size(leaf)))
-    torch_loop.step(rule, parts, *args, **kwargs)
-
-
 def _may_fuse(group: dict[str, Any]) -> bool:
     """Whether the fused engine is wanted, and no other way prescribed."""
     wanted = group["fused"] or (_HAS_NUMBA and _is_automatic(group))
@@ -319,7 +311,7 @@ def _fused(group: dict[str, Any]) -> ModuleType | None:
     """The fused engine, where it is wanted and can be had."""
     if not _may_fuse(group):
         return None
-    engine = _import_fused()
+    engine = import_fused()
     if isinstance(engine, ModuleType):
         return engine
     if group["fused"]:
@@ -327,19 +319,9 @@ def _fused(group: dict[str, Any]) -> ModuleType | None:
     return None
 
 
-@functools.cache
-def _import_fused() -> ModuleType | ImportError:
-    # At the first use, and not above: importing numba takes half a second.
-    try:
-        from vsgd.backends import torch_fused
-    except ImportError as error:
-        return error
-    return torch_fused
-
-
 def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
     if _is_automatic(group):
-        return not group["differentiable"] and all(leaf.param.is_cuda and is_plain(leaf.param) for leaf in leaves)
+        return not group["differentiable"] and all(map(prefers_foreach, leaves))
     return bool(group["foreach"])
 
 
