@@ -460,7 +460,11 @@ def test_the_rule_sees_sparse_gradients_dense() -> None:
         _rule = dataclasses.replace(core.VSGD, make_update=make_update)
 
     variables = variables_of([np.ones((6, 3), np.float32)])
-    Watched().apply([tf.IndexedSlices(tf.ones((2, 3)), tf.constant([4, 4]), tf.constant([6, 3]))], variables)
+    tf.config.run_functions_eagerly(True)  # for the values
+    try:
+        Watched().apply([tf.IndexedSlices(tf.ones((2, 3)), tf.constant([4, 4]), tf.constant([6, 3]))], variables)
+    finally:
+        tf.config.run_functions_eagerly(False)
     assert isinstance(seen[0], tf.Tensor)
     np.testing.assert_array_equal(to_numpy(seen[0]), np.where(np.arange(6) == 4, 2, 0)[:, None] * np.ones(3))
 
@@ -563,6 +567,21 @@ def test_a_complex_variable_is_two_real_ones(kind: str, dtype: str) -> None:
         assert value.dtype == dtype
         np.testing.assert_allclose(value.real, parts[0][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
         np.testing.assert_allclose(value.imag, parts[1][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
+
+
+def test_on_tensorflow_the_update_of_a_variable_is_one_compiled_call() -> None:
+    if BACKEND != "tensorflow":
+        pytest.skip("TensorFlow's own")
+    import tensorflow as tf
+
+    variables = variables_of([np.ones(2, np.float32)] * 5)
+    optimizer = make("VSGD")
+    optimizer.build(variables)
+    graph = tf.function(optimizer.apply).get_concrete_function(tensors([np.ones(2, np.float32)] * 5)).graph
+    operations = graph.get_operations()
+    compiled = [each for each in operations if "_XlaMustCompile" in each.node_def.attr]
+    assert len(compiled) == 5
+    assert not [each for each in operations if each.type in ("RealDiv", "Sqrt") and each.outputs[0].shape.rank]
 
 
 def powers_in_a_step(count: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
@@ -99,9 +101,13 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
     def _scalars(self, learning_rate: Any, dtype: str) -> tuple[Any, Any]:
         # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        count = ops.cast(self.iterations + 1, dtype)
-        # Not `ops.cast`: on TensorFlow a Python float would go through float32.
-        return ops.convert_to_tensor(learning_rate, dtype), self._rule.coefficients(count, self._hyper())
+        coefficients = self._rule.coefficients(ops.cast(self.iterations + 1, dtype), self._hyper())
+
+        def scalar(value: Any) -> Any:
+            # Not `ops.cast`: on TensorFlow a Python float would go through float32. And of a variable its value.
+            return ops.stop_gradient(ops.convert_to_tensor(value, dtype))
+
+        return scalar(learning_rate), type(coefficients)(*map(scalar, coefficients))
 
     def _step_by_engines(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         with torch.no_grad():
@@ -144,21 +150,17 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
             variable: the variable, its weight decay done by the base class.
             learning_rate: by dtype of the arithmetic, the step size and the coefficients of this step.
         """
-        variables = self._states[self._get_variable_index(variable)]
-        state = tuple(ops.convert_to_tensor(each) for each in variables)
+        states = self._states[self._get_variable_index(variable)]
+        # Read once each: on TensorFlow every operation on a variable would read it anew.
+        param, *state = map(ops.stop_gradient, (variable, *states))
         dtype = keras.backend.standardize_dtype(state[0].dtype)
         gradient = ops.cast(gradient, dtype)
         if hasattr(gradient, "dense_shape"):
             gradient = ops.add(ops.zeros_like(state[0]), gradient)
-        lr, coefficients = learning_rate[_real(dtype)]
-        update = self._rule.make_update(ops)
-        parts = zip(*map(_parts, (ops.cast(variable, dtype), gradient, *state)), strict=True)
-        stepped = []
-        for param, grad, *old in parts:
-            direction, new = update(grad, tuple(old), coefficients)
-            stepped.append((core.descend(param, direction, lr, decay=1.0), *new))
-        for each, values in zip((variable, *variables), zip(*stepped, strict=True), strict=True):
-            self.assign(each, _whole(values, dtype))
+        update = _compiled(self._rule, tuple(variable.shape)) if _is_better_compiled(variable) else partial(_update, self._rule)
+        values = update([ops.cast(param, dtype), gradient, *state], *learning_rate[_real(dtype)])
+        for each, value in zip((variable, *states), values, strict=True):
+            self.assign(each, value)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from which `from_config` makes an equal optimizer.
@@ -187,11 +189,36 @@ def _parts(tensor: Any) -> tuple[Any, ...]:
     return (ops.real(tensor), ops.imag(tensor)) if is_complex else (tensor,)
 
 
-def _whole(parts: tuple[Any, ...], dtype: str) -> Any:
+def _whole(parts: tuple[Any, ...]) -> Any:
     if len(parts) == 1:
         return parts[0]
+    dtype = {"float32": "complex64", "float64": "complex128"}[keras.backend.standardize_dtype(parts[0].dtype)]
     real, imaginary = (ops.cast(part, dtype) for part in parts)
     return real + imaginary * 1j
+
+
+def _update(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any) -> list[Any]:
+    """The new variable and its new state, from the variable, its gradient and its state."""
+    update = rule.make_update(ops)
+    new = []
+    for param, grad, *state in zip(*map(_parts, values), strict=True):
+        direction, new_state = update(grad, tuple(state), coefficients)
+        new.append((core.descend(param, direction, lr, decay=1.0), *new_state))
+    return [_whole(parts) for parts in zip(*new, strict=True)]
+
+
+def _is_better_compiled(variable: Any) -> bool:
+    """Whether each operation would otherwise make an array in memory: on the CPU Keras has TensorFlow compile nothing."""
+    return keras.backend.backend() == "tensorflow" and "CPU" in variable.device
+
+
+@functools.cache
+def _compiled(rule: core.Rule, shape: tuple[int, ...]) -> Callable[..., list[Any]]:
+    # One for each shape, for TensorFlow warns of functions that it traces again and again.
+    import tensorflow as tf
+
+    compiled: Callable[..., list[Any]] = tf.function(partial(_update, rule), autograph=False, jit_compile=True)
+    return compiled
 
 
 def _number(value: Any) -> float:
