@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from engines import x64
 
 import vsgd.keras
 import vsgd.numpy
@@ -30,11 +31,7 @@ def floatx(dtype: str) -> Iterator[None]:
 
 
 def allow_float64() -> contextlib.AbstractContextManager[Any]:
-    if BACKEND != "jax":
-        return contextlib.nullcontext()
-    import jax
-
-    return jax.enable_x64(True)
+    return x64() if BACKEND == "jax" else contextlib.nullcontext()
 
 
 def make(kind: str, **hyper: Any) -> Any:

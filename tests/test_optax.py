@@ -71,7 +71,8 @@ def assert_same(one: Any, other: Any, rtol: float = 0.0) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert jnp.asarray(a).dtype == jnp.asarray(b).dtype
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=0, equal_nan=False)
+        # As float64: an older NumPy compares no bfloat16.
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=0, equal_nan=False)
 
 
 # --- The numbers are those of the reference. ---
@@ -565,6 +566,57 @@ def test_state_is_sharded_as_the_parameters() -> None:
         print("done")
     """
     assert run_script(script, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu") == "done"
+
+
+def test_a_sharded_step_communicates_nothing() -> None:
+    script = """
+        import re
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+        import optax
+        from vsgd.optax import constant_vsgd, vsgd
+
+        mesh = jax.make_mesh((4, 2), ("x", "y"))
+        specs = {"matrix": PartitionSpec("x", "y"), "rows": PartitionSpec("y"), "whole": PartitionSpec()}
+        shapes = {"matrix": (16, 8), "rows": (6, 5), "whole": (3,)}
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        params = {name: jax.device_put(jnp.ones(shapes[name]), shardings[name]) for name in specs}
+
+        def collectives(solver):
+            def step(params, state, grads):
+                updates, state = solver.update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            compiled = jax.jit(step).lower(params, solver.init(params), params).compile()
+            return re.findall(r" (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)[(]", compiled.as_text())
+
+        for make in (vsgd, constant_vsgd, optax.inject_hyperparams(vsgd)):
+            assert not collectives(make(0.1, weight_decay=0.1)), make
+        # What does communicate is seen.
+        assert collectives(optax.chain(optax.clip_by_global_norm(1.0), vsgd(0.1)))
+        print("done")
+    """
+    assert run_script(script, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu") == "done"
+
+
+# Adam's are 40 and 0; a kernel for each of its three outputs, where one kernel for all would move 28.
+@pytest.mark.parametrize(("make", "moved", "temporary"), [(vsgd, 108, 12), (constant_vsgd, 60, 8)])
+def test_bytes_that_a_compiled_step_moves_and_keeps(make: Callable[..., Any], moved: int, temporary: int) -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("other compilers fuse otherwise")
+    number = 1 << 16
+    solver = make(0.1, weight_decay=0.1)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = solver.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jnp.ones(number)
+    compiled = step.lower(params, solver.init(params), params).compile()
+    # Beside the arrays there are some scalars.
+    assert compiled.cost_analysis()["bytes accessed"] <= moved * number + 1000
+    assert compiled.memory_analysis().temp_size_in_bytes <= temporary * number + 10_000
 
 
 # --- Bad input, and packages. ---

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 #: An array, scalar or list of arrays of any library, with arithmetic operators.
@@ -78,6 +78,27 @@ def validate(**values: Any) -> None:
         label, allowed, holds = _RANGES[name]
         if not (holds(value) if isinstance(value, Real) else hasattr(value, "dtype")):
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
+
+
+def validate_storage(state_dtype: Any, seed: Any) -> None:
+    """Check how the state is to be stored.
+
+    Args:
+        state_dtype: "float32" or "bfloat16".
+        seed: of the noise that bfloat16 is rounded with, an integer.
+
+    Raises:
+        ValueError: one of them is something else.
+
+    Example:
+        >>> validate_storage("float16", seed=0)
+        Traceback (most recent call last):
+        ValueError: Invalid state_dtype value: 'float16' (state_dtype must be "float32" or "bfloat16")
+    """
+    if state_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f'Invalid state_dtype value: {state_dtype!r} (state_dtype must be "float32" or "bfloat16")')
+    if not isinstance(seed, Integral):
+        raise ValueError(f"Invalid seed value: {seed!r} (seed must be an integer)")
 
 
 class Hyperparameters(NamedTuple):
@@ -259,10 +280,10 @@ class Rule:
     make_update: Callable[[Any], Update]
 
 
-#: VSGD: both noise levels learned, three arrays of state (paper, section 3; residual form of Algorithm 1).
+#: The rule of VSGD, with both noise levels learned and three arrays of state (paper, section 3; residual form of Algorithm 1).
 VSGD = Rule(Hyperparameters, ("mu_g", "b_g", "b_ghat"), _initial_state, _coefficients, _make_update)
 
-#: Constant VSGD: one noise level learned, a fixed gain, two arrays of state (paper, section 4).
+#: The rule of Constant VSGD, with one noise level learned, a fixed gain and two arrays of state (paper, section 4).
 CONSTANT_VSGD = Rule(
     ConstantHyperparameters,
     ("mu_g", "b"),

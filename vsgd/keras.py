@@ -112,13 +112,15 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
     def _step_by_engines(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         with torch.no_grad():
             leaves = list(map(self._leaf, variables, grads))
-            torch_engines.step(self._rule, self._hyper(), leaves, _number(self.iterations) + 1, _number(learning_rate))
+            torch_engines.step_at(self._rule, self._hyper(), leaves, _number(self.iterations) + 1, _number(learning_rate))
 
     def _leaf(self, variable: Any, grad: Any) -> Any:
         param = variable.value
         state = tuple(each.value for each in self._states[self._get_variable_index(variable)])
         # An odd gradient would keep the fused engine away, and so round otherwise.
-        return leaf_of(param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state)
+        return leaf_of(
+            param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state, key=None, round_param=False
+        )
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]

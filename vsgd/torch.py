@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 try:
@@ -18,23 +16,28 @@ from torch.optim.optimizer import (
     ParamsT,
     _get_capturable_supported_devices,
     _get_scalar_dtype,
-    _to_scalar,
     _use_grad_for_differentiable,
 )
 
-from vsgd import checkpoints, core
-from vsgd.backends import torch_foreach, torch_loop
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks, leaf_of, state_dtype
-from vsgd.backends.torch_engines import Engine, import_fused, loop, prefers_foreach
+from vsgd import checkpoints, core, rounding
+from vsgd.backends.torch_blocks import Leaf, leaf_of, state_dtype
+from vsgd.backends.torch_engines import (
+    FLAGS,
+    FUSED_NEEDS_NUMBA,
+    HAS_NUMBA,
+    fused_engine,
+    hyperparameters,
+    may_fuse,
+    number,
+    step_batch,
+    step_by_numbers,
+    step_by_tensors,
+)
 from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
-
-_FUSED_NEEDS_NUMBA = "fused=True needs numba: pip install 'vsgd[fused]'"
-
-_FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
+_STORAGE = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0}
 
 
 class _RuleOptimizer(Optimizer):
@@ -44,7 +47,7 @@ class _RuleOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
-        self._plans: dict[int, Any] = {}
+        self._plans: dict[Any, Any] = {}
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -56,6 +59,7 @@ class _RuleOptimizer(Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
         names = ("lr", "weight_decay", *self._rule.hyperparameters._fields)
         core.validate(**{name: group[name] for name in names})
+        core.validate_storage(group["state_dtype"], group["seed"])
         if group["foreach"] and group["differentiable"]:
             raise RuntimeError("`foreach` does not support `differentiable`")
         if group["fused"]:
@@ -63,8 +67,8 @@ class _RuleOptimizer(Optimizer):
                 raise RuntimeError("`fused` does not support `differentiable`")
             if group["foreach"]:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-            if not _HAS_NUMBA:
-                raise ImportError(_FUSED_NEEDS_NUMBA)
+            if not HAS_NUMBA:
+                raise ImportError(FUSED_NEEDS_NUMBA)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -75,7 +79,7 @@ class _RuleOptimizer(Optimizer):
         super().__setstate__(state)
         self._plans = {}  # never copied or saved: addresses are of this process and of these tensors
         for group in self.param_groups:
-            for name, value in {**_FLAGS, **self.defaults}.items():
+            for name, value in {**FLAGS, **_STORAGE, **self.defaults}.items():
                 group.setdefault(name, value)
             for param in group["params"]:
                 param_state = self.state.get(param, {})
@@ -148,15 +152,16 @@ class _RuleOptimizer(Optimizer):
                 f"`fused=True` requires all the params to be on supported devices: ['cpu'] but one is on {param.device.type}"
             )
         state["step"] = self._step_count(group, param, 0.0)
-        for name, value in zip(self._rule.state_names, self._rule.initial_state(self._hyper(group)), strict=True):
+        initial = self._rule.initial_state(hyperparameters(self._rule, group))
+        for name, value in zip(self._rule.state_names, initial, strict=True):
             fill = complex(value, value) if param.is_complex() else value
             state[name] = torch.full_like(
-                param, fill, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False
+                param,
+                fill,
+                dtype=state_dtype(param, group["state_dtype"]),
+                memory_format=torch.preserve_format,
+                requires_grad=False,
             )
-
-    def _hyper(self, group: dict[str, Any]) -> Any:
-        hyperparameters = self._rule.hyperparameters
-        return hyperparameters(*(group[name] for name in hyperparameters._fields))
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,56 +184,70 @@ class _RuleOptimizer(Optimizer):
                 loss = closure()
 
         only_init = self._is_dry_run()
-        for number, group in enumerate(self.param_groups):
-            plan = None if torch.compiler.is_compiling() else self._valid_plan(number, group)
+        for index, group in enumerate(self.param_groups):
+            plan = None if torch.compiler.is_compiling() else self._valid_plan(index, group)
             params: list[Tensor] = []
             grads: list[Tensor] = []
             steps: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in self._rule.state_names]
             self._init_group(group if plan is None else {**group, "params": plan.others}, params, grads, steps, *states)
             if plan is not None:
-                self._step_batch(group, plan.batch)
+                step_batch(self._rule, group, plan.batch)
             if params and not only_init:
-                self._step_group(number, group, params, grads, steps, states)
+                self._step_group(index, group, params, grads, steps, states)
         return loss
 
-    def _valid_plan(self, number: int, group: dict[str, Any]) -> Any:
+    def _valid_plan(self, index: int, group: dict[str, Any]) -> Any:
         """How to step again what was stepped fused the last time, where that may be done."""
-        plan = self._plans.get(number)
-        if plan is not None and not (_may_fuse(group) and plan.renew(group["params"], self.state)):
-            del self._plans[number]
+        key = _plan_key(index, group)
+        plan = self._plans.get(key)
+        if plan is not None and not (may_fuse(group) and plan.renew(group["params"], self.state)):
+            del self._plans[key]
             return None
         return plan
 
     def _is_dry_run(self) -> bool:
         """Whether this is how `torch.distributed.checkpoint` makes the state: a first step, at lr 0, with zero gradients."""
-        if torch.compiler.is_compiling() or self.state or any(_number(group["lr"]) != 0 for group in self.param_groups):
+        if torch.compiler.is_compiling() or self.state or any(number(group["lr"]) != 0 for group in self.param_groups):
             return False
         params = (param for group in self.param_groups for param in group["params"])
         return not any(param.grad is not None and _has_nonzero(param.grad) for param in params)
 
     def _step_group(
         self,
-        number: int,
+        index: int,
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
         steps: list[Tensor],
         states: list[list[Tensor]],
     ) -> None:
-        leaves = [leaf_of(param, grad, tuple(state)) for param, grad, *state in zip(params, grads, *states, strict=True)]
+        keys = self._base_keys(index, group, params)
+        rounds = group["stochastic_rounding"]
+        leaves = [
+            leaf_of(param, grad, tuple(state), key, rounds)
+            for param, grad, key, *state in zip(params, grads, keys, *states, strict=True)
+        ]
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
             if group["capturable"] and not torch.compiler.is_compiling():
                 _check_capturable(leaves, steps)
-            self._step_by_tensors(group, leaves, steps)
+            step_by_tensors(self._rule, group, leaves, steps)
             return
-        self._step_by_numbers(group, *self._step_fused(number, group, params, leaves, steps))
+        step_by_numbers(self._rule, group, *self._step_fused(index, group, params, leaves, steps))
+
+    def _base_keys(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[int | None]:
+        """What the noise of each parameter is made of, where there is any."""
+        if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
+            return [None] * len(params)
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        place = {id(param): first + number for number, param in enumerate(group["params"])}
+        return [rounding.base_key(group["seed"], place[id(param)]) for param in params]
 
     def _step_fused(
-        self, number: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
+        self, index: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
     ) -> tuple[list[Leaf], list[Tensor]]:
         """Step what the fused engine can, and plan the next step; what is left."""
-        fused = _fused(group) if any(leaf.param.is_cpu for leaf in leaves) else None
+        fused = fused_engine(group) if any(leaf.param.is_cpu for leaf in leaves) else None
         if fused is None:
             return leaves, steps
         kinds: dict[str, tuple[list[Leaf], list[Tensor]]] = {"left": ([], []), "own": ([], []), "views": ([], [])}
@@ -238,59 +257,18 @@ class _RuleOptimizer(Optimizer):
             kinds[kind][1].append(step)
         if kinds["own"][0]:
             batch = fused.Batch(*kinds["own"])
-            self._step_batch(group, batch)
+            step_batch(self._rule, group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
-            if self._plans.pop(number, None) is None:
-                self._plans[number] = fused.Plan(batch, group["params"], *kinds["own"], self._rule.state_names)
+            if self._plans.pop(_plan_key(index, group), None) is None:
+                self._plans[_plan_key(index, group)] = fused.Plan(batch, group["params"], *kinds["own"], self._rule.state_names)
         if kinds["views"][0]:  # made anew in each step
-            self._step_batch(group, fused.Batch(*kinds["views"]))
+            step_batch(self._rule, group, fused.Batch(*kinds["views"]))
         return kinds["left"]
 
-    def _step_batch(self, group: dict[str, Any], batch: Any) -> None:
-        lr = _number(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
-        batch.step(self._rule, self._hyper(group), lr, decay, maximize=group["maximize"])
 
-    def _step_by_numbers(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
-        """Coefficients as numbers, computed once for all parameters of equal step count."""
-        if not leaves:
-            return
-        torch._foreach_add_(steps, 1)
-        hyper = self._hyper(group)
-        lr = _number(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
-        batches: dict[tuple[float, Engine], list[Leaf]] = {}
-        for leaf, step in zip(leaves, steps, strict=True):
-            engine = torch_foreach.step if _wants_foreach(group, [leaf]) else loop
-            batches.setdefault((step.item(), engine), []).append(leaf)
-        for (count, engine), batch in batches.items():
-            coefficients = self._rule.coefficients(count, hyper)
-            engine(self._rule, batch, coefficients, lr, decay, maximize=group["maximize"])
-
-    def _step_by_tensors(self, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
-        """Coefficients as 0-d tensors beside the parameters: no value is read back to the host."""
-        torch._foreach_add_(steps, 1)
-        hyper = self._hyper(group)
-        lr = _to_scalar(group["lr"])
-        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        steps = [step.to(leaf.state[0].dtype) for step, leaf in zip(steps, leaves, strict=True)]
-        if _wants_foreach(group, leaves):
-            coefficients = self._rule.coefficients(torch_foreach.TensorList(steps), hyper)
-            if isinstance(lr, Tensor):
-                lr = torch_foreach.TensorList([lr] * len(leaves))
-            decay = 1 - lr * group["weight_decay"]
-            torch_foreach.step(self._rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
-            return
-        decay = 1 - lr * group["weight_decay"]
-        whole = torch.compiler.is_compiling() or group["differentiable"]
-        for leaf, step in zip(leaves, steps, strict=True):
-            coefficients = self._rule.coefficients(step, hyper)
-            parts = [leaf] if whole else blocks(leaf, block_size(leaf))
-            torch_loop.step(self._rule, parts, coefficients, lr, decay, maximize=group["maximize"])
-
-
-def _number(lr: float | Tensor) -> float:
-    return lr.detach().item() if isinstance(lr, Tensor) else lr
+def _plan_key(index: int, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a plan is for: a group, and what its leaves' noise is made of."""
+    return index, group["stochastic_rounding"], group["seed"]
 
 
 def _has_nonzero(grad: Tensor) -> bool:
@@ -299,34 +277,6 @@ def _has_nonzero(grad: Tensor) -> bool:
         return True
     nonzero = (grad != 0).sum()
     return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
-
-
-def _may_fuse(group: dict[str, Any]) -> bool:
-    """Whether the fused engine is wanted, and no other way prescribed."""
-    wanted = group["fused"] or (_HAS_NUMBA and _is_automatic(group))
-    return wanted and not (group["capturable"] or group["differentiable"])
-
-
-def _fused(group: dict[str, Any]) -> ModuleType | None:
-    """The fused engine, where it is wanted and can be had."""
-    if not _may_fuse(group):
-        return None
-    engine = import_fused()
-    if isinstance(engine, ModuleType):
-        return engine
-    if group["fused"]:
-        raise ImportError(_FUSED_NEEDS_NUMBA) from engine
-    return None
-
-
-def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
-    if _is_automatic(group):
-        return not group["differentiable"] and all(map(prefers_foreach, leaves))
-    return bool(group["foreach"])
-
-
-def _is_automatic(group: dict[str, Any]) -> bool:
-    return group["foreach"] is None and group["fused"] is None
 
 
 def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:
@@ -349,7 +299,7 @@ class VSGD(_RuleOptimizer):
     filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
 
     State of each parameter: `step` (a 0-d tensor), `mu_g`, `b_g`, `b_ghat` (the parameter's shape and layout; float64 for
-    float64 parameters, else float32).
+    float64 parameters, else float32 or bfloat16, as `state_dtype` says).
 
     Args:
         params: tensors, named tensors or groups, as for every torch optimizer.
@@ -365,6 +315,11 @@ class VSGD(_RuleOptimizer):
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
         fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
+            float32. float64 and complex parameters keep state of their own precision.
+        stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
+        seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
+            element, so that a resumed run has the same.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -403,6 +358,9 @@ class VSGD(_RuleOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
@@ -414,7 +372,7 @@ class ConstantVSGD(_RuleOptimizer):
     `beta1 = variance_ratio / (variance_ratio + 1)`.
 
     State of each parameter: `step` (a 0-d tensor), `mu_g`, `b` (the parameter's shape and layout; float64 for float64
-    parameters, else float32).
+    parameters, else float32 or bfloat16, as `state_dtype` says).
 
     Args:
         params: tensors, named tensors or groups, as for every torch optimizer.
@@ -429,6 +387,11 @@ class ConstantVSGD(_RuleOptimizer):
         capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
         differentiable: whether autograd may run through the step.
         fused: run the numba kernel, for parameters on the CPU; None: where numba is installed.
+        state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
+            float32. float64 and complex parameters keep state of their own precision.
+        stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
+        seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
+            element, so that a resumed run has the same.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -463,5 +426,8 @@ class ConstantVSGD(_RuleOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, _defaults(locals()))

@@ -37,25 +37,28 @@ def hide_tensors(
     Raises:
         ValueError: the state is of another optimizer, or does not fit the parameters.
     """
-    params: dict[Any, Tensor] = {}
+    params: dict[Any, tuple[Tensor, str]] = {}
     for number, (saved, group) in enumerate(zip(state_dict["param_groups"], param_groups, strict=False)):
         _check_present(kind, saved, rule.hyperparameters._fields, f"param_groups[{number}]")
-        params.update(zip(saved["params"], group["params"], strict=False))
+        wanted = saved.get("state_dtype", group["state_dtype"])
+        params.update((index, (param, wanted)) for index, param in zip(saved["params"], group["params"], strict=False))
     hidden = {
-        index: _hide_state(kind, rule.state_names, index, params[index], state) if state else {}
+        index: _hide_state(kind, rule.state_names, index, *params[index], state) if state else {}
         for index, state in state_dict["state"].items()
         if index in params
     }
     return {**state_dict, "state": {**state_dict["state"], **hidden}}
 
 
-def _hide_state(kind: str, names: Sequence[str], index: Any, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+def _hide_state(
+    kind: str, names: Sequence[str], index: Any, param: Tensor, wanted: str, state: dict[str, Any]
+) -> dict[str, Any]:
     _check_present(kind, state, ("step", *names), f"the state of parameter {index}")
     for name in names:
         shape = getattr(state[name], "shape", None)
         if shape != param.shape:
             raise ValueError(f"{name} of parameter {index} has shape {shape}, but the parameter has {tuple(param.shape)}")
-    return {**state, **{name: _Hidden(_state_like(param, state[name])) for name in names}}
+    return {**state, **{name: _Hidden(_state_like(param, wanted, state[name])) for name in names}}
 
 
 def _check_present(kind: str, given: dict[str, Any], names: Iterable[str], where: str) -> None:
@@ -66,9 +69,9 @@ def _check_present(kind: str, given: dict[str, Any], names: Iterable[str], where
         )
 
 
-def _state_like(param: Tensor, saved: Tensor) -> Tensor:
-    """A saved state array where and how the parameter lies, never in less precision than the arithmetic's."""
-    tensor = saved.to(device=param.device, dtype=state_dtype(param))
+def _state_like(param: Tensor, wanted: str, saved: Tensor) -> Tensor:
+    """A saved state array where and how the parameter lies, in the precision that its group wants."""
+    tensor = saved.to(device=param.device, dtype=state_dtype(param, wanted))
     if is_plain(tensor) and tensor.stride() != param.stride():
         return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
     return tensor

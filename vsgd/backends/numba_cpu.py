@@ -19,7 +19,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
-from vsgd import core
+from vsgd import core, rounding
+from vsgd.backends import numba_integers
 
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
@@ -48,22 +49,65 @@ def _pointer(typing_context, address, like):
     return pointer(address, like), codegen
 
 
+_word = register_jitable(**_OPTIONS)(rounding.make_word(numba_integers))
+_to_bfloat16 = register_jitable(**_OPTIONS)(rounding.make_round(numba_integers))
+
+
+def _get(array, i):
+    """Element `i`, as a number to compute with. bfloat16, which NumPy lacks, comes as uint16: the upper half of a float32."""
+
+
+@overload(_get, jit_options=_OPTIONS)
+def _(array, i):
+    if array.dtype is types.uint16:
+        return lambda array, i: numba_integers.floats(np.int32(np.int32(array[i]) << 16))
+    return lambda array, i: array[i]
+
+
+def _put(array, i, value, rounder, word):
+    """Set element `i`: bfloat16 with the noise that the factor `rounder` makes of `word`, to the nearest where it is None."""
+
+
+@overload(_put, jit_options=_OPTIONS)
+def _(array, i, value, rounder, word):
+    if array.dtype is not types.uint16:
+
+        def put_whole(array, i, value, rounder, word):
+            array[i] = value
+
+        return put_whole
+    if isinstance(rounder, types.NoneType):
+
+        def put_nearest(array, i, value, rounder, word):
+            # Less than a half goes down, more goes up, and a half to the even one.
+            half = np.int32(0x7FFF + ((numba_integers.bits(value) >> 16) & 1))
+            rounded = _to_bfloat16(value, np.int32(half << 16), 1)
+            array[i] = np.uint16(numba_integers.bits(rounded) >> 16)
+
+        return put_nearest
+
+    def put_at_random(array, i, value, rounder, word):
+        array[i] = np.uint16(numba_integers.bits(_to_bfloat16(value, word, rounder)) >> 16)
+
+    return put_at_random
+
+
 # Numba has no typed loop over a tuple of arrays: these recurse at compile time, for any number of arrays.
 
 
-def _views(addresses, tensor, start, size, like):
+def _views(addresses, stored, tensor, start, size):
     """Arrays of `size` elements from element `start` on, one for each role in the table."""
 
 
 @overload(_views)
-def _(addresses, tensor, start, size, like):
-    itemsize = like.bitwidth // 8
+def _(addresses, stored, tensor, start, size):
     if len(addresses) == 0:
-        return lambda addresses, tensor, start, size, like: ()
+        return lambda addresses, stored, tensor, start, size: ()
+    itemsize = stored[0].bitwidth // 8
 
-    def views(addresses, tensor, start, size, like):
-        head = numba.carray(_pointer(addresses[0][tensor] + start * itemsize, like), size)
-        return (head, *_views(addresses[1:], tensor, start, size, like))
+    def views(addresses, stored, tensor, start, size):
+        head = numba.carray(_pointer(addresses[0][tensor] + start * itemsize, stored[0]), size)
+        return (head, *_views(addresses[1:], stored[1:], tensor, start, size))
 
     return views
 
@@ -72,25 +116,25 @@ def _load(arrays, i):
     """Element `i` of each array."""
 
 
-@overload(_load)
+@overload(_load, jit_options=_OPTIONS)
 def _(arrays, i):
     if len(arrays) == 0:
         return lambda arrays, i: ()
-    return lambda arrays, i: (arrays[0][i], *_load(arrays[1:], i))
+    return lambda arrays, i: (_get(arrays[0], i), *_load(arrays[1:], i))
 
 
-def _store(arrays, i, values):
+def _store(arrays, i, values, rounders, word):
     """Set element `i` of each array to its value."""
 
 
-@overload(_store)
-def _(arrays, i, values):
+@overload(_store, jit_options=_OPTIONS)
+def _(arrays, i, values, rounders, word):
     if len(arrays) == 0:
-        return lambda arrays, i, values: None
+        return lambda arrays, i, values, rounders, word: None
 
-    def store(arrays, i, values):
-        arrays[0][i] = values[0]
-        _store(arrays[1:], i, values[1:])
+    def store(arrays, i, values, rounders, word):
+        _put(arrays[0], i, values[0], rounders[0], word)
+        _store(arrays[1:], i, values[1:], rounders[1:], word)
 
     return store
 
@@ -130,25 +174,43 @@ def chunks(sizes: np.ndarray) -> Chunks:
     return Chunks(tensors, starts, np.minimum(starts + CHUNK, sizes[tensors]))
 
 
-def _kernel_of(rule: core.Rule, indices: Callable[[int], Any]) -> Callable[..., None]:
+class Noise(NamedTuple):
+    """What bfloat16 is rounded with, for each parameter.
+
+    Attributes:
+        keys: `rounding.host_key` of its step, int32.
+        places: the place of its first element in the array that the noise is made for, int64.
+    """
+
+    keys: np.ndarray
+    places: np.ndarray
+
+
+def _kernel_of(rule: core.Rule, indices: Callable[[int], Any], round_params: bool) -> Callable[..., None]:
     # Captured, for the disk cache's key holds captured values: without them it would serve the kernel of an older core, or
     # the serial kernel in place of the parallel one.
-    core_version = hashlib.sha256(inspect.getsource(core).encode()).hexdigest()
+    sources = "".join(map(inspect.getsource, (core, rounding, numba_integers)))
+    version = hashlib.sha256(sources.encode()).hexdigest()
     update = register_jitable(**_OPTIONS)(rule.make_update(np))
     descend = register_jitable(**_OPTIONS)(core.descend)
+    n_state = len(rule.state_names)
+    of_state, of_param = rounding.MULTIPLIERS[:n_state], rounding.MULTIPLIERS[n_state] if round_params else None
 
     @register_jitable(**_OPTIONS)
-    def step_block(param, grad, state, c, lr, decay, sign):
+    def step_block(param, grad, state, c, lr, decay, sign, key, place):
         for i in range(param.shape[0]):
-            direction, new_state = update(sign * grad[i], _load(state, i), c)
-            _store(state, i, new_state)
-            param[i] = descend(param[i], direction, lr, decay)
+            word = _word(np.int32(place + np.int32(i)), key)
+            direction, new_state = update(sign * _get(grad, i), _load(state, i), c)
+            _store(state, i, new_state, of_state, word)
+            _put(param, i, descend(_get(param, i), direction, lr, decay), of_param, word)
 
-    def kernel(addresses, tensors, starts, stops, c, lr, decay, sign):
-        core_version  # noqa: B018
+    def kernel(addresses, stored, tensors, starts, stops, c, lr, decay, sign, keys, places):
+        version  # noqa: B018
         for k in indices(tensors.shape[0]):
-            arrays = _views(addresses, tensors[k], starts[k], stops[k] - starts[k], lr)
-            step_block(arrays[0], arrays[1], arrays[2:], c, lr, decay, sign)
+            tensor, start = tensors[k], starts[k]
+            arrays = _views(addresses, stored, tensor, start, stops[k] - start)
+            place = np.int32(places[tensor] + start)
+            step_block(arrays[0], arrays[1], arrays[2:], c, lr, decay, sign, keys[tensor], place)
 
     return kernel
 
@@ -168,8 +230,8 @@ def _jit(function: Callable[..., None], **options: Any) -> Callable[..., None]:
 
 
 @functools.cache
-def _compiled(rule: core.Rule, parallel: bool) -> Callable[..., None]:
-    return _jit(_kernel_of(rule, numba.prange if parallel else range), parallel=parallel)
+def _compiled(rule: core.Rule, round_params: bool, parallel: bool) -> Callable[..., None]:
+    return _jit(_kernel_of(rule, numba.prange if parallel else range, round_params), parallel=parallel)
 
 
 @functools.cache
@@ -200,11 +262,13 @@ def step(
     lr: float,
     decay: float,
     *,
-    dtype: Any,
+    stored: Sequence[Any],
+    noise: Noise,
+    round_params: bool = False,
     maximize: bool = False,
     threads: int = 1,
 ) -> None:
-    """One step of `rule`, in place, on dense arrays of equal dtype in CPU memory.
+    """One step of `rule`, in place, on dense arrays in CPU memory.
 
     Args:
         rule: the variant to run.
@@ -214,23 +278,27 @@ def step(
         coefficients: `rule.coefficients(step, hyper)` with Python numbers, the same for all chunks.
         lr: step size.
         decay: `1 - lr * weight_decay`.
-        dtype: numpy dtype of all arrays, float32 or float64.
+        stored: the numpy dtype of each role's arrays: float64 for all, or float32, or uint16 for bfloat16. The arithmetic is
+            float64 or float32. State in bfloat16 is rounded at random.
+        noise: with which.
+        round_params: whether parameters in bfloat16 are rounded at random, and not to the nearest.
         maximize: whether to step with the negative gradient.
         threads: the most threads to use.
 
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
     """
-    scalar = np.dtype(dtype).type
+    scalar = np.float64 if stored[0] is np.float64 else np.float32
     c = type(coefficients)(*map(scalar, coefficients))
-    arguments = (addresses, *work, c, scalar(lr), scalar(decay), scalar(-1 if maximize else 1))
+    like = tuple(dtype(0) for dtype in stored)
+    arguments = (addresses, like, *work, c, scalar(lr), scalar(decay), scalar(-1 if maximize else 1), *noise)
     threads = min(threads, len(work.tensors), numba.config.NUMBA_NUM_THREADS)
     if threads <= 1 or (work.stops - work.starts).sum() <= CHUNK * 4 or os.getpid() != _home_process:
-        _compiled(rule, parallel=False)(*arguments)
+        _compiled(rule, round_params, parallel=False)(*arguments)
         return
     with _lock:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            _compiled(rule, parallel=True)(*arguments)
+            _compiled(rule, round_params, parallel=True)(*arguments)
         finally:
             numba.set_num_threads(before)

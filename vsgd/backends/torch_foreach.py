@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks
+from vsgd.backends.torch_blocks import Leaf, batches, block_size
+from vsgd.backends.torch_rounding import rounded
 
 
 class TensorList:
@@ -68,23 +69,6 @@ class _Namespace:
         return TensorList(torch._foreach_sqrt(values.tensors))
 
 
-def _chunks(leaves: Sequence[Leaf], size: int) -> Iterator[tuple[list[int], list[Leaf]]]:
-    """Blocks of the leaves, in lists of at most `size` elements, with the index of each block's leaf."""
-    indices: list[int] = []
-    chunk: list[Leaf] = []
-    elements = 0
-    for index, leaf in enumerate(leaves):
-        for block in blocks(leaf, size):
-            if chunk and elements + block.param.numel() > size:
-                yield indices, chunk
-                indices, chunk, elements = [], [], 0
-            indices.append(index)
-            chunk.append(block)
-            elements += block.param.numel()
-    if chunk:
-        yield indices, chunk
-
-
 def _by_kind(leaves: Iterable[Leaf]) -> dict[Any, list[int]]:
     kinds: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
@@ -120,7 +104,7 @@ def step(
         return
     for members in _by_kind(leaves).values():
         kind = [leaves[index] for index in members]
-        for indices, chunk in _chunks(kind, block_size(kind[0])):
+        for indices, chunk in batches(kind, block_size(kind[0])):
             which = [members[index] for index in indices]
             c = type(coefficients)(*(_of_leaves(value, which) for value in coefficients))
             _step_chunk(update, chunk, c, _of_leaves(lr, which), _of_leaves(decay, which), maximize)
@@ -134,12 +118,14 @@ def _of_leaves(value: float | TensorList, indices: Iterable[int]) -> float | Ten
 def _step_chunk(
     update: core.Update, chunk: Sequence[Leaf], c: Any, lr: float | TensorList, decay: float | TensorList, maximize: bool
 ) -> None:
-    params = [leaf.param for leaf in chunk]
-    grads = TensorList([leaf.grad.to(leaf.state[0].dtype) for leaf in chunk])
-    states = [list(tensors) for tensors in zip(*(leaf.state for leaf in chunk), strict=True)]
-    direction, new_states = update(-grads if maximize else grads, tuple(map(TensorList, states)), c)
-    for old, new in zip(states, new_states, strict=True):
-        torch._foreach_copy_(old, new.tensors)
-    wide_params = TensorList([leaf.param.to(leaf.state[0].dtype) for leaf in chunk])
-    stepped = core.descend(wide_params, direction, lr, decay)
-    torch._foreach_copy_(params, stepped.tensors)
+    grads, *states = (
+        TensorList([tensor.to(leaf.dtype) for leaf, tensor in zip(chunk, tensors, strict=True)])
+        for tensors in zip(*(leaf.tensors[1:] for leaf in chunk), strict=True)
+    )
+    direction, new_states = update(-grads if maximize else grads, tuple(states), c)
+    wide_params = TensorList([leaf.param.to(leaf.dtype) for leaf in chunk])
+    new_params = core.descend(wide_params, direction, lr, decay)
+    per_leaf = zip(*(new.tensors for new in new_states), strict=True)
+    pairs = [rounded(*each) for each in zip(chunk, per_leaf, new_params.tensors, strict=True)]
+    old = [tensor for leaf in chunk for tensor in (*leaf.state, leaf.param)]
+    torch._foreach_copy_(old, [tensor for state, param in pairs for tensor in (*state, param)])

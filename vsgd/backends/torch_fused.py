@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -12,28 +12,31 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
-from vsgd import core
+from vsgd import core, rounding
 from vsgd.backends import numba_cpu
 from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
 
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+# bfloat16, which NumPy lacks, by its bits.
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 
 _grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 
 
 def accepts(leaf: Leaf, step: Tensor) -> bool:
-    """Whether the kernel can run on the leaf: dense float32 or float64 tensors of one layout, and its count, in CPU memory."""
-    param, grad, state = leaf
-    dtype, shape = param.dtype, param.shape
-    if dtype not in _DTYPES or not is_plain(param) or not is_plain(grad):
+    """Whether the kernel can run on the leaf: dense tensors of one layout and of dtypes that it knows, in CPU memory."""
+    param, grad, state, _ = leaf
+    dtype, stored, shape = param.dtype, state[0].dtype, param.shape
+    if dtype not in _DTYPES or not is_plain(param) or not is_plain(grad) or grad.dtype is not dtype:
         return False
-    if step.dtype not in _DTYPES or not step.is_cpu or step.numel() != 1:
+    if stored is not dtype and {dtype, stored} != {torch.float32, torch.bfloat16}:
+        return False
+    if step.dtype not in (torch.float32, torch.float64) or not step.is_cpu or step.numel() != 1:
         return False
     # Every one, for the kernel writes where it is told: state of another size or device would be memory that is not ours.
-    for tensor in (param, grad, *state):
-        if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu or tensor.is_neg():
+    for tensor in leaf.tensors:
+        if tensor.shape != shape or not tensor.is_cpu or tensor.is_neg():
             return False
-    return is_flat(leaf)
+    return all(array.dtype is stored for array in state) and is_flat(leaf)
 
 
 class Batch:
@@ -50,8 +53,13 @@ class Batch:
         self._addresses = tuple(_addresses(tensors) for tensors in zip(*(leaf.tensors for leaf in leaves), strict=True))
         self._step_addresses = _addresses(steps)
         self._work = numba_cpu.chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
-        self._double = np.array([leaf.param.dtype is torch.float64 for leaf in leaves])
-        self._double_steps = np.array([step.dtype is torch.float64 for step in steps])
+        self._kinds = _masks([_kind(leaf) for leaf in leaves])
+        self._step_kinds = _masks([_DTYPES[step.dtype] for step in steps])
+        noises = [leaf.noise for leaf in leaves]
+        self._keys = np.array([0 if noise is None else noise.key for noise in noises], dtype=np.int64)
+        self._places = np.array(
+            [0 if leaf.noise is None else leaf.state[0].storage_offset() - leaf.noise.origin for leaf in leaves], dtype=np.int64
+        )
         self._changing = [*steps, *chain.from_iterable((leaf.param, *leaf.state) for leaf in leaves)]
 
     def move_grads(self, grads: Sequence[Tensor]) -> None:
@@ -68,19 +76,22 @@ class Batch:
             decay: `1 - lr * weight_decay`.
             maximize: whether to step with the negative gradient.
         """
-        counts = np.empty(len(self._double))
-        for dtype, chosen in _kinds(self._double_steps):
+        counts = np.empty(len(self._keys))
+        for dtype, chosen in self._step_kinds.items():
             counts[chosen] = numba_cpu.count(self._step_addresses[chosen], dtype)
-        for dtype, of_dtype in _kinds(self._double):
-            for value in np.unique(counts[of_dtype]):
+        keys = rounding.host_key(self._keys, counts.astype(np.int64)).astype(np.int32)
+        for (stored, round_params), chosen in self._kinds.items():
+            for value in np.unique(counts[chosen]):
                 numba_cpu.step(
                     rule,
                     self._addresses,
-                    self._work.of(of_dtype & (counts == value)),
+                    self._work.of(chosen & (counts == value)),
                     rule.coefficients(value.item(), hyper),
                     lr,
                     decay,
-                    dtype=dtype,
+                    stored=stored,
+                    noise=numba_cpu.Noise(keys, self._places),
+                    round_params=round_params,
                     maximize=maximize,
                     threads=torch.get_num_threads(),
                 )
@@ -92,11 +103,14 @@ def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
 
 
-def _kinds(double: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """The numpy dtypes that occur, and which have each."""
-    for dtype, chosen in ((np.float32, ~double), (np.float64, double)):
-        if chosen.any():
-            yield dtype, chosen
+def _kind(leaf: Leaf) -> tuple[tuple[Any, ...], bool]:
+    """What the kernel is compiled for: the dtype of each role's arrays, and whether the parameter is rounded at random."""
+    return tuple(_DTYPES[tensor.dtype] for tensor in leaf.tensors), leaf.noise is not None and leaf.noise.of_param
+
+
+def _masks(kinds: Sequence[Any]) -> dict[Any, np.ndarray]:
+    """The kinds that occur, and which have each."""
+    return {kind: np.array([each == kind for each in kinds]) for kind in set(kinds)}
 
 
 class Plan:
@@ -127,10 +141,11 @@ class Plan:
         mine = set(map(id, self._params))
         self.others = [param for param in group if id(param) not in mine]
         self._of_state: Callable[[Any], tuple[Tensor, ...]] = itemgetter("step", *names)
-        self._kept = [tensor for leaf, step in zip(leaves, steps, strict=True) for tensor in (step, *leaf.state)]
-        self._kept_addresses = list(map(Tensor.data_ptr, chain(self._params, self._kept)))
+        kept = [tensor for leaf, step in zip(leaves, steps, strict=True) for tensor in (step, *leaf.state)]
+        self._fixed = [*self._params, *kept]
+        self._fixed_addresses = list(map(Tensor.data_ptr, self._fixed))
         # The compiler's check of its inputs: one call for all that is asked here, a hundredth of the time.
-        seen = [*self._params, *self._kept, *(leaf.grad for leaf in leaves)]
+        seen = [*self._fixed, *(leaf.grad for leaf in leaves)]
         sizes, strides = ([list(of(tensor)) for tensor in seen] for of in (Tensor.size, Tensor.stride))
         guards: Any = TensorGuards  # its annotation is wrong: it takes a list for each tensor
         self._guards = guards(*seen, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -147,14 +162,14 @@ class Plan:
         """
         if len(group) != len(self._group) or not all(map(is_, group, self._group)):
             return False
-        grads: list[Any] = list(map(_grad_of, self._params))
+        kept = chain.from_iterable(map(self._of_state, map(state.get, self._params)))
         try:
-            kept = list(chain.from_iterable(map(self._of_state, map(state.get, self._params))))
-        except (KeyError, TypeError):  # no state, or not all of it
+            if not all(map(is_, kept, self._fixed[len(self._params) :])):
+                return False
+        except (KeyError, TypeError):  # there is no state, or not all of it
             return False
-        if not all(map(is_, kept, self._kept)) or not self._guards.check(*self._params, *kept, *grads):
-            return False
-        if list(map(Tensor.data_ptr, chain(self._params, kept))) != self._kept_addresses:
+        grads: list[Any] = list(map(_grad_of, self._params))
+        if not self._guards.check(*self._fixed, *grads) or list(map(Tensor.data_ptr, self._fixed)) != self._fixed_addresses:
             return False
         self.batch.move_grads(grads)
         return True
