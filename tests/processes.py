@@ -26,7 +26,7 @@ def run_python(backend: str, *command: str, **environment: str) -> subprocess.Co
         cwd=TESTS.parent,
         env={
             **os.environ,
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))),
             "KERAS_BACKEND": backend,
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **environment,
