@@ -460,7 +460,11 @@ def test_the_rule_sees_sparse_gradients_dense() -> None:
         _rule = dataclasses.replace(core.VSGD, make_update=make_update)
 
     variables = variables_of([np.ones((6, 3), np.float32)])
-    Watched().apply([tf.IndexedSlices(tf.ones((2, 3)), tf.constant([4, 4]), tf.constant([6, 3]))], variables)
+    tf.config.run_functions_eagerly(True)  # for the values
+    try:
+        Watched().apply([tf.IndexedSlices(tf.ones((2, 3)), tf.constant([4, 4]), tf.constant([6, 3]))], variables)
+    finally:
+        tf.config.run_functions_eagerly(False)
     assert isinstance(seen[0], tf.Tensor)
     np.testing.assert_array_equal(to_numpy(seen[0]), np.where(np.arange(6) == 4, 2, 0)[:, None] * np.ones(3))
 
@@ -545,7 +549,92 @@ def test_constant_vsgd_checks_its_own_kappa() -> None:
         ConstantVSGD(kappa=2.0)
 
 
-def test_a_complex_variable_is_refused() -> None:
-    variable = keras.Variable(np.ones(2, np.complex64), dtype="complex64", name="phase")
-    with pytest.raises(ValueError, match="phase is of complex64, but must be of floating numbers"):
-        make("VSGD").build([variable])
+@kinds
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_a_complex_variable_is_two_real_ones(kind: str, dtype: str) -> None:
+    real = {"complex64": "float32", "complex128": "float64"}[dtype]
+    with floatx(real):
+        param, *grads = (rng.standard_normal((2, 3)).astype(real) for _ in range(6))
+        (variable,) = variables = variables_of([param[0] + 1j * param[1]])
+        assert variable.dtype == dtype
+        optimizer = make(kind, lr=0.125)
+        step, state = keras_engine(kind, list(param), lr=0.125)
+        for grad in grads:
+            optimizer.apply(tensors([grad[0] + 1j * grad[1]]), variables)
+            step(list(grad))
+    (ours,), parts = read(optimizer, variables), state()
+    for name, value in ours.items():
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value.real, parts[0][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
+        np.testing.assert_allclose(value.imag, parts[1][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
+
+
+def test_on_tensorflow_the_update_of_a_variable_is_one_compiled_call() -> None:
+    if BACKEND != "tensorflow":
+        pytest.skip("TensorFlow's own")
+    import tensorflow as tf
+
+    variables = variables_of([np.ones(2, np.float32)] * 5)
+    optimizer = make("VSGD")
+    optimizer.build(variables)
+    graph = tf.function(optimizer.apply).get_concrete_function(tensors([np.ones(2, np.float32)] * 5)).graph
+    operations = graph.get_operations()
+    compiled = [each for each in operations if "_XlaMustCompile" in each.node_def.attr]
+    assert len(compiled) == 5
+    assert not [each for each in operations if each.type in ("RealDiv", "Sqrt") and each.outputs[0].shape.rank]
+
+
+def powers_in_a_step(count: int) -> int:
+    """How many powers an `apply` on so many variables computes: in the graph, the jaxpr or torch's calls."""
+    variables = variables_of([np.ones(2, np.float32)] * count)
+    optimizer = make("VSGD")
+    optimizer.build(variables)
+    grads = tensors([np.ones(2, np.float32)] * count)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.function(optimizer.apply).get_concrete_function(grads).graph
+        return sum(operation.type == "Pow" for operation in graph.get_operations())
+    if BACKEND == "jax":
+        import jax
+
+        values = ([each.value for each in some] for some in (optimizer.variables, variables))
+        optimizer_values, variable_values = values
+        jaxpr = jax.make_jaxpr(optimizer.stateless_apply)(optimizer_values, grads, variable_values)
+        return str(jaxpr).count(" pow ")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Powers(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += "pow" in func.name()
+            return func(*args, **(kwargs or {}))
+
+    with Powers() as powers:
+        optimizer.apply(grads)
+    return powers.seen
+
+
+def test_the_coefficients_of_a_step_are_computed_once_for_all_variables() -> None:
+    expected = {"tensorflow": 2, "jax": 2, "torch": 0}[BACKEND]  # of kappa1 and kappa2; on torch they are Python numbers
+    assert powers_in_a_step(1) == powers_in_a_step(5) == expected
+
+
+def test_on_torch_our_engines_step_all_variables_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    if BACKEND != "torch":
+        pytest.skip("torch's own")
+    pytest.importorskip("numba")
+    from vsgd.backends import torch_fused
+
+    sizes = []
+
+    class Batch(torch_fused.Batch):
+        def __init__(self, leaves: Any, steps: Any) -> None:
+            sizes.append(len(leaves))
+            super().__init__(leaves, steps)
+
+    monkeypatch.setattr(torch_fused, "Batch", Batch)
+    variables = variables_of([np.ones(shape, np.float32) for shape in [(2, 3), (4,), (), (0,)]])
+    make("VSGD").apply(tensors([np.ones(each.shape, np.float32) for each in variables]), variables)
+    assert sizes == [4]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python
 
 TESTS = Path(__file__).parent
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -24,17 +25,7 @@ if find_spec("keras") is None:
 def run(backend: str, *command: str) -> subprocess.CompletedProcess[str]:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(TESTS)}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=TESTS.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=900,
-        check=False,
-    )
+    return run_python(backend, *command)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

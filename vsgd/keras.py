@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
@@ -17,6 +19,12 @@ except ImportError as error:
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
 from vsgd import core
+
+if keras.backend.backend() == "torch":
+    import torch
+
+    from vsgd.backends import torch_engines
+    from vsgd.backends.torch_blocks import leaf_of
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
@@ -54,9 +62,6 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
         Args:
             variables: the variables that the optimizer will update.
-
-        Raises:
-            ValueError: a variable is complex.
         """
         if self.built:
             return
@@ -73,14 +78,71 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
     def _add_state(self, variable: Any, name: str, value: float) -> Any:
         # Not `add_variable_from_reference`, which has no other dtype than the variable's.
         label = getattr(variable, "path", variable.name).replace("/", "_").replace(":", "_")
+        dtype = _state_dtype(variable)
+        fill = complex(value, value) if dtype != _real(dtype) else value
         return self.add_variable(
             shape=variable.shape,
-            # As float64: Keras takes a Python float through float32 on TensorFlow.
-            initializer=keras.initializers.Constant(np.float64(value)),
-            dtype=_state_dtype(variable),
+            # Of NumPy: Keras takes a Python float through float32 on TensorFlow.
+            initializer=keras.initializers.Constant(np.asarray(fill)[()]),
+            dtype=dtype,
             layout=getattr(variable, "_layout", None),
             name=f"{label}_{name}",
         )
+
+    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
+        """Update all variables: on PyTorch by our own engines, elsewhere, and where PyTorch compiles, one after the other."""
+        if keras.backend.backend() == "torch" and not torch.compiler.is_compiling():
+            self._step_by_engines(grads, trainable_variables, learning_rate)
+            return
+        dtypes = dict.fromkeys(_real(state[0].dtype) for state in self._states if state)
+        scalars = {dtype: self._scalars(learning_rate, dtype) for dtype in dtypes}
+        # In the place of the learning rate, for so they come to each device.
+        super()._backend_update_step(grads, trainable_variables, scalars)
+
+    def _scalars(self, learning_rate: Any, dtype: str) -> tuple[Any, Any]:
+        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
+        coefficients = self._rule.coefficients(ops.cast(self.iterations + 1, dtype), self._hyper())
+
+        def scalar(value: Any) -> Any:
+            # Not `ops.cast`: on TensorFlow a Python float would go through float32. And of a variable its value.
+            return ops.stop_gradient(ops.convert_to_tensor(value, dtype))
+
+        return scalar(learning_rate), type(coefficients)(*map(scalar, coefficients))
+
+    def _step_by_engines(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
+        with torch.no_grad():
+            leaves = list(map(self._leaf, variables, grads))
+            torch_engines.step_at(self._rule, self._hyper(), leaves, _number(self.iterations) + 1, _number(learning_rate))
+
+    def _leaf(self, variable: Any, grad: Any) -> Any:
+        param = variable.value
+        state = tuple(each.value for each in self._states[self._get_variable_index(variable)])
+        # An odd gradient would keep the fused engine away, and so round otherwise.
+        return leaf_of(
+            param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state, key=None, round_param=False
+        )
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """`apply` that returns the new values and assigns nothing; as in Keras, not on TensorFlow.
+
+        Args:
+            optimizer_variables: values of the optimizer's variables.
+            grads: a gradient for each of the variables that the optimizer was built with.
+            trainable_variables: values of those variables.
+
+        Returns:
+            The new values of the variables, and of the optimizer's.
+
+        Raises:
+            ValueError: the optimizer is not built, or a list is of another length.
+        """
+        if keras.backend.backend() == "torch":  # the engines write in place
+            optimizer_variables = [value.clone() for value in optimizer_variables]
+            trainable_variables = [value.clone() for value in trainable_variables]
+        new: tuple[list[Any], list[Any]] = super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        return new
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a variable and its state, given its gradient.
@@ -88,21 +150,18 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         Args:
             gradient: the gradient, clipped and unscaled by the base class; zero in the rows that `tf.IndexedSlices` leave out.
             variable: the variable, its weight decay done by the base class.
-            learning_rate: the step size of this step.
+            learning_rate: by dtype of the arithmetic, the step size and the coefficients of this step.
         """
-        variables = self._states[self._get_variable_index(variable)]
-        state = tuple(ops.convert_to_tensor(each) for each in variables)
+        states = self._states[self._get_variable_index(variable)]
+        # Read once each: on TensorFlow every operation on a variable would read it anew.
+        param, *state = map(ops.stop_gradient, (variable, *states))
         dtype = keras.backend.standardize_dtype(state[0].dtype)
         gradient = ops.cast(gradient, dtype)
         if hasattr(gradient, "dense_shape"):
             gradient = ops.add(ops.zeros_like(state[0]), gradient)
-        # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        coefficients = self._rule.coefficients(ops.cast(self.iterations + 1, dtype), self._hyper())
-        direction, state = self._rule.make_update(ops)(gradient, state, coefficients)
-        # Not `ops.cast`: on TensorFlow a Python float would go through float32.
-        lr = ops.convert_to_tensor(learning_rate, dtype)
-        self.assign(variable, core.descend(ops.cast(variable, dtype), direction, lr, decay=1.0))
-        for each, value in zip(variables, state, strict=True):
+        update = _compiled(self._rule, tuple(variable.shape)) if _is_better_compiled(variable) else partial(_update, self._rule)
+        values = update([ops.cast(param, dtype), gradient, *state], *learning_rate[_real(dtype)])
+        for each, value in zip((variable, *states), values, strict=True):
             self.assign(each, value)
 
     def get_config(self) -> dict[str, Any]:
@@ -117,10 +176,55 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 def _state_dtype(variable: Any) -> str:
     """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
     # Of the value: JAX without x64 has float32 values in float64 variables.
-    dtype = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
-    if dtype.startswith("complex"):
-        raise ValueError(f"{variable.name} is of {dtype}, but must be of floating numbers; hold its parts in two variables")
-    return "float64" if dtype == "float64" else "float32"
+    dtype: str = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
+    return dtype if dtype in ("float64", "complex64", "complex128") else "float32"
+
+
+def _real(dtype: str) -> str:
+    """The dtype of a number's parts."""
+    return {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
+
+
+def _parts(tensor: Any) -> tuple[Any, ...]:
+    """The real tensors that are updated: a complex one is two."""
+    is_complex = keras.backend.standardize_dtype(tensor.dtype).startswith("complex")
+    return (ops.real(tensor), ops.imag(tensor)) if is_complex else (tensor,)
+
+
+def _whole(parts: tuple[Any, ...]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    dtype = {"float32": "complex64", "float64": "complex128"}[keras.backend.standardize_dtype(parts[0].dtype)]
+    real, imaginary = (ops.cast(part, dtype) for part in parts)
+    return real + imaginary * 1j
+
+
+def _update(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any) -> list[Any]:
+    """The new variable and its new state, from the variable, its gradient and its state."""
+    update = rule.make_update(ops)
+    new = []
+    for param, grad, *state in zip(*map(_parts, values), strict=True):
+        direction, new_state = update(grad, tuple(state), coefficients)
+        new.append((core.descend(param, direction, lr, decay=1.0), *new_state))
+    return [_whole(parts) for parts in zip(*new, strict=True)]
+
+
+def _is_better_compiled(variable: Any) -> bool:
+    """Whether each operation would otherwise make an array in memory: on the CPU Keras has TensorFlow compile nothing."""
+    return keras.backend.backend() == "tensorflow" and "CPU" in variable.device
+
+
+@functools.cache
+def _compiled(rule: core.Rule, shape: tuple[int, ...]) -> Callable[..., list[Any]]:
+    # One for each shape, for TensorFlow warns of functions that it traces again and again.
+    import tensorflow as tf
+
+    compiled: Callable[..., list[Any]] = tf.function(partial(_update, rule), autograph=False, jit_compile=True)
+    return compiled
+
+
+def _number(value: Any) -> float:
+    return float(value if isinstance(value, Real) else ops.convert_to_tensor(value).item())
 
 
 def _arguments(arguments: dict[str, Any]) -> dict[str, Any]:

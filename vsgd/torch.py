@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 from vsgd import checkpoints, core, rounding
 from vsgd.backends.torch_blocks import Leaf, leaf_of, state_dtype
 from vsgd.backends.torch_engines import (
+    FLAGS,
     FUSED,
     check_installed,
     fused_engine,
@@ -36,7 +37,6 @@ from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
-_FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
 _STORAGE = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0}
 
 
@@ -78,7 +78,7 @@ class _RuleOptimizer(Optimizer):
         super().__setstate__(state)
         self._plans = {}  # never copied or saved: addresses are of this process and of these tensors
         for group in self.param_groups:
-            for name, value in {**_FLAGS, **_STORAGE, **self.defaults}.items():
+            for name, value in {**FLAGS, **_STORAGE, **self.defaults}.items():
                 group.setdefault(name, value)
             for param in group["params"]:
                 param_state = self.state.get(param, {})

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +10,9 @@ from pathlib import Path
 import pytest
 from matrix import report, worker
 from matrix.experiments import DATA_NEEDS, RUNNERS, missing, training
+from processes import run_python
 
 collect_ignore_glob = ["*_runners.py"]  # each needs its framework
-TESTS = Path(__file__).parent.parent
 
 _agreement = pytest.StashKey[dict[worker.Cell, float]]()
 _outcomes = pytest.StashKey[dict[str, worker.Outcome]]()
@@ -32,26 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _start(name: str, folder: Path, data: Path) -> worker.Outcome:
     result = folder / f"{name}.pickle"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TESTS),
-        "KERAS_BACKEND": name.removeprefix("keras-"),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
+    done = run_python(
+        name.removeprefix("keras-"),
+        *("-c", "from matrix.worker import main; main()", name, str(data), str(result)),
         # The arrays are small, and the workers share the processors.
-        "OMP_NUM_THREADS": "1",
+        OMP_NUM_THREADS="1",
         # So do they share the GPU, where there is one.
-        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", "from matrix.worker import main; main()", name, str(data), str(result)],
-        cwd=TESTS.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=900,
-        check=False,
+        TF_FORCE_GPU_ALLOW_GROWTH="true",
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
     )
     assert done.returncode == 0, done.stdout
     return pickle.loads(result.read_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -52,6 +52,10 @@ def check_installed(devices: Iterable[str]) -> None:
     for engine in (FUSED[device] for device in set(devices) & FUSED.keys()):
         if importlib.util.find_spec(engine.package) is None:
             raise ImportError(engine.missing)
+
+
+#: The options of a group that say how a step is taken.
+FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
@@ -114,6 +118,28 @@ def step_batch(rule: core.Rule, group: dict[str, Any], batch: Any) -> None:
     lr = number(group["lr"])
     decay = 1 - lr * group["weight_decay"]
     batch.step(rule, hyperparameters(rule, group), lr, decay, maximize=group["maximize"])
+
+
+def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, lr: float) -> None:
+    """One step without weight decay, in place, on leaves that share their count, each by the fastest engine that takes it.
+
+    Args:
+        rule: the variant to run.
+        hyper: its hyperparameters.
+        leaves: parameters.
+        count: which step this is, 1 at the first.
+        lr: step size.
+    """
+    group = {**FLAGS, **hyper._asdict(), "lr": lr, "weight_decay": 0.0}
+    steps = torch.full((len(leaves),), count - 1, dtype=torch.float64, device="cpu").unbind()
+    fused = fused_engine(group, "cpu", batches=True) if any(leaf.param.is_cpu for leaf in leaves) else None
+    fusible: list[tuple[Leaf, Tensor]] = []
+    left: list[tuple[Leaf, Tensor]] = []
+    for pair in zip(leaves, steps, strict=True):
+        (fusible if fused is not None and fused.accepts(*pair) else left).append(pair)
+    if fused is not None and fusible:
+        step_batch(rule, group, fused.Batch(*zip(*fusible, strict=True)))
+    step_by_numbers(rule, group, [leaf for leaf, _ in left], [step for _, step in left])
 
 
 def step_by_numbers(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
