@@ -107,6 +107,9 @@ COMPETITORS = {
     "pytorch_optimizer AdaBelief": Competitor(_theirs("AdaBelief"), needs=("pytorch_optimizer",)),
     "pytorch_optimizer VSGD": Competitor(_theirs("VSGD"), needs=("pytorch_optimizer",), plotted=True),
     "VSGD(fused=True)": Competitor(_decaying(_VSGD, fused=True), needs=("numba",), devices=("cpu",), plotted=True),
+    "VSGD(fused=True), bfloat16 state": Competitor(
+        _decaying(_VSGD, fused=True, state_dtype="bfloat16"), needs=("numba",), devices=("cpu",), plotted=True
+    ),
     "VSGD(foreach=True)": Competitor(_decaying(_VSGD, foreach=True)),
     "VSGD, loop": Competitor(_decaying(_VSGD, **_LOOP), plotted=True),
     "VSGD, torch.compile": Competitor(_decaying(_VSGD, compiled=True), needs=(COMPILER,)),
