@@ -80,6 +80,7 @@ SUITE = Suite(
         "optax.lion": _decaying(optax.lion),
         "optax.sgd(momentum=0.9)": _competitor(optax.sgd, momentum=0.9),
         "vsgd": _decaying(vsgd.optax.vsgd, plotted=True),
+        "vsgd, bfloat16 state": _decaying(vsgd.optax.vsgd, state_dtype="bfloat16"),
         "constant_vsgd": _decaying(vsgd.optax.constant_vsgd, plotted=True),
     },
     problem=OptaxProblem,
