@@ -10,18 +10,10 @@ import pytest
 from vsgd import rounding
 
 
-class Integers:
+class Integers(rounding.Wrapping):
     """NumPy's integer namespace, in as few words as there can be."""
 
     where = staticmethod(np.where)
-
-    @staticmethod
-    def wrap(i: np.ndarray) -> np.ndarray:
-        return i
-
-    @staticmethod
-    def times(i: np.ndarray, factor: int) -> np.ndarray:
-        return i * factor
 
     @staticmethod
     def bits(x: np.ndarray) -> np.ndarray:

@@ -402,9 +402,8 @@ def _scale_by_rule(
             direction, new_arrays = jax.tree.map(_join, *(update_real(part, of_state, c) for part, of_state in parts))
             if stored == jnp.bfloat16:
                 words = make_words(number, count, arrays[0].shape)
-                multipliers = rounding.MULTIPLIERS[: len(arrays)]
-                rounded = (_to_bfloat16(*each) for each in zip(new_arrays, [words] * len(arrays), multipliers, strict=True))
-                new_arrays = [array.astype(stored) for array in rounded]
+                pairs = zip(new_arrays, rounding.MULTIPLIERS, strict=False)
+                new_arrays = [_to_bfloat16(array, words, multiplier).astype(stored) for array, multiplier in pairs]
             return direction.astype(_dtype(grad)), *new_arrays
 
         treedef: Any
@@ -417,18 +416,10 @@ def _scale_by_rule(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Integers:
+class _Integers(rounding.Wrapping):
     """JAX's integer namespace, as `vsgd.rounding` wants one."""
 
     where = staticmethod(jnp.where)
-
-    @staticmethod
-    def wrap(i: jax.Array) -> jax.Array:
-        return i
-
-    @staticmethod
-    def times(i: jax.Array, factor: int) -> jax.Array:
-        return i * factor
 
     @staticmethod
     def bits(x: jax.Array) -> jax.Array:

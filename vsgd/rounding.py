@@ -9,7 +9,7 @@ loaded, and for an element wherever its shard lies.
 
 An integer namespace `xp` has int32 arrays with operators, and
 
-- `wrap(i)`: an integer modulo 2**32, as int32; the identity where the library's own int32 wraps around,
+- `wrap(i)`: an integer modulo 2**32, as int32; the identity where the library's own int32 wraps around (`Wrapping`),
 - `times(i, factor)`: `wrap(i * factor)`,
 - `bits(x)` and `floats(i)`: float32 seen as int32, and back,
 - `where(condition, a, b)`.
@@ -27,6 +27,20 @@ Float = Any
 
 #: One for each array that may be rounded at a step: what turns an element's word into that array's noise. Odd numbers.
 MULTIPLIERS = (1, 0x2C1B3C6D, 0x297A2D39, 0x21F0AAAD)
+
+
+class Wrapping:
+    """What the integer namespaces share whose library's own int32 wraps around."""
+
+    @staticmethod
+    def wrap(i: Integer) -> Integer:
+        """An integer modulo 2**32."""
+        return i
+
+    @staticmethod
+    def times(i: Integer, factor: int) -> Integer:
+        """A product modulo 2**32."""
+        return i * factor
 
 
 class _Numbers:

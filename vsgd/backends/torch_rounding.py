@@ -12,18 +12,10 @@ from vsgd import rounding
 from vsgd.backends.torch_blocks import Leaf, Noise, is_plain
 
 
-class _Namespace:
-    """The integer namespace of torch, whose int32 wraps around."""
+class _Namespace(rounding.Wrapping):
+    """The integer namespace of torch."""
 
     where = staticmethod(torch.where)
-
-    @staticmethod
-    def wrap(i: Tensor) -> Tensor:
-        return i
-
-    @staticmethod
-    def times(i: Tensor, factor: int) -> Tensor:
-        return i * factor
 
     @staticmethod
     def bits(x: Tensor) -> Tensor:
