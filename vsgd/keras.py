@@ -118,9 +118,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         param = variable.value
         state = tuple(each.value for each in self._states[self._get_variable_index(variable)])
         # An odd gradient would keep the fused engine away, and so round otherwise.
-        return leaf_of(
-            param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state, key=None, round_param=False
-        )
+        return leaf_of(param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]

@@ -25,10 +25,10 @@ from vsgd.backends.torch_engines import (
     FLAGS,
     FUSED,
     check_installed,
-    fused_engine,
     hyperparameters,
     may_fuse,
     number,
+    split_for_batches,
     step_batch,
     step_by_numbers,
     step_by_tensors,
@@ -247,23 +247,22 @@ class _RuleOptimizer(Optimizer):
         self, index: int, group: dict[str, Any], params: list[Tensor], leaves: list[Leaf], steps: list[Tensor]
     ) -> tuple[list[Leaf], list[Tensor]]:
         """Step what the fused engine can, and plan the next step; what is left."""
-        fused = fused_engine(group, "cpu", batches=True) if any(leaf.param.is_cpu for leaf in leaves) else None
+        fused, taken, left = split_for_batches(group, leaves, steps)
         if fused is None:
-            return leaves, steps
-        kinds: dict[str, tuple[list[Leaf], list[Tensor]]] = {"left": ([], []), "own": ([], []), "views": ([], [])}
-        for param, leaf, step in zip(params, leaves, steps, strict=True):
-            kind = "left" if not fused.accepts(leaf, step) else "own" if leaf.param is param else "views"
-            kinds[kind][0].append(leaf)
-            kinds[kind][1].append(step)
-        if kinds["own"][0]:
-            batch = fused.Batch(*kinds["own"])
+            return left
+        given = set(map(id, params))
+        own = [pair for pair in taken if id(pair[0].param) in given]
+        views = [pair for pair in taken if id(pair[0].param) not in given]
+        if own:
+            batch = fused.Batch(*zip(*own, strict=True))
             step_batch(self._rule, group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
             if self._plans.pop(_plan_key(index, group), None) is None:
-                self._plans[_plan_key(index, group)] = fused.Plan(batch, group["params"], *kinds["own"], self._rule.state_names)
-        if kinds["views"][0]:  # made anew in each step
-            step_batch(self._rule, group, fused.Batch(*kinds["views"]))
-        return kinds["left"]
+                plan = fused.Plan(batch, group["params"], *zip(*own, strict=True), self._rule.state_names)
+                self._plans[_plan_key(index, group)] = plan
+        if views:  # made anew in each step
+            step_batch(self._rule, group, fused.Batch(*zip(*views, strict=True)))
+        return left
 
 
 def _plan_key(index: int, group: dict[str, Any]) -> tuple[Any, ...]:

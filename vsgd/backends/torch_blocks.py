@@ -73,7 +73,7 @@ def state_dtype(param: Tensor, wanted: str) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" and dtype is torch.float32 else dtype
 
 
-def leaf_of(param: Any, grad: Any, state: tuple[Any, ...], key: int | None, round_param: bool) -> Leaf:
+def leaf_of(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = None, round_param: bool = False) -> Leaf:
     """What the engines work on: this process's part of a sharded tensor, a complex number as two real ones.
 
     Args:
@@ -103,6 +103,7 @@ def leaf_of(param: Any, grad: Any, state: tuple[Any, ...], key: int | None, roun
 
 def _shard_start(param: Any) -> int:
     """The place of a shard's first element in the whole tensor."""
+    # Here, for a build of torch may lack it.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)

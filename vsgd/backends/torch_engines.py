@@ -120,6 +120,22 @@ def step_batch(rule: core.Rule, group: dict[str, Any], batch: Any) -> None:
     batch.step(rule, hyperparameters(rule, group), lr, decay, maximize=group["maximize"])
 
 
+def split_for_batches(
+    group: dict[str, Any], leaves: Sequence[Leaf], steps: Sequence[Tensor]
+) -> tuple[ModuleType | None, list[tuple[Leaf, Tensor]], tuple[list[Leaf], list[Tensor]]]:
+    """The fused engine that steps batches, the leaves that it takes, with their counts, and leaves and counts that are left."""
+    fused = fused_engine(group, "cpu", batches=True) if any(leaf.param.is_cpu for leaf in leaves) else None
+    taken: list[tuple[Leaf, Tensor]] = []
+    left: tuple[list[Leaf], list[Tensor]] = ([], [])
+    for leaf, step in zip(leaves, steps, strict=True):
+        if fused is not None and fused.accepts(leaf, step):
+            taken.append((leaf, step))
+        else:
+            left[0].append(leaf)
+            left[1].append(step)
+    return fused, taken, left
+
+
 def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, lr: float) -> None:
     """One step without weight decay, in place, on leaves that share their count, each by the fastest engine that takes it.
 
@@ -132,14 +148,10 @@ def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, l
     """
     group = {**FLAGS, **hyper._asdict(), "lr": lr, "weight_decay": 0.0}
     steps = torch.full((len(leaves),), count - 1, dtype=torch.float64, device="cpu").unbind()
-    fused = fused_engine(group, "cpu", batches=True) if any(leaf.param.is_cpu for leaf in leaves) else None
-    fusible: list[tuple[Leaf, Tensor]] = []
-    left: list[tuple[Leaf, Tensor]] = []
-    for pair in zip(leaves, steps, strict=True):
-        (fusible if fused is not None and fused.accepts(*pair) else left).append(pair)
-    if fused is not None and fusible:
-        step_batch(rule, group, fused.Batch(*zip(*fusible, strict=True)))
-    step_by_numbers(rule, group, [leaf for leaf, _ in left], [step for _, step in left])
+    fused, taken, left = split_for_batches(group, leaves, steps)
+    if fused is not None and taken:
+        step_batch(rule, group, fused.Batch(*zip(*taken, strict=True)))
+    step_by_numbers(rule, group, *left)
 
 
 def step_by_numbers(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
