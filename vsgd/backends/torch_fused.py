@@ -55,8 +55,8 @@ class Batch:
         self._work = numba_cpu.chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
         self._kinds = _masks([_kind(leaf) for leaf in leaves])
         self._step_kinds = _masks([_DTYPES[step.dtype] for step in steps])
-        noises = [leaf.noise for leaf in leaves]
-        self._keys = np.array([0 if noise is None else noise.key for noise in noises], dtype=np.int64)
+        self._rounds = any(leaf.noise is not None for leaf in leaves)
+        self._keys = np.array([0 if leaf.noise is None else leaf.noise.key for leaf in leaves], dtype=np.int64)
         self._places = np.array(
             [0 if leaf.noise is None else leaf.state[0].storage_offset() - leaf.noise.origin for leaf in leaves], dtype=np.int64
         )
@@ -79,7 +79,9 @@ class Batch:
         counts = np.empty(len(self._keys))
         for dtype, chosen in self._step_kinds.items():
             counts[chosen] = numba_cpu.count(self._step_addresses[chosen], dtype)
-        keys = rounding.host_key(self._keys, counts.astype(np.int64)).astype(np.int32)
+        # Two dozen small operations, which count where nothing is rounded and the step is short.
+        keys = rounding.host_key(self._keys, counts.astype(np.int64)) if self._rounds else self._keys
+        noise = numba_cpu.Noise(keys.astype(np.int32), self._places)
         for (stored, round_params), chosen in self._kinds.items():
             for value in np.unique(counts[chosen]):
                 numba_cpu.step(
@@ -90,7 +92,7 @@ class Batch:
                     lr,
                     decay,
                     stored=stored,
-                    noise=numba_cpu.Noise(keys, self._places),
+                    noise=noise,
                     round_params=round_params,
                     maximize=maximize,
                     threads=torch.get_num_threads(),
