@@ -39,6 +39,7 @@ SUITES = {
             "optax.lion": (20, 4),
             "optax.sgd(momentum=0.9)": (20, 4),
             "vsgd": (36, 12),
+            "vsgd, bfloat16 state": (24, 6),
             "constant_vsgd": (28, 8),
         },
     ),

@@ -151,6 +151,19 @@ TWO_RANKS = """
     half = distribute_tensor(torch.tensor([0.0, 0.0, 1.0, 1.0]), mesh, [Shard(0)])
     assert stepped(Shard(0), half, lr=0.0)[1] == 1
     assert stepped(Shard(0), half * 0, lr=0.0)[1] == 0
+    # State in bfloat16, on 7 rows of which one rank has 4: a shard has the noise of its place in the whole tensor.
+    table = torch.linspace(-1, 1, 21).reshape(7, 3)
+    grads = [(table * 100 + seed).sin() for seed in range(4)]
+    for engine in ({"foreach": False}, {"foreach": True}, {}):
+        ends = []
+        for place in (lambda tensor: tensor.clone(), lambda tensor: distribute_tensor(tensor.clone(), mesh, [Shard(0)])):
+            param = torch.nn.Parameter(place(table))
+            optimizer = VSGD([param], state_dtype="bfloat16", **engine)
+            for grad in grads:
+                param.grad = place(grad)
+                optimizer.step()
+            ends.append(optimizer.state[param]["b_ghat"])
+        assert torch.equal(ends[1].full_tensor(), ends[0]), engine
     print("agreed", flush=True)
     dist.barrier()
     dist.destroy_process_group()
