@@ -1,4 +1,4 @@
-"""VSGD: Variational Stochastic Gradient Descent (arXiv 2404.06549) for PyTorch, JAX and NumPy.
+"""VSGD: Variational Stochastic Gradient Descent (arXiv 2404.06549) for PyTorch, Keras, JAX and NumPy.
 
 The package imports no framework; each adapter is a module of its own:
 

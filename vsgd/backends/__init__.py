@@ -7,6 +7,6 @@ A backend is one of two things:
 - a compiler or scheduler of the core's update: `numba_cpu` and `torch_triton` compile it into one loop over many tensors,
   `torch_loop` runs it block by block.
 
-A backend takes a `vsgd.core.Rule` (or its update) and never states the update itself. It imports its framework and
-`vsgd.core`, nothing of the adapters, and no adapter's user pays for a backend that is not used.
+A backend takes a `vsgd.core.Rule` (or its update) and never states the update itself. It imports its framework,
+`vsgd.core` and `vsgd.rounding`, nothing of the adapters, and no adapter's user pays for a backend that is not used.
 """
