@@ -31,7 +31,7 @@ from vsgd import core
 from vsgd.backends import torch_engines, torch_triton
 
 RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
-INTERPRETED = ["bits", "alone", "half", "capturable", "layouts", "tables"]
+INTERPRETED = ["bits", "alone", "half", "rounded", "capturable", "layouts", "tables"]
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
