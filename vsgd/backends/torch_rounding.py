@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def leaves_at(leaves: Sequence[Leaf], steps: Tensor) -> Sequence[Leaf]:
     """
     if all(leaf.noise is None for leaf in leaves):
         return leaves
-    bases = [0 if leaf.noise is None else leaf.noise.key for leaf in leaves]
+    bases: list[Any] = [0 if leaf.noise is None else leaf.noise.key for leaf in leaves]
     # Not a copy from the host, for a CUDA graph captures none from memory that may be paged out.
     zeros = torch.zeros(len(bases), dtype=torch.int32, device=steps.device).unbind()
     keys = _key(torch.stack(torch._foreach_add(zeros, bases)), steps.to(torch.int32)).unbind()

@@ -331,7 +331,7 @@ def _scalars(values: Sequence[float | Tensor], count: int, device: torch.device)
 def _keys(keys: Sequence[Any], device: torch.device) -> Tensor:
     """One for each leaf, int32."""
     if isinstance(keys[0], Tensor):
-        return torch.stack(keys)
+        return torch.stack(list(keys))
     return _to_device(np.array(keys, dtype=np.int32), device)
 
 
