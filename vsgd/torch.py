@@ -258,7 +258,7 @@ class _RuleOptimizer(Optimizer):
             step_batch(self._rule, group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
             if self._plans.pop(_plan_key(index, group), None) is None:
-                plan = fused.Plan(batch, group["params"], *zip(*own, strict=True), self._rule.state_names)
+                plan = fused.make_plan(batch, group["params"], *zip(*own, strict=True), self._rule.state_names)
                 self._plans[_plan_key(index, group)] = plan
         if views:  # made anew in each step
             step_batch(self._rule, group, fused.Batch(*zip(*views, strict=True)))

@@ -73,7 +73,8 @@ def fused_engine(group: dict[str, Any], device: str, *, batches: bool) -> Module
     if isinstance(engine, ModuleType):
         return engine
     if group["fused"]:
-        raise ImportError(FUSED[device].missing) from engine
+        check_installed([device])
+        raise ImportError(f"the engine of fused=True cannot be imported: {engine}") from engine
     return None
 
 
