@@ -16,7 +16,7 @@ from processes import run_python
 
 TESTS = Path(__file__).parent
 BACKENDS = ("tensorflow", "jax", "torch")
-FILES = ("tests/test_keras.py", "tests/test_keras_training.py", "tests/test_keras_example.py", "vsgd/keras.py")
+FILES = (*(f"tests/test_keras{name}.py" for name in ("", "_compact", "_training", "_example")), "vsgd/keras.py")
 
 if find_spec("keras") is None:
     pytest.skip("Keras is not installed", allow_module_level=True)

@@ -52,6 +52,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         if arguments["weight_decay"] is not None:
             core.validate(weight_decay=arguments["weight_decay"])
         super().__init__(**arguments)
+        storage["seed"] = int(storage["seed"])  # for the configuration, where NumPy's cannot stand
         for name, value in (hyper | storage).items():
             setattr(self, name, value)
 
