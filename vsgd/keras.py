@@ -182,7 +182,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
         Args:
             gradient: the gradient, clipped and unscaled by the base class; zero in the rows that `tf.IndexedSlices` leave out.
-            variable: the variable, its weight decay done by the base class.
+            variable: the variable, its weight decay done by the base class, but where it is rounded stochastically.
             learning_rate: by dtype of the arithmetic, the step size and the coefficients of this step; and the step's count as
                 "int32", where anything is rounded stochastically.
         """
