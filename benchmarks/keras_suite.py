@@ -188,6 +188,7 @@ _OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "keras Lion": lambda: keras.optimizers.Lion(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
     "keras SGD(momentum=0.9)": lambda: keras.optimizers.SGD(LEARNING_RATE, momentum=0.9),
     "VSGD": lambda: vsgd.keras.VSGD(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+    "VSGD, bfloat16 state": lambda: vsgd.keras.VSGD(LEARNING_RATE, weight_decay=WEIGHT_DECAY, state_dtype="bfloat16"),
     "ConstantVSGD": lambda: vsgd.keras.ConstantVSGD(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from engines import x64
 
 import vsgd.keras
@@ -71,6 +72,19 @@ def stateless(optimizer: Any, variables: Sequence[Any], transform: Callable[[Any
             each.assign(value)
 
     return apply
+
+
+def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
+    """`optimizer.apply`, compiled as the backend's `fit` has it."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(optimizer.apply, jit_compile=True)
+    if BACKEND == "jax":
+        import jax
+
+        return stateless(optimizer, variables, jax.jit)
+    pytest.skip("torch.compile has its test in test_keras_training.py")
 
 
 def keras_engine(kind: str, params: Sequence[np.ndarray], **hyper: Any) -> Any:

@@ -19,6 +19,7 @@ from keras_problems import (  # noqa: E402
     KINDS,
     allow_float64,
     floatx,
+    jitted_apply,
     keras_engine,
     make,
     read,
@@ -54,19 +55,6 @@ def follow(case: Golden, dtype: str, learning_rate: Any = None, jitted: bool = F
         apply(tensors([grad[t].astype(dtype) for grad in case.grads]))
         steps.append(read(optimizer, variables))
     return stack(steps)
-
-
-def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
-    """`optimizer.apply`, compiled as the backend's `fit` has it."""
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(optimizer.apply, jit_compile=True)
-    if BACKEND == "jax":
-        import jax
-
-        return stateless(optimizer, variables, jax.jit)
-    pytest.skip("torch.compile has its test in test_keras_training.py")
 
 
 @pytest.mark.parametrize("case", ["defaults", "weight_decay"])

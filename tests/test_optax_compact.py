@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulation import emulate_step, round_all, steps_apart, words
 from engines import x64
-from test_rounding import ROUND, WORD
 
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from vsgd import core, rounding  # noqa: E402
+from vsgd import core  # noqa: E402
 from vsgd.optax import constant_vsgd, scale_by_constant_vsgd, scale_by_vsgd, vsgd  # noqa: E402
 
 RULES = {vsgd: core.VSGD, constant_vsgd: core.CONSTANT_VSGD}
@@ -69,20 +69,6 @@ def assert_same(one: Any, other: Any) -> None:
     np.testing.assert_array_equal(flat(one), flat(other))
 
 
-def words(seed: int, number: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    places = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    with np.errstate(over="ignore"):  # of NumPy's scalars
-        return WORD(places, np.int32(rounding.host_key(rounding.base_key(seed, number), step)))
-
-
-def emulate(rule: core.Rule, step: int, grad: np.ndarray, state: list[np.ndarray], word: np.ndarray) -> list[np.ndarray]:
-    """One step's new state, by NumPy in float32."""
-    coefficients = rule.coefficients(float(step), rule.hyperparameters())
-    _, new_state = rule.make_update(np)(grad, tuple(state), type(coefficients)(*map(np.float32, coefficients)))
-    with np.errstate(over="ignore"):
-        return [ROUND(np.asarray(each), word, by) for each, by in zip(new_state, rounding.MULTIPLIERS, strict=False)]
-
-
 # --- The contract. ---
 
 
@@ -98,11 +84,10 @@ def test_each_step_rounds_as_the_contract_says(make: Callable[..., Any], seed: i
         expected: dict[str, list[Any]] = {}
         for number, (name, shape) in enumerate(SHAPES.items()):
             old = [np.asarray(tree[name], np.float32) for tree in state[1:]]
-            expected[name] = emulate(RULES[make], step, grads[name], old, words(seed, number, step, shape))
+            _, expected[name] = emulate_step(RULES[make], step, grads[name], old, words(seed, number, step, shape))
             for ours, theirs in zip((tree[name] for tree in new_state[1:]), expected[name], strict=True):
-                # Adjacent bfloat16 numbers are adjacent as integers.
-                apart = np.asarray(ours, np.float32).view(np.int32) // 2**16 - theirs.view(np.int32) // 2**16
-                assert np.abs(apart).max() <= 1
+                apart = steps_apart(np.asarray(ours, np.float32), theirs)
+                assert apart.max() <= 1
                 differ, total = differ + np.count_nonzero(apart), total + apart.size
         # From the emulated state, so that a difference does not grow.
         trees = ({name: jnp.asarray(expected[name][i], jnp.bfloat16) for name in SHAPES} for i in range(len(state) - 1))
@@ -130,8 +115,7 @@ def test_a_step_of_a_bfloat16_parameter_is_rounded_once(make: Callable[..., Any]
         assert updates.dtype == jnp.float32
         params = optax.apply_updates(params, updates)
         assert params.dtype == jnp.bfloat16
-        multiplier = rounding.MULTIPLIERS[len(RULES[make].state_names)]
-        expected = ROUND(wide + np.asarray(steps), words(5, 0, step, (count,)), multiplier)
+        (expected,) = round_all([wide + np.asarray(steps)], words(5, 0, step, (count,)), len(RULES[make].state_names))[:1]
         np.testing.assert_array_equal(np.asarray(params, np.float32), expected)
         assert_same(state, plain_state)
 

@@ -11,10 +11,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_rounding import ROUND, WORD  # noqa: E402
+from emulation import emulate_step, round_all, words  # noqa: E402
 from torch_optimizers import ENGINES, STATE_NAMES, assert_same_state, train  # noqa: E402
 
-from vsgd import core, rounding  # noqa: E402
+from vsgd import core  # noqa: E402
 from vsgd.torch import VSGD, ConstantVSGD  # noqa: E402
 
 RULES = {VSGD: core.VSGD, ConstantVSGD: core.CONSTANT_VSGD}
@@ -33,25 +33,21 @@ def bfloat16(array: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.array(array)).bfloat16().float().numpy()
 
 
-def emulate(cls: type, steps: int, dtype: torch.dtype, hyper: Any, lr: float, decay: float, seed: int) -> list[Any]:
+def emulate(cls: type, steps: int, dtype: torch.dtype, lr: float, decay: float, seed: int) -> list[Any]:
     """Parameters and states, flat, by NumPy and the definition: the noise is of seed, parameter, step and element."""
     rule = RULES[cls]
-    update = rule.make_update(np)
     params = [param.detach().float().numpy().ravel().copy() for param in make_params(dtype)]
-    states = [tuple(bfloat16(np.full(p.shape, v, np.float32)) for v in rule.initial_state(hyper)) for p in params]
+    states = [
+        tuple(bfloat16(np.full(p.shape, v, np.float32)) for v in rule.initial_state(rule.hyperparameters())) for p in params
+    ]
     for step in range(1, steps + 1):
-        c = type(rule.coefficients(1.0, hyper))(*map(np.float32, rule.coefficients(float(step), hyper)))
         torch_params = make_params(dtype)
         train(torch.optim.SGD(torch_params, lr=0.0), torch_params, range(step, step + 1))
         for number, (param, state, like) in enumerate(zip(params, states, torch_params, strict=True)):
-            direction, new = update(like.grad.float().numpy().ravel(), state, c)
-            place = np.arange(param.size, dtype=np.int32)
-            word = WORD(place, np.int32(rounding.host_key(rounding.base_key(seed, number), step)))
-            values = [*new, core.descend(param, direction, np.float32(lr), np.float32(decay))]
-            arrays = [np.ascontiguousarray(value, np.float32) for value in values]
-            rounded = [ROUND(array, word, m) for array, m in zip(arrays, rounding.MULTIPLIERS, strict=False)]
-            states[number] = tuple(rounded[:-1])
-            params[number] = rounded[-1] if dtype is torch.bfloat16 else values[-1]
+            word = words(seed, number, step, param.shape)
+            direction, states[number] = emulate_step(rule, step, like.grad.float().numpy().ravel(), state, word)
+            new = core.descend(param, direction, np.float32(lr), np.float32(decay))
+            params[number] = round_all([new], word, len(state))[0] if dtype is torch.bfloat16 else new
     return [params, states]
 
 
@@ -63,8 +59,7 @@ def test_every_engine_follows_the_definition(cls: Any, engine: dict[str, Any], d
     params = make_params(dtype)
     optimizer = cls(params, lr, weight_decay=decay, **engine, state_dtype="bfloat16", stochastic_rounding=True, seed=seed)
     train(optimizer, params, range(1, 21))
-    hyper = RULES[cls].hyperparameters()
-    expected_params, expected_states = emulate(cls, 20, dtype, hyper, lr, 1 - lr * decay, seed)
+    expected_params, expected_states = emulate(cls, 20, dtype, lr, 1 - lr * decay, seed)
     same = total = 0
     for param, expected, states in zip(params, expected_params, expected_states, strict=True):
         for name, state in zip(STATE_NAMES[cls], states, strict=True):

@@ -18,7 +18,7 @@ except ImportError as error:
         raise
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
-from vsgd import core
+from vsgd import core, rounding
 
 if keras.backend.backend() == "torch":
     import torch
@@ -33,6 +33,9 @@ LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedul
 # What Keras calls otherwise.
 _KERAS_NAMES = {"eps": "epsilon"}
 
+# What an optimizer is given besides hyperparameters and the base class's own.
+_STORAGE = ("state_dtype", "seed", "stochastic_rounding")
+
 
 class _RuleOptimizer(keras.optimizers.Optimizer):
     """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters."""
@@ -41,13 +44,16 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, **arguments: Any) -> None:
         hyper = {name: arguments.pop(name) for name in self._hyperparameter_names()}
-        core.validate(**hyper)
+        storage = {name: arguments.pop(name) for name in _STORAGE}
+        core.validate(**hyper, seed=storage["seed"])
+        core.validate_state_dtype(storage["state_dtype"])
         if isinstance(arguments["learning_rate"], Real):
             core.validate(learning_rate=arguments["learning_rate"])
         if arguments["weight_decay"] is not None:
             core.validate(weight_decay=arguments["weight_decay"])
         super().__init__(**arguments)
-        for name, value in hyper.items():
+        storage["seed"] = int(storage["seed"])  # for the configuration, where NumPy's cannot stand
+        for name, value in (hyper | storage).items():
             setattr(self, name, value)
 
     @classmethod
@@ -56,6 +62,14 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
     def _hyper(self) -> Any:
         return self._rule.hyperparameters(*(getattr(self, name) for name in self._hyperparameter_names()))
+
+    def _may_round(self) -> bool:
+        """Whether anything may be rounded stochastically."""
+        return self.state_dtype == "bfloat16" or self.stochastic_rounding
+
+    def _rounds(self, variable: Any) -> bool:
+        """Whether the variable itself is."""
+        return self.stochastic_rounding and keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
 
     def build(self, variables: Sequence[Any]) -> None:
         """Create the state of each variable.
@@ -74,12 +88,13 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
             else [self._add_state(variable, name, value) for name, value in initial.items()]
             for variable in variables
         ]
+        self._keys = [rounding.base_key(self.seed, i) if self._may_round() else None for i in range(len(variables))]
 
     def _add_state(self, variable: Any, name: str, value: float) -> Any:
         # Not `add_variable_from_reference`, which has no other dtype than the variable's.
         label = getattr(variable, "path", variable.name).replace("/", "_").replace(":", "_")
-        dtype = _state_dtype(variable)
-        fill = complex(value, value) if dtype != _real(dtype) else value
+        dtype = _state_dtype(variable, self.state_dtype)
+        fill = complex(value, value) if dtype.startswith("complex") else value
         return self.add_variable(
             shape=variable.shape,
             # Of NumPy: Keras takes a Python float through float32 on TensorFlow.
@@ -89,13 +104,26 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
             name=f"{label}_{name}",
         )
 
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        # What is rounded stochastically decays in the update: here it would be rounded to the nearest, and the decay lost.
+        others = [variable for variable in variables if not self._rounds(variable)] if self.stochastic_rounding else variables
+        if others:
+            super()._apply_weight_decay(others)
+
+    def _own_decay(self, variable: Any) -> float:
+        """The weight decay that is left to the update."""
+        decays = self._rounds(variable) and self.weight_decay is not None and self._use_weight_decay(variable)
+        return float(self.weight_decay) if decays else 0.0
+
     def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
         """Update all variables: on PyTorch by our own engines, elsewhere, and where PyTorch compiles, one after the other."""
         if keras.backend.backend() == "torch" and not torch.compiler.is_compiling():
             self._step_by_engines(grads, trainable_variables, learning_rate)
             return
         dtypes = dict.fromkeys(_real(state[0].dtype) for state in self._states if state)
-        scalars = {dtype: self._scalars(learning_rate, dtype) for dtype in dtypes}
+        scalars: dict[str, Any] = {dtype: self._scalars(learning_rate, dtype) for dtype in dtypes}
+        if self._may_round():
+            scalars["int32"] = ops.cast(self.iterations + 1, "int32")
         # In the place of the learning rate, for so they come to each device.
         super()._backend_update_step(grads, trainable_variables, scalars)
 
@@ -111,14 +139,21 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
     def _step_by_engines(self, grads: Sequence[Any], variables: Sequence[Any], learning_rate: Any) -> None:
         with torch.no_grad():
-            leaves = list(map(self._leaf, variables, grads))
-            torch_engines.step_at(self._rule, self._hyper(), leaves, _number(self.iterations) + 1, _number(learning_rate))
+            kinds: dict[float, list[Any]] = {}
+            for variable, grad in zip(variables, grads, strict=True):
+                kinds.setdefault(self._own_decay(variable), []).append(self._leaf(variable, grad))
+            count, lr = _number(self.iterations) + 1, _number(learning_rate)
+            for weight_decay, leaves in kinds.items():
+                torch_engines.step_at(self._rule, self._hyper(), leaves, count, lr, weight_decay)
 
     def _leaf(self, variable: Any, grad: Any) -> Any:
+        index = self._get_variable_index(variable)
         param = variable.value
-        state = tuple(each.value for each in self._states[self._get_variable_index(variable)])
-        # An odd gradient would keep the fused engine away, and so round otherwise.
-        return leaf_of(param, grad if grad.dtype is param.dtype else grad.to(state[0].dtype), state)
+        state = tuple(each.value for each in self._states[index])
+        if grad.dtype is not param.dtype:
+            # An odd gradient would keep the fused engine away, and so round otherwise.
+            grad = grad.to(torch.promote_types(state[0].dtype, torch.float32))
+        return leaf_of(param, grad, state, self._keys[index], self.stochastic_rounding)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -147,18 +182,30 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
 
         Args:
             gradient: the gradient, clipped and unscaled by the base class; zero in the rows that `tf.IndexedSlices` leave out.
-            variable: the variable, its weight decay done by the base class.
-            learning_rate: by dtype of the arithmetic, the step size and the coefficients of this step.
+            variable: the variable, its weight decay done by the base class, but where it is rounded stochastically.
+            learning_rate: by dtype of the arithmetic, the step size and the coefficients of this step; and the step's count as
+                "int32", where anything is rounded stochastically.
         """
-        states = self._states[self._get_variable_index(variable)]
+        index = self._get_variable_index(variable)
+        states = self._states[index]
         # Read once each: on TensorFlow every operation on a variable would read it anew.
         param, *state = map(ops.stop_gradient, (variable, *states))
-        dtype = keras.backend.standardize_dtype(state[0].dtype)
+        stored = keras.backend.standardize_dtype(state[0].dtype)
+        dtype = _arithmetic_dtype(stored)
         gradient = ops.cast(gradient, dtype)
         if hasattr(gradient, "dense_shape"):
-            gradient = ops.add(ops.zeros_like(state[0]), gradient)
-        update = _compiled(self._rule, tuple(variable.shape)) if _is_better_compiled(variable) else partial(_update, self._rule)
-        values = update([ops.cast(param, dtype), gradient, *state], *learning_rate[_real(dtype)])
+            gradient = ops.add(ops.zeros_like(state[0], dtype), gradient)
+        scalars = learning_rate[_real(dtype)]
+        if stored == "bfloat16" or self._rounds(variable):
+            update: Callable[..., list[Any]] = _update_rounding
+            fixed: tuple[Any, ...] = (self._rule, self._rounds(variable))
+            decay = 1 - scalars[0] * self._own_decay(variable)
+            scalars = (*scalars, decay, ops.convert_to_tensor(self._keys[index], "int32"), learning_rate["int32"])
+        else:
+            update, fixed = _update, (self._rule,)
+            param = ops.cast(param, dtype)
+        make = partial(_compiled, tuple(variable.shape)) if _is_better_compiled(variable) else partial
+        values = make(update, *fixed)([param, gradient, *state], *scalars)
         for each, value in zip((variable, *states), values, strict=True):
             self.assign(each, value)
 
@@ -168,19 +215,64 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         Returns:
             The arguments by name, serializable.
         """
-        return {**super().get_config(), **{name: getattr(self, name) for name in self._hyperparameter_names()}}
+        return {**super().get_config(), **{name: getattr(self, name) for name in (*self._hyperparameter_names(), *_STORAGE)}}
 
 
-def _state_dtype(variable: Any) -> str:
-    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: state and arithmetic are float32 or more."""
+class _Integers(rounding.Wrapping):
+    """The integer namespace of Keras' backend, as `vsgd.rounding` wants one."""
+
+    where = staticmethod(ops.where)
+
+    @staticmethod
+    def shift(i: Any, places: int) -> Any:
+        return ops.right_shift(i, places) & (0xFFFFFFFF >> places)
+
+    @staticmethod
+    def bits(x: Any) -> Any:
+        return _bitcast(x, "int32")
+
+    @staticmethod
+    def floats(i: Any) -> Any:
+        return _bitcast(i, "float32")
+
+
+def _bitcast(x: Any, dtype: str) -> Any:
+    """The bits of an array as another dtype of the same size."""
+    # Not `ops.view`, which Keras 3.10 lacks.
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.bitcast(x, dtype)
+    return x.view(getattr(torch, dtype) if keras.backend.backend() == "torch" else dtype)
+
+
+_make_key = rounding.make_key(_Integers)
+_make_word = rounding.make_word(_Integers)
+_to_bfloat16 = rounding.make_round(_Integers)
+
+
+def _iota(shape: Sequence[int], dimension: int) -> Any:
+    """The places along a dimension, in a shape that broadcasts."""
+    return ops.reshape(ops.arange(shape[dimension], dtype="int32"), (shape[dimension], *[1] * (len(shape) - dimension - 1)))
+
+
+def _state_dtype(variable: Any, wanted: str) -> str:
+    """What is wanted, but for wide and complex variables: their state is of their own dtype.
+
+    Half precision to the nearest holds neither b_g (it falls to 1e-8) nor its small changes, so no state follows it.
+    """
     # Of the value: JAX without x64 has float32 values in float64 variables.
     dtype: str = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
-    return dtype if dtype in ("float64", "complex64", "complex128") else "float32"
+    return dtype if dtype in ("float64", "complex64", "complex128") else wanted
+
+
+def _arithmetic_dtype(stored: str) -> str:
+    return "float32" if stored == "bfloat16" else stored
 
 
 def _real(dtype: str) -> str:
     """The dtype of a number's parts."""
-    return {"complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
+    return {"bfloat16": "float32", "complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
 
 
 def _parts(tensor: Any) -> tuple[Any, ...]:
@@ -197,14 +289,30 @@ def _whole(parts: tuple[Any, ...]) -> Any:
     return real + imaginary * 1j
 
 
-def _update(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any) -> list[Any]:
+def _update(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any, decay: Any = 1.0) -> list[Any]:
     """The new variable and its new state, from the variable, its gradient and its state."""
     update = rule.make_update(ops)
     new = []
     for param, grad, *state in zip(*map(_parts, values), strict=True):
         direction, new_state = update(grad, tuple(state), coefficients)
-        new.append((core.descend(param, direction, lr, decay=1.0), *new_state))
+        new.append((core.descend(param, direction, lr, decay), *new_state))
     return [_whole(parts) for parts in zip(*new, strict=True)]
+
+
+def _update_rounding(
+    rule: core.Rule, of_param: bool, values: list[Any], lr: Any, coefficients: Any, decay: Any, base: Any, step: Any
+) -> list[Any]:
+    """`_update` in float32 with bfloat16 rounded stochastically: state that is stored so, and the variable if `of_param`."""
+    stored = keras.backend.standardize_dtype(values[-1].dtype)
+    param, *state = _update(rule, [ops.cast(value, "float32") for value in values], lr, coefficients, decay)
+    word = _make_word(rounding.places(param.shape, _iota), _make_key(base, step))
+
+    def rounded(value: Any, place: int) -> Any:
+        return ops.cast(_to_bfloat16(value, word, rounding.MULTIPLIERS[place]), "bfloat16")
+
+    if stored == "bfloat16":
+        state = [rounded(array, place) for place, array in enumerate(state)]
+    return [rounded(param, len(state)) if of_param else param, *state]
 
 
 def _is_better_compiled(variable: Any) -> bool:
@@ -213,11 +321,11 @@ def _is_better_compiled(variable: Any) -> bool:
 
 
 @functools.cache
-def _compiled(rule: core.Rule, shape: tuple[int, ...]) -> Callable[..., list[Any]]:
+def _compiled(shape: tuple[int, ...], update: Callable[..., list[Any]], *fixed: Any) -> Callable[..., list[Any]]:
     # One for each shape, for TensorFlow warns of functions that it traces again and again.
     import tensorflow as tf
 
-    compiled: Callable[..., list[Any]] = tf.function(partial(_update, rule), autograph=False, jit_compile=True)
+    compiled: Callable[..., list[Any]] = tf.function(partial(update, *fixed), autograph=False, jit_compile=True)
     return compiled
 
 
@@ -239,8 +347,15 @@ class VSGD(_RuleOptimizer):
     filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
 
     State of each variable, among `variables`: `mu_g`, `b_g`, `b_ghat` (the variable's shape and layout; float64 for float64
-    variables, else float32). The count of steps is the optimizer's `iterations`, also for a variable that had no gradient in
-    some of them.
+    variables, complex for complex ones, else `state_dtype`). The count of steps is the optimizer's `iterations`, also for a
+    variable that had no gradient in some of them.
+
+    With `state_dtype="bfloat16"` what would be float32 state is stored as bfloat16, 6 bytes per element instead of 12, by
+    stochastic rounding: up or down by chance, so that the mean is kept, and with it changes too small for bfloat16. The
+    arithmetic stays float32. The chance is a hash of `seed`, the variable's place among the optimizer's, the step and the
+    element's place in the variable: a run can be repeated and continued, and sharding changes nothing. With
+    `stochastic_rounding=True` bfloat16 variables are rounded so too: weight decay and step are computed in float32 and rounded
+    once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost.
 
     Args:
         learning_rate: the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a
@@ -262,10 +377,13 @@ class VSGD(_RuleOptimizer):
         loss_scale_factor: by what the loss is multiplied, and the gradients divided.
         gradient_accumulation_steps: of how many steps' gradients the mean is taken for one update.
         name: the optimizer's name.
+        state_dtype: "float32", or "bfloat16" for state in half the memory.
+        seed: an integer, what the noise of the rounding is drawn from.
+        stochastic_rounding: whether bfloat16 variables are rounded stochastically.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
-        ValueError: a hyperparameter is out of its range.
+        ValueError: a hyperparameter is out of its range, or `state_dtype` is another.
 
     Example:
         >>> import keras
@@ -298,6 +416,10 @@ class VSGD(_RuleOptimizer):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str = "vsgd",
+        *,
+        state_dtype: str = "float32",
+        seed: int = 0,
+        stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))
@@ -310,8 +432,9 @@ class ConstantVSGD(_RuleOptimizer):
     The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
     `beta_1 = variance_ratio / (variance_ratio + 1)`.
 
-    State of each variable, among `variables`: `mu_g`, `b` (the variable's shape and layout; float64 for float64 variables, else
-    float32). The count of steps is the optimizer's `iterations`, also for a variable that had no gradient in some of them.
+    State of each variable, among `variables`: `mu_g`, `b` (the variable's shape and layout; float64 for float64 variables,
+    complex for complex ones, else `state_dtype`: see `VSGD`). The count of steps is the optimizer's `iterations`, also for a
+    variable that had no gradient in some of them.
 
     Args:
         learning_rate: the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a
@@ -332,10 +455,13 @@ class ConstantVSGD(_RuleOptimizer):
         loss_scale_factor: by what the loss is multiplied, and the gradients divided.
         gradient_accumulation_steps: of how many steps' gradients the mean is taken for one update.
         name: the optimizer's name.
+        state_dtype: "float32", or "bfloat16" for state in half the memory: see `VSGD`.
+        seed: an integer, what the noise of the rounding is drawn from.
+        stochastic_rounding: whether bfloat16 variables are rounded stochastically: see `VSGD`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
-        ValueError: a hyperparameter is out of its range.
+        ValueError: a hyperparameter is out of its range, or `state_dtype` is another.
 
     Example:
         >>> import keras
@@ -366,6 +492,10 @@ class ConstantVSGD(_RuleOptimizer):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str = "constant_vsgd",
+        *,
+        state_dtype: str = "float32",
+        seed: int = 0,
+        stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))

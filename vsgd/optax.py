@@ -443,18 +443,10 @@ def _make_words(seed: Any) -> Callable[[int, jax.Array, tuple[int, ...]], jax.Ar
         base_key, seed = rounding.make_base_key(_Integers), jnp.asarray(seed).astype(jnp.int32)
 
     def words(number: int, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return _make_word(_places(shape), _make_key(base_key(seed, number), count))
+        places = rounding.places(shape, functools.partial(jax.lax.broadcasted_iota, jnp.int32))
+        return _make_word(places, _make_key(base_key(seed, number), count))
 
     return words
-
-
-def _places(shape: tuple[int, ...]) -> Any:
-    """Where the elements are in an array of this shape, in row-major order."""
-    # Not a reshaped range, which a compiler might first make whole on each of the devices that share the array.
-    places: Any = 0
-    for dimension, size in enumerate(shape):
-        places = places * size + jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
-    return places
 
 
 def _numbers(tree: Any) -> Any:

@@ -7,17 +7,18 @@ rates b change by less than a part in 512 once the steps are many.
 The noise is a hash of (seed, array, step, element), not a sequence: the same on every engine, after a checkpoint is
 loaded, and for an element wherever its shard lies.
 
-An integer namespace `xp` has int32 arrays with operators, and
+An integer namespace `xp` has int32 arrays with operators but for shifts, which TensorFlow lacks, and
 
 - `wrap(i)`: an integer modulo 2**32, as int32; the identity where the library's own int32 wraps around (`Wrapping`),
 - `times(i, factor)`: `wrap(i * factor)`,
+- `shift(i, places)`: an int32's bits moved down by so many places, at least one, zeros above,
 - `bits(x)` and `floats(i)`: float32 seen as int32, and back,
 - `where(condition, a, b)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: An int32 array or scalar of any library.
@@ -42,8 +43,14 @@ class Wrapping:
         """A product modulo 2**32."""
         return i * factor
 
+    @staticmethod
+    def shift(i: Integer, places: int) -> Integer:
+        """The bits moved down by so many places, at least one."""
+        # The mask makes a shift of a signed number one of an unsigned.
+        return (i >> places) & (0xFFFFFFFF >> places)
 
-class _Numbers:
+
+class _Numbers(Wrapping):
     """The integer namespace of Python's integers (and of NumPy's int64 arrays), as far as keys need it."""
 
     @staticmethod
@@ -66,14 +73,13 @@ def make_word(xp: Any) -> Callable[[Integer, Integer], Integer]:
     """
 
     # Wellons' lowbias32 (public domain), its second factor as a negative number, for int32 holds no other.
-    # The masks make a shift of a signed number one of an unsigned.
     def word(index: Integer, key: Integer) -> Integer:
         i = index ^ key
-        i = xp.wrap(i ^ ((i >> 16) & 0xFFFF))
+        i = xp.wrap(i ^ xp.shift(i, 16))
         i = xp.times(i, 0x7FEB352D)
-        i = xp.wrap(i ^ ((i >> 15) & 0x1FFFF))
+        i = xp.wrap(i ^ xp.shift(i, 15))
         i = xp.times(i, -0x7B935975)
-        return xp.wrap(i ^ ((i >> 16) & 0xFFFF))
+        return xp.wrap(i ^ xp.shift(i, 16))
 
     return word
 
@@ -124,6 +130,22 @@ def make_base_key(xp: Any) -> Callable[[Integer, int], Integer]:
 base_key = make_base_key(_Numbers)
 
 
+def places(shape: Sequence[int], iota: Callable[[Sequence[int], int], Integer]) -> Integer:
+    """Where the elements are in an array of a shape, in row-major order.
+
+    From one range for each dimension, which a compiler makes on each device for its own shard, and not from one reshaped range,
+    which it might first make whole on each of them.
+
+    Args:
+        shape: of the whole array.
+        iota: `iota(shape, dimension)` gives the places along a dimension, int32, in a shape that broadcasts to `shape`.
+    """
+    result: Integer = 0
+    for dimension, size in enumerate(shape):
+        result = result * size + iota(shape, dimension)
+    return result
+
+
 def make_round(xp: Any) -> Callable[[Float, Integer, int], Float]:
     """Build `to_bfloat16(value, word, multiplier) -> value`, which keeps of a float32 what bfloat16 can hold.
 
@@ -136,7 +158,7 @@ def make_round(xp: Any) -> Callable[[Float, Integer, int], Float]:
     """
 
     def to_bfloat16(value: Float, word: Integer, multiplier: int) -> Float:
-        noise = (xp.times(word, multiplier) >> 16) & 0xFFFF
+        noise = xp.shift(xp.times(word, multiplier), 16)
         bits = xp.bits(value)
         # A NaN with all bits set would wrap around to a zero.
         noise = xp.where((bits & 0x7F800000) == 0x7F800000, 0, noise)

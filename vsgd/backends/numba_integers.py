@@ -40,6 +40,12 @@ def wrap(i):
 
 
 @register_jitable
+def shift(i, places):
+    """The bits moved down by so many places, at least one."""
+    return (i >> places) & (0xFFFFFFFF >> places)
+
+
+@register_jitable
 def bits(x):
     """A float32 seen as int32."""
     return _seen_as(x, np.int32(0))

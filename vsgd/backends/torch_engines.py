@@ -137,8 +137,8 @@ def split_for_batches(
     return fused, taken, left
 
 
-def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, lr: float) -> None:
-    """One step without weight decay, in place, on leaves that share their count, each by the fastest engine that takes it.
+def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, lr: float, weight_decay: float) -> None:
+    """One step, in place, on leaves that share their count, each by the fastest engine that takes it.
 
     Args:
         rule: the variant to run.
@@ -146,8 +146,9 @@ def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, l
         leaves: parameters.
         count: which step this is, 1 at the first.
         lr: step size.
+        weight_decay: of all of them, times the step size.
     """
-    group = {**FLAGS, **hyper._asdict(), "lr": lr, "weight_decay": 0.0}
+    group = {**FLAGS, **hyper._asdict(), "lr": lr, "weight_decay": weight_decay}
     steps = torch.full((len(leaves),), count - 1, dtype=torch.float64, device="cpu").unbind()
     fused, taken, left = split_for_batches(group, leaves, steps)
     if fused is not None and taken:

@@ -1,0 +1,291 @@
+"""State in bfloat16 and bfloat16 variables, rounded stochastically, on the Keras backend of this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulation import emulate_step, round_all, steps_apart, words
+
+keras = pytest.importorskip("keras")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+from keras_problems import (  # noqa: E402
+    BACKEND,
+    KINDS,
+    allow_float64,
+    fit,
+    jitted_apply,
+    linear_model,
+    make,
+    numpy_fit,
+    read,
+    stateless,
+    tensors,
+    to_numpy,
+    variables_of,
+)
+
+from vsgd import core  # noqa: E402
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+SHAPES = ((), (5,), (6, 7, 50), (0,))
+COMPACT: dict[str, Any] = {"state_dtype": "bfloat16", "stochastic_rounding": True}
+
+
+def arrays(seed: int, dtype: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    return [np.asarray(rng.standard_normal(shape)).astype(numpy_dtype) for shape in shapes]
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def state_dtypes(optimizer: Any) -> set[str]:
+    return {keras.backend.standardize_dtype(each.value.dtype) for each in optimizer.variables[2:]}
+
+
+def equal_share(one: Any, other: Any) -> float:
+    pairs = [(ours[name], theirs[name]) for ours, theirs in zip(one, other, strict=True) for name in ours]
+    return float(np.mean(np.concatenate([np.ravel(wide(a) == wide(b)) for a, b in pairs])))
+
+
+def run(kind: str, dtype: str, steps: int, **options: Any) -> list[dict[str, np.ndarray]]:
+    variables = variables_of(arrays(0, dtype))
+    optimizer = make(kind, **options)
+    for step in range(1, steps + 1):
+        optimizer.apply(tensors(arrays(step, dtype)), variables)
+    return read(optimizer, variables)
+
+
+# --- The definition. ---
+
+
+@pytest.mark.parametrize("seed", [0, -7, 2**40 + 3])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@kinds
+def test_each_step_rounds_as_the_definition_says(kind: str, dtype: str, jitted: bool, seed: int) -> None:
+    rule, lr, decay = KINDS[kind], 0.0625, 0.125
+    variables = variables_of(arrays(0, dtype))
+    optimizer = make(kind, lr=lr, weight_decay=decay, seed=seed, **COMPACT)
+    optimizer.build(variables)
+    assert state_dtypes(optimizer) == {"bfloat16"}
+    apply = jitted_apply(optimizer, variables) if jitted else lambda grads: optimizer.apply(grads, variables)
+    nearest = [wide(np.asarray(value).astype(ml_dtypes.bfloat16)) for value in rule.initial_state(rule.hyperparameters())]
+    before = read(optimizer, variables)
+    for each in before:
+        for name, value in zip(rule.state_names, nearest, strict=True):
+            np.testing.assert_array_equal(wide(each[name]), value)
+    differ = total = 0
+    for step in range(1, 11):
+        grads = arrays(step, dtype)
+        apply(tensors(grads))
+        after = read(optimizer, variables)
+        # Each from what was there, so that a difference does not grow.
+        for number, (grad, old, new) in enumerate(zip(grads, before, after, strict=True)):
+            word = words(seed, number, step, grad.shape)
+            direction, state = emulate_step(rule, step, wide(grad), [wide(old[name]) for name in rule.state_names], word)
+            param = core.descend(wide(old["param"]), direction, np.float32(lr), np.float32(1 - lr * decay))
+            pairs = [(wide(new[name]), value) for name, value in zip(rule.state_names, state, strict=True)]
+            if dtype == "bfloat16":
+                pairs.append((wide(new["param"]), *round_all([param], word, len(state))))
+            else:
+                # Keras has weight decay and step rounded on their own.
+                rtol, atol = {"float32": (1e-6, 1e-7), "float16": (2**-9, 1e-4)}[dtype]
+                np.testing.assert_allclose(wide(new["param"]), param, rtol=rtol, atol=atol)
+            for ours, theirs in pairs:
+                apart = steps_apart(ours, theirs)
+                # Of a value near zero the last digits are the subtraction's.
+                assert not np.any((apart > 1) & (np.abs(theirs) > 1e-4))
+                differ, total = differ + np.count_nonzero(apart), total + apart.size
+        before = after
+    # A last digit of float32, which compilers round in other ways, decides in one of some ten thousand roundings.
+    assert differ < total / 1000
+    assert total > 40_000
+
+
+@kinds
+def test_seeds_have_noise_of_their_own(kind: str) -> None:
+    runs = [run(kind, "bfloat16", 5, seed=seed, **COMPACT) for seed in (3, 3, 4)]
+    assert equal_share(runs[0], runs[1]) == 1
+    assert equal_share(runs[0], runs[2]) < 0.7
+
+
+@kinds
+def test_jitted_equals_eager_but_for_float32_rounding(kind: str) -> None:
+    variables = variables_of(arrays(0, "bfloat16"))
+    optimizer = make(kind, weight_decay=0.125, **COMPACT)
+    optimizer.build(variables)
+    apply = jitted_apply(optimizer, variables)
+    for step in range(1, 11):
+        apply(tensors(arrays(step, "bfloat16")))
+    assert equal_share(read(optimizer, variables), run(kind, "bfloat16", 10, weight_decay=0.125, **COMPACT)) > 0.99
+
+
+@kinds
+def test_what_is_wide_or_complex_stays_what_it_is(kind: str) -> None:
+    with allow_float64():
+        for dtype in ("float64", "complex64"):
+            runs = [run(kind, dtype, 3, lr=0.125, weight_decay=0.125, **options) for options in ({}, COMPACT)]
+            for plain, compact in zip(*runs, strict=True):
+                for name, value in plain.items():
+                    assert compact[name].dtype == value.dtype
+                    np.testing.assert_array_equal(compact[name], value)
+
+
+@kinds
+def test_gradients_of_other_dtypes_are_not_rounded(kind: str) -> None:
+    def result(dtype: str) -> Any:
+        variables = variables_of(arrays(0, "float32"))
+        optimizer = make(kind, **COMPACT)
+        for step in range(1, 4):
+            optimizer.apply(tensors([grad.astype(dtype) for grad in arrays(step, "float32")]), variables)
+        return read(optimizer, variables)
+
+    with allow_float64():
+        assert equal_share(result("float64"), result("float32")) > 0.999
+
+
+def test_sparse_gradients_equal_dense_ones() -> None:
+    if BACKEND != "tensorflow":
+        pytest.skip("only TensorFlow has sparse gradients of embeddings")
+    import tensorflow as tf
+
+    ends = []
+    for sparse in (True, False):
+        (variable,) = variables_of([np.ones((6, 3), np.float32)])
+        optimizer = make("VSGD", **COMPACT)
+        grad = tf.IndexedSlices(tf.fill((2, 3), 0.3), tf.constant([4, 1]), tf.constant([6, 3]))
+        for _ in range(3):
+            optimizer.apply([grad if sparse else tf.convert_to_tensor(grad)], [variable])
+        ends.append(read(optimizer, [variable]))
+    assert equal_share(*ends) == 1
+
+
+@kinds
+def test_stateless_apply_equals_apply(kind: str) -> None:
+    if BACKEND == "tensorflow":
+        pytest.skip("Keras has no stateless_apply on TensorFlow")
+    variables = variables_of(arrays(0, "bfloat16"))
+    optimizer = make(kind, weight_decay=0.125, **COMPACT)
+    optimizer.build(variables)
+    apply = stateless(optimizer, variables)
+    for step in range(1, 4):
+        apply(tensors(arrays(step, "bfloat16")))
+    assert equal_share(read(optimizer, variables), run(kind, "bfloat16", 3, weight_decay=0.125, **COMPACT)) == 1
+
+
+# --- What it is for. ---
+
+
+@pytest.mark.parametrize(("kind", "size"), [("VSGD", 6), ("ConstantVSGD", 4)])
+def test_bytes_of_state(kind: str, size: int) -> None:
+    variables = variables_of([np.ones((10, 10), np.float32)])
+    optimizer = make(kind, state_dtype="bfloat16")
+    optimizer.build(variables)
+    assert [each.shape for each in optimizer.variables[2:]] == [(10, 10)] * (size // 2)
+    assert state_dtypes(optimizer) == {"bfloat16"}
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("VSGD", "b_ghat"), ("ConstantVSGD", "b")])
+def test_the_noise_estimate_follows_a_drop_of_the_noise(kind: str, rate: str) -> None:
+    # Forgetting as 1 / t, nearest rounding would keep a rate from step 512 on.
+    hyper = {"VSGD": {"kappa2": 1.0}, "ConstantVSGD": {"kappa": 1.0}}[kind]
+    drop, steps = 600, 1800
+    table = np.random.default_rng(0).standard_normal((97, 256)).astype(np.float32)
+    grads = {scale: [tensors([row * np.float32(scale)]) for row in table] for scale in (1.0, 0.1)}
+    means = {}
+    for dtype in ("float32", "bfloat16"):
+        variables = variables_of([np.zeros(256, np.float32)])
+        optimizer = make(kind, lr=0.0, state_dtype=dtype, **hyper)
+        optimizer.build(variables)
+        apply = optimizer.apply if BACKEND == "torch" else jitted_apply(optimizer, variables)
+        for step in range(steps):
+            apply(grads[1.0 if step < drop else 0.1][step % len(table)])
+        means[dtype] = wide(read(optimizer, variables)[0][rate]).mean()
+    assert means["bfloat16"] == pytest.approx(means["float32"], rel=0.02)
+
+
+def test_a_decay_that_bfloat16_cannot_hold_is_not_lost() -> None:
+    start = np.linspace(1.0, 1.9, 4096).astype(ml_dtypes.bfloat16)
+
+    def shrunk(**options: Any) -> list[float]:
+        variables = variables_of([start, start])
+        optimizer = make("VSGD", lr=0.01, weight_decay=0.01, **options)
+        optimizer.exclude_from_weight_decay(var_names=["p1"])
+        optimizer.build(variables)
+        apply = optimizer.apply if BACKEND == "torch" else jitted_apply(optimizer, variables)
+        for _ in range(100):
+            apply(tensors([np.zeros_like(start)] * 2))  # no step of its own
+        return [float((wide(to_numpy(each)).astype(float) / wide(start)).mean()) for each in variables]
+
+    assert shrunk() == [1, 1]  # to the nearest, each decay is undone
+    # The mean of 4096 elements; each strays by at most 100 roundings of 2**-7, some 0.03 in all.
+    assert shrunk(stochastic_rounding=True) == [pytest.approx((1 - 1e-4) ** 100, abs=0.002), 1]
+
+
+@pytest.mark.compiler
+def test_a_model_compiled_by_torch_rounds_too() -> None:
+    if BACKEND != "torch" or tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15):
+        pytest.skip("torch's own, of Keras 3.15 or later")
+    pytest.importorskip("torch").compiler.reset()
+    ends = []
+    for jit_compile in (True, False):
+        model = linear_model(make("VSGD", lr=0.05, state_dtype="bfloat16"), jit_compile=jit_compile)
+        fit(model, epochs=3)
+        ends.append([wide(to_numpy(each)) for each in model.optimizer.variables[2:]])
+    flat = [np.concatenate([each.ravel() for each in end]) for end in ends]
+    # The gradients differ in their last digits; other noise would leave hardly an element.
+    assert np.mean(flat[0] == flat[1]) > 0.8
+
+
+# --- Models and files. ---
+
+
+@kinds
+def test_a_saved_model_continues_bit_by_bit(kind: str, tmp_path: Path) -> None:
+    model = linear_model(make(kind, lr=0.05, weight_decay=0.01, seed=5, **COMPACT))
+    fit(model, epochs=3)
+    # The rounding of the state, a part in 128 of a rate, moves a step little.
+    for weight, expected in zip(model.get_weights(), numpy_fit(kind, 3, lr=0.05, weight_decay=0.01), strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=0, atol=0.02)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert state_dtypes(loaded.optimizer) == {"bfloat16"}
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    for _ in range(2):
+        for ours, theirs in zip(
+            [*loaded.weights, *loaded.optimizer.variables], [*model.weights, *model.optimizer.variables], strict=True
+        ):
+            np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
+        assert fit(loaded, epochs=2) == fit(model, epochs=2)
+
+
+@kinds
+def test_the_config_holds_what_was_given(kind: str) -> None:
+    optimizer = make(kind, seed=np.int64(7), **COMPACT)
+    config = optimizer.get_config()
+    assert {name: config[name] for name in (*COMPACT, "seed")} == {**COMPACT, "seed": 7}
+    revived = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert revived.get_config() == config
+    assert type(config["seed"]) is int
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_dtype": "float16"}, "Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')"),
+        ({"seed": 0.5}, "Invalid seed value: 0.5 (seed must be an integer)"),
+        ({"seed": None}, "Invalid seed value: None (seed must be an integer)"),
+    ],
+)
+@kinds
+def test_a_bad_argument_is_named(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make(kind, **options)
+    assert str(error.value) == message
