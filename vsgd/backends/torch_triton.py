@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vsgd import core, rounding
+from vsgd import core, outliers, posterior, rounding
 from vsgd.backends.chunks import chunks
 from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
 
@@ -93,6 +93,17 @@ class _Namespace:
         root = tl.sqrt_rn if value.tensor.dtype == tl.float32 else tl.sqrt
         return _Value(root(value.tensor, _semantic=value.semantic), value.semantic)
 
+    # Triton's own would prefer a number to NaN.
+    @staticmethod
+    def minimum(one: _Value, other: _Value) -> _Value:
+        smaller = tl.minimum(one.tensor, other.tensor, tl.PropagateNan.ALL, _semantic=one.semantic)
+        return _Value(smaller, one.semantic)
+
+    @staticmethod
+    def maximum(one: _Value, other: _Value) -> _Value:
+        larger = tl.maximum(one.tensor, other.tensor, tl.PropagateNan.ALL, _semantic=one.semantic)
+        return _Value(larger, one.semantic)
+
 
 class _Integers(rounding.Wrapping):
     """The integer namespace of `_Value`."""
@@ -139,8 +150,8 @@ class Step:
         n_state = len(rule.state_names)
         of_param = rounding.MULTIPLIERS[n_state] if round_param else None
         self.rounders = (of_param, *(rounding.MULTIPLIERS[:n_state] if round_state else (None,) * n_state))
-        source = "".join(map(inspect.getsource, (core, rounding, sys.modules[__name__])))
-        self.version = f"{rule.state_names} {maximize} {self.rounders} {hashlib.sha256(source.encode()).hexdigest()}"
+        source = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, sys.modules[__name__])))
+        self.version = f"{self.coefficients.__name__} {maximize} {self.rounders} {hashlib.sha256(source.encode()).hexdigest()}"
 
     def __repr__(self) -> str:
         """What Triton keys its disk cache by: an edited core must not be served from there."""
