@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 from torch_optimizers import randn_like  # noqa: E402
 
+from vsgd.backends import torch_engines  # noqa: E402
 from vsgd.torch import VSGD  # noqa: E402
 
 SHAPES = ((4, 4), (5,), (3, 2))
@@ -264,3 +266,19 @@ def test_state_that_a_load_replaced_is_freed() -> None:
     optimizer.load_state_dict({**state_dict, "state": {**state_dict["state"], 0: saved}})
     del state_dict
     assert old() is None
+
+
+def test_without_the_check_of_the_compiler_each_step_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
+    spec = importlib.util.find_spec("vsgd.backends.torch_fused")
+    engine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(engine)
+    batches = []
+    monkeypatch.setattr(engine, "Batch", lambda *made_of, batch=engine.Batch: batches.append(made_of) or batch(*made_of))
+    monkeypatch.setattr(torch_engines, "_import_fused", lambda device: engine)
+    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
+    for seed in range(4):
+        step(params, fused, seed)
+        step(others, loop, seed)
+    assert len(batches) == 2 * 4  # for each group at each step
+    assert_same(params, fused, others, loop)

@@ -5,11 +5,13 @@ Interpreting must be asked for before Triton is imported, so that each such test
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,18 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
+from test_torch_compact import emulate, make_params
+from torch_optimizers import randn_like
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import vsgd.numpy
 import vsgd.torch
-from vsgd import core
+from vsgd import core, rounding
 from vsgd.backends import torch_engines, torch_triton
 
 RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
-INTERPRETED = ["bits", "alone", "half", "capturable", "layouts", "tables"]
+INTERPRETED = ["bits", "alone", "half", "rounded", "compact", "capturable", "layouts", "tables"]
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -43,25 +47,32 @@ def test_interpreted(name: str) -> None:
     assert done.stdout.split() == [name, "passed"]
 
 
+def wide(stored: Any) -> Any:
+    """The arithmetic's dtype, for state of this one."""
+    return tl.float32 if stored is tl.bfloat16 else stored
+
+
 def compiled(
-    folder: Path, kind: str, param: Any, wide: Any, capability: int, *, aligned: bool = True
+    folder: Path, kind: str, param: Any, stored: Any, capability: int, *, rounds: bool = False, aligned: bool = True
 ) -> tuple[Counter[str], int]:
     """How often each PTX instruction stands in the kernel, and how many scalars a step has."""
     rule = RULES[kind]
-    types = (param, param, *(wide for _ in rule.state_names))
+    types = (param, param, *(stored for _ in rule.state_names))
     count = len(rule.coefficients(1, rule.hyperparameters())) + 2
     constants = {
-        "step": torch_triton.Step(rule, maximize=False),
+        "step": torch_triton.Step(
+            rule, maximize=False, round_param=rounds and param is tl.bfloat16, round_state=rounds and stored is tl.bfloat16
+        ),
         "types": types,
         "count": count,
         "aligned": aligned,
         "size": torch_triton.CHUNK,
     }
-    source = ASTSource(
-        torch_triton.kernel,
-        signature={"tensors": "*i64", "chunks": "*i64", "scalars": f"*{wide}", **dict.fromkeys(constants, "constexpr")},
-        constexprs=constants,
-    )
+    pointers = {"tensors": "*i64", "chunks": "*i64", "scalars": f"*{wide(stored)}", "keys": "*i32"}
+    if not rounds:
+        constants["keys"] = None
+    signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(torch_triton.kernel, signature=signature, constexprs=constants)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(folder)
         kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=torch_triton.OPTIONS)
@@ -78,38 +89,46 @@ def moved(instructions: Counter[str], operation: str, *, vectors: bool) -> int:
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize(
-    ("kind", "param", "wide"),
+    ("kind", "param", "stored", "rounds"),
     [
-        ("VSGD", tl.float32, tl.float32),
-        ("VSGD", tl.bfloat16, tl.float32),
-        ("VSGD", tl.float64, tl.float64),
-        ("ConstantVSGD", tl.float32, tl.float32),
+        ("VSGD", tl.float32, tl.float32, False),
+        ("VSGD", tl.bfloat16, tl.float32, False),
+        ("VSGD", tl.float64, tl.float64, False),
+        ("VSGD", tl.float32, tl.bfloat16, True),
+        ("VSGD", tl.bfloat16, tl.bfloat16, True),
+        ("VSGD", tl.bfloat16, tl.float32, True),
+        ("ConstantVSGD", tl.float32, tl.float32, False),
+        ("ConstantVSGD", tl.float32, tl.bfloat16, True),
     ],
     ids=str,
 )
 def test_compiled_it_moves_what_it_must_and_rounds_exactly(
-    tmp_path: Path, kind: str, param: Any, wide: Any, capability: int
+    tmp_path: Path, kind: str, param: Any, stored: Any, rounds: bool, capability: int
 ) -> None:
-    instructions, scalars = compiled(tmp_path, kind, param, wide, capability)
+    instructions, scalars = compiled(tmp_path, kind, param, stored, capability, rounds=rounds)
+    size = wide(stored).primitive_bitwidth
     threads = 32 * torch_triton.OPTIONS["num_warps"]
     elements = torch_triton.CHUNK // threads
-    narrow, state = param.primitive_bitwidth // 8, len(RULES[kind].state_names) * wide.primitive_bitwidth // 8
+    narrow, state = param.primitive_bitwidth // 8, len(RULES[kind].state_names) * stored.primitive_bitwidth // 8
     read, written = elements * (2 * narrow + state), elements * (narrow + state)
     # A whole chunk in vectors; then, for the end of a tensor, each element by itself. Beside them the table: a chunk's two
-    # numbers, a size and a row, an address for each array in either case; and the scalars.
-    table = 8 * (2 + 2 + 2 * (2 + len(RULES[kind].state_names))) + scalars * wide.primitive_bitwidth // 8
+    # numbers, a size and a row, an address for each array in either case; the scalars; for noise a key and, in either case, a
+    # place.
+    table = 8 * (2 + 2 + 2 * (2 + len(RULES[kind].state_names))) + scalars * size // 8 + (4 + 2 * 8) * rounds
     assert moved(instructions, "ld", vectors=True) == read
     assert moved(instructions, "ld", vectors=False) == read + table
     assert moved(instructions, "st", vectors=True) == moved(instructions, "st", vectors=False) == written
     assert not [name for name in instructions if re.search(r"shared|fma|approx|full|ftz", name)]
-    size = wide.primitive_bitwidth
     assert instructions[f"div.rn.f{size}"] == 2 * elements * (2 if kind == "VSGD" else 1)
     assert instructions[f"sqrt.rn.f{size}"] == 2 * elements
     # Each with its rounding said, which keeps the assembler from contracting them.
     assert not [name for name in instructions if re.fullmatch(r"(add|sub|mul)\.f\d+", name)]
     assert instructions[f"mul.rn.f{size}"]
-    if param is tl.bfloat16:
+    if tl.bfloat16 in (param, stored):
         assert [name for name in instructions if name.startswith("cvt.rn.bf16")]
+    # In 32 bits: the hash's two for each element, and one for each rounded array but the first of the state, whose factor is 1.
+    factors = (len(RULES[kind].state_names) - 1) * (stored is tl.bfloat16) + (param is tl.bfloat16)
+    assert instructions["mul.lo.s32"] == 2 * elements * (2 + factors) * rounds
 
 
 def test_addresses_that_vectors_cannot_take_are_taken_one_by_one(tmp_path: Path) -> None:
@@ -118,18 +137,21 @@ def test_addresses_that_vectors_cannot_take_are_taken_one_by_one(tmp_path: Path)
 
 
 def test_the_compiler_tells_an_edited_core_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(rule: core.Rule, maximize: bool) -> str:
-        return str(torch_triton.Step(rule, maximize))
+    def version(*options: Any) -> str:
+        return str(torch_triton.Step(*options))
 
-    versions = {version(rule, maximize) for rule in RULES.values() for maximize in (False, True)}
-    assert len(versions) == 4
+    versions = {version(*options) for options in product(RULES.values(), *[(False, True)] * 3)}
+    assert len(versions) == 16
     assert version(core.VSGD, False) in versions
-    monkeypatch.setattr("inspect.getsource", lambda module: "another")
-    assert version(core.VSGD, False) not in versions
+    source_of = inspect.getsource
+    for edited in (core, rounding, torch_triton):
+        monkeypatch.setattr("inspect.getsource", lambda module, edited=edited: source_of(module) + "#" * (module is edited))
+        assert version(core.VSGD, False) not in versions
 
 
 def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vsgd.backends.torch_triton", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "vsgd.backends.torch_triton")
     torch_engines._import_fused.cache_clear()
     with pytest.raises(ImportError, match=r"^fused=True on CUDA needs triton: pip install 'triton>=3.6'$"):
         torch_engines.fused_engine({"fused": True, "foreach": None}, "cuda", batches=False)
@@ -156,6 +178,26 @@ def test_on_a_gpu_it_is_numpys_step_bit_for_bit(kind: str, dtype: type) -> None:
         np.testing.assert_array_equal(param.detach().cpu().numpy(), array)
         for name in RULES[kind].state_names:
             np.testing.assert_array_equal(optimizer.state[param][name].cpu().numpy(), state[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", RULES)
+def test_on_a_gpu_it_rounds_as_the_definition_says(kind: str, dtype: torch.dtype, capturable: bool) -> None:
+    cls, hyper = getattr(vsgd.torch, kind), RULES[kind].hyperparameters()
+    params = [torch.nn.Parameter(param.detach().cuda()) for param in make_params(dtype)]
+    flags = {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 5, "capturable": capturable}
+    optimizer = cls(params, 0.01, weight_decay=0.1, fused=True, **flags)
+    for seed in range(1, 11):
+        for param, grad in zip(params, randn_like(params, seed), strict=True):
+            param.grad = grad.cuda()
+        optimizer.step()
+    expected, states = emulate(cls, 10, dtype, hyper, 0.01, 1 - 0.01 * 0.1, seed=5)
+    for param, array, arrays in zip(params, expected, states, strict=True):
+        for name, values in zip(RULES[kind].state_names, arrays, strict=True):
+            np.testing.assert_array_equal(optimizer.state[param][name].float().flatten().cpu().numpy(), values)
+        np.testing.assert_array_equal(param.detach().float().flatten().cpu().numpy(), array)
 
 
 @pytest.mark.gpu

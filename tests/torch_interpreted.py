@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from test_rounding import ROUND, WORD
+from test_torch_compact import emulate, make_params
+from torch_optimizers import train
 
 import vsgd.numpy
 import vsgd.torch
-from vsgd import core
-from vsgd.backends import torch_engines, torch_triton
-from vsgd.backends.torch_blocks import Leaf
+from vsgd import core, rounding
+from vsgd.backends import torch_engines, torch_foreach, torch_loop, torch_triton
+from vsgd.backends.torch_blocks import Leaf, Noise
 
 RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 # Shorter than a chunk, none at all, whole chunks, and whole chunks with a rest.
@@ -42,11 +46,19 @@ def feed(leaves: Sequence[Leaf], rng: np.random.Generator) -> None:
 
 
 def numpy_step(rule: core.Rule, leaf: Leaf, c: Any, lr: float) -> Leaf:
-    """The core on NumPy's arrays, rounded to the parameter's dtype: torch's own roots on the CPU are not exact."""
-    param, grad, *state = (tensor.to(leaf.state[0].dtype).numpy() for tensor in leaf.tensors)
+    """The core on NumPy's arrays, rounded to the leaf's dtypes: torch's own roots on the CPU are not exact."""
+    param, grad, *state = (tensor.to(leaf.dtype).numpy() for tensor in leaf.tensors)
     direction, new_state = rule.make_update(np)(grad, tuple(state), c)
-    stepped = torch.from_numpy(core.descend(param, direction, lr, DECAY)).to(leaf.param.dtype)
-    return Leaf(stepped, leaf.grad, tuple(map(torch.from_numpy, new_state)))
+    new = [*new_state, core.descend(param, direction, lr, DECAY)]
+    if leaf.noise is not None:
+        place = leaf.state[0].storage_offset() - leaf.noise.origin + np.arange(param.size)
+        word = WORD(place.astype(np.int32), np.int32(leaf.noise.key))
+        chosen = [*(array.dtype is torch.bfloat16 for array in leaf.state), leaf.noise.of_param]
+        new = [
+            ROUND(x, word, m) if at_random else x for x, m, at_random in zip(new, rounding.MULTIPLIERS, chosen, strict=False)
+        ]
+    *arrays, stepped = (torch.from_numpy(x).to(old.dtype) for x, old in zip(new, (*leaf.state, leaf.param), strict=True))
+    return Leaf(stepped, leaf.grad, tuple(arrays))
 
 
 def bits() -> None:
@@ -102,28 +114,92 @@ def half() -> None:
                     same(ours, theirs)
 
 
+def rounded() -> None:
+    """State and parameters rounded at random, each by the definition, wherever a shard begins, beside what is not rounded."""
+    kinds = [
+        (torch.float32, torch.bfloat16, False),
+        (torch.float16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.float32, None),
+    ]
+    for rule in RULES.values():
+        rng = np.random.default_rng(4)
+        leaves = []
+        for dtype, stored, of_param in kinds:
+            params = [torch.from_numpy(rng.standard_normal(size)).to(dtype) for size in SIZES]
+            for number, leaf in enumerate(leaves_of(rule, params)):
+                # Within a larger array, and one that lies beyond what 32 bits count.
+                state = [torch.nn.functional.pad(array.to(stored), (number, 0))[number:] for array in leaf.state]
+                noise = None if of_param is None else Noise(0, number - (0, 0, 777, 2**31 - 1000)[number], of_param)
+                leaves.append(Leaf(leaf.param, leaf.grad, tuple(state), noise))
+        assert all(map(torch_triton.accepts, leaves))
+        for count in (1, 2, 3):
+            feed(leaves, rng)
+            # As a number or as the tensor that a step on the device has.
+            leaves = [leaf_at(leaf, rounding.host_key(number, count), count == 2) for number, leaf in enumerate(leaves)]
+            c = rule.coefficients(count, rule.hyperparameters())
+            expected = [numpy_step(rule, leaf, c, 0.01) for leaf in leaves]
+            torch_triton.step(rule, leaves, c, 0.01, DECAY)
+            for leaf, (param, _, state, _) in zip(leaves, expected, strict=True):
+                for ours, theirs in zip((leaf.param, *leaf.state), (param, *state), strict=True):
+                    same(ours, theirs)
+
+
+def leaf_at(leaf: Leaf, key: int, on_device: bool) -> Leaf:
+    """The leaf with the key of a step, where it is rounded at all."""
+    if leaf.noise is None:
+        return leaf
+    return leaf._replace(noise=leaf.noise._replace(key=torch.tensor(key, dtype=torch.int32) if on_device else key))
+
+
+def compact() -> None:
+    """Through the adapter, every bit of what NumPy and the definition of the rounding say."""
+    _run_on_the_cpu()
+    torch_loop.step_in_blocks = torch_foreach.step = None  # so that the kernel takes every step
+    for kind, rule in RULES.items():
+        cls = getattr(vsgd.torch, kind)
+        for dtype in (torch.float32, torch.bfloat16):
+            params = make_params(dtype)
+            optimizer = cls(
+                params, 0.01, weight_decay=0.1, fused=True, state_dtype="bfloat16", stochastic_rounding=True, seed=5
+            )
+            train(optimizer, params, range(1, 4))
+            expected, states = emulate(cls, 3, dtype, rule.hyperparameters(), 0.01, DECAY, seed=5)
+            for param, array, arrays in zip(params, expected, states, strict=True):
+                for name, values in zip(rule.state_names, arrays, strict=True):
+                    same(optimizer.state[param][name].float().flatten(), torch.from_numpy(values))
+                same(param.detach().float().flatten(), torch.from_numpy(array))
+
+
 def capturable() -> None:
     """Counts and step size as tensors, each parameter with its own count."""
     _run_on_the_cpu()
-    for kind in RULES:
-        for lr in (0.02, torch.tensor(0.02, dtype=torch.float64)):
+    for kind, rule in RULES.items():
+        for stored, lr in product(("float32", "bfloat16"), (0.02, torch.tensor(0.02, dtype=torch.float64))):
             rng = np.random.default_rng(2)
             params = [torch.nn.Parameter(torch.from_numpy(rng.standard_normal(size))) for size in (5, 2500)]
-            params.append(torch.nn.Parameter(torch.ones(3)))
+            params += [torch.nn.Parameter(torch.from_numpy(rng.standard_normal(size)).float()) for size in (3, 2500)]
             twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
-            optimizer = getattr(vsgd.torch, kind)(params, lr, weight_decay=0.1, capturable=True, fused=True)
-            eager = getattr(vsgd.torch, kind)(twins, 0.02, weight_decay=0.1, foreach=False)
+            flags = {"weight_decay": 0.1, "state_dtype": stored, "seed": 3}
+            optimizer = getattr(vsgd.torch, kind)(params, lr, capturable=True, fused=True, **flags)
+            eager = getattr(vsgd.torch, kind)(twins, 0.02, foreach=False, **flags)
             for t in range(4):
                 for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                    # The second is unfrozen late, so that its count is another.
-                    unfrozen = i != 1 or t > 1
+                    # Of each dtype one is unfrozen late, so that its count is another.
+                    unfrozen = i in (0, 3) or t > 1
                     param.grad = torch.from_numpy(rng.standard_normal(param.shape)).to(param.dtype) if unfrozen else None
                     twin.grad = param.grad
                 optimizer.step()
                 eager.step()
-            assert [optimizer.state[param]["step"].item() for param in params] == [4, 2, 4]
+            assert [optimizer.state[param]["step"].item() for param in params] == [4, 2, 2, 4]
             for param, twin in zip(params, twins, strict=True):
                 bound = 1e-13 if param.dtype is torch.float64 else 1e-6  # powers are torch's, or Python's
+                if param.dtype is torch.float32 and stored == "bfloat16":
+                    # A last bit tips a rounding, if hardly ever: the parameter then goes another way.
+                    for name in rule.state_names:
+                        assert (optimizer.state[param][name] == eager.state[twin][name]).float().mean() > 0.999
+                    bound = 0.2 * 0.02
                 torch.testing.assert_close(param, twin, rtol=bound, atol=bound)
 
 
@@ -180,9 +256,11 @@ def _run_on_the_cpu() -> None:
     vsgd.torch._get_capturable_supported_devices = lambda: ["cpu"]
 
 
+CHECKS = {check.__name__: check for check in (bits, alone, half, rounded, compact, capturable, layouts, tables)}
+
 if __name__ == "__main__":
     (name,) = sys.argv[1:]
     # The interpreter computes beyond the end of a tensor, too, where all is 0.
     with np.errstate(invalid="ignore", divide="ignore"):
-        {"bits": bits, "alone": alone, "half": half, "capturable": capturable, "layouts": layouts, "tables": tables}[name]()
+        CHECKS[name]()
     print(name, "passed")

@@ -6,8 +6,9 @@ mini-batch shows with noise, `ghat_t`. Its posterior mean `mu_g` and the Gamma r
 filtered by stochastic variational inference: a scalar Kalman filter whose two noise levels are learned online.
 
 A `Rule` is all that an adapter needs: hyperparameters, state names, initial state, the coefficients of a step, and
-`make_update(xp)`, which builds the update for an array namespace `xp`. `xp` offers `sqrt`; its arrays offer operators. No
-framework is imported here, and `update` holds no numeric literal, so that dtypes stay those of the arrays.
+`make_update(xp)`, which builds the update for an array namespace `xp`. `xp` offers `sqrt` (and for `vsgd.outliers` `minimum`
+and `maximum`); its arrays offer operators. No framework is imported here, and `update` holds no numeric literal, so that dtypes
+stay those of the arrays.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ _RANGES = {
     "eps": _Range("epsilon value", *_NON_NEGATIVE),
     "epsilon": _Range("epsilon value", *_NON_NEGATIVE),
     "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
+    "outlier_threshold": _Range("outlier_threshold value", *_POSITIVE),
+    "batch_size": _Range("batch_size value", *_POSITIVE),
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
 }
 
@@ -139,6 +142,10 @@ def shape(hyper: Hyperparameters) -> float:
     return hyper.prior_strength + 0.5 + _SHAPE_OFFSET / 2
 
 
+def _variance_scales(hyper: Hyperparameters) -> tuple[float, float]:
+    return 1 / shape(hyper), 1 / shape(hyper)
+
+
 def _initial_state(hyper: Hyperparameters) -> tuple[float, float, float]:
     # 2 gamma + 1e-4 in closed form: the authors' 2a - 1 cancels in low precision.
     prior = 2 * hyper.prior_strength
@@ -211,6 +218,10 @@ def constant_shape(hyper: ConstantHyperparameters) -> float:
     return hyper.prior_strength + 1 + _SHAPE_OFFSET
 
 
+def _constant_variance_scales(hyper: ConstantHyperparameters) -> tuple[float, float]:
+    return 1 / constant_shape(hyper), hyper.variance_ratio / constant_shape(hyper)
+
+
 def _constant_initial_state(hyper: ConstantHyperparameters) -> tuple[float, float]:
     prior = 2 * hyper.prior_strength
     return 0.0, constant_shape(hyper) * prior / (prior + _SHAPE_OFFSET)
@@ -263,6 +274,8 @@ class Rule:
         coefficients: `coefficients(step, hyper)` gives the scalars of step `step` (1 at the first), computed with
             operators only: a number, a 0-d array or a list of them.
         make_update: `make_update(xp)` gives `update(grad, state, coefficients) -> (direction, state)`.
+        variance_scales: `variance_scales(hyper)` gives what the first rate of the state, times it, makes the variance of the
+            drift, and the last rate that of the mini-batch noise.
 
     Example:
         >>> import numpy as np
@@ -280,10 +293,11 @@ class Rule:
     initial_state: Callable[[Any], tuple[float, ...]]
     coefficients: Callable[[Array, Any], Any]
     make_update: Callable[[Any], Update]
+    variance_scales: Callable[[Any], tuple[Any, Any]]
 
 
 #: The rule of VSGD, with both noise levels learned and three arrays of state (paper, section 3; residual form of Algorithm 1).
-VSGD = Rule(Hyperparameters, ("mu_g", "b_g", "b_ghat"), _initial_state, _coefficients, _make_update)
+VSGD = Rule(Hyperparameters, ("mu_g", "b_g", "b_ghat"), _initial_state, _coefficients, _make_update, _variance_scales)
 
 #: The rule of Constant VSGD, with one noise level learned, a fixed gain and two arrays of state (paper, section 4).
 CONSTANT_VSGD = Rule(
@@ -292,4 +306,5 @@ CONSTANT_VSGD = Rule(
     _constant_initial_state,
     _constant_coefficients,
     _make_constant_update,
+    _constant_variance_scales,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
@@ -19,6 +20,8 @@ except ImportError as error:
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
 from vsgd import core, rounding
+from vsgd.outliers import rule_of
+from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
 if keras.backend.backend() == "torch":
     import torch
@@ -34,34 +37,38 @@ LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedul
 _KERAS_NAMES = {"eps": "epsilon"}
 
 # What an optimizer is given besides hyperparameters and the base class's own.
-_STORAGE = ("state_dtype", "seed", "stochastic_rounding")
+_OPTIONS = ("state_dtype", "seed", "stochastic_rounding", "outlier_threshold")
 
 
 class _RuleOptimizer(keras.optimizers.Optimizer):
     """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters."""
 
-    _rule: ClassVar[core.Rule]
+    _kind: ClassVar[core.Rule]
 
     def __init__(self, **arguments: Any) -> None:
         hyper = {name: arguments.pop(name) for name in self._hyperparameter_names()}
-        storage = {name: arguments.pop(name) for name in _STORAGE}
-        core.validate(**hyper, seed=storage["seed"])
-        core.validate_state_dtype(storage["state_dtype"])
+        options = {name: arguments.pop(name) for name in _OPTIONS}
+        core.validate(**hyper, seed=options["seed"])
+        core.validate_state_dtype(options["state_dtype"])
         if isinstance(arguments["learning_rate"], Real):
             core.validate(learning_rate=arguments["learning_rate"])
         if arguments["weight_decay"] is not None:
             core.validate(weight_decay=arguments["weight_decay"])
+        if options["outlier_threshold"] is not None:
+            core.validate(outlier_threshold=options["outlier_threshold"])
         super().__init__(**arguments)
-        storage["seed"] = int(storage["seed"])  # for the configuration, where NumPy's cannot stand
-        for name, value in (hyper | storage).items():
+        self._rule = rule_of(self._kind, options["outlier_threshold"])
+        options["seed"] = int(options["seed"])  # for the configuration, where NumPy's cannot stand
+        for name, value in (hyper | options).items():
             setattr(self, name, value)
 
     @classmethod
     def _hyperparameter_names(cls) -> list[str]:
-        return [_KERAS_NAMES.get(name, name) for name in cls._rule.hyperparameters._fields]
+        return [_KERAS_NAMES.get(name, name) for name in cls._kind.hyperparameters._fields]
 
     def _hyper(self) -> Any:
-        return self._rule.hyperparameters(*(getattr(self, name) for name in self._hyperparameter_names()))
+        hyper = {name: getattr(self, _KERAS_NAMES.get(name, name)) for name in self._rule.hyperparameters._fields}
+        return self._rule.hyperparameters(**hyper)
 
     def _may_round(self) -> bool:
         """Whether anything may be rounded stochastically."""
@@ -155,6 +162,82 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
             grad = grad.to(torch.promote_types(state[0].dtype, torch.float32))
         return leaf_of(param, grad, state, self._keys[index], self.stochastic_rounding)
 
+    def posterior(self, variable: Any) -> Posterior:
+        """What is known of a variable's gradient: the uncertainty of the gradient, not of the weights.
+
+        Args:
+            variable: one that the optimizer was built with.
+
+        Returns:
+            The backend's tensors, of the variable's shape, float64 for float64 variables, else float32.
+
+        Raises:
+            ValueError: the optimizer was not built with the variable.
+        """
+        known = [posterior(part, self._scales()) for part in self._real_states(self._index(variable))]
+        return Posterior(*map(_whole, zip(*known, strict=True)))
+
+    def noise_scale(self, *, batch_size: float) -> NoiseScales:
+        """The gradient noise scale (arXiv 1812.06162) of all variables; see `vsgd.posterior.noise_scale` for how.
+
+        Args:
+            batch_size: how many examples a gradient is the mean of, on all devices and in accumulated steps together.
+
+        Returns:
+            The estimates overall and, in `tensors`, a list in the order of the variables that the optimizer was built with;
+            None for those that have no gradient but a new value.
+
+        Raises:
+            ValueError: `batch_size` is out of its range, or the optimizer is not built.
+        """
+        core.validate(batch_size=batch_size)
+        if not self.built:
+            raise ValueError("the optimizer has no variables yet, but must be built: call `build` or train")
+        tensors = [None if state is None else self._noise_scale(index, batch_size) for index, state in enumerate(self._states)]
+        return NoiseScales(functools.reduce(operator.add, filter(None, tensors)), tensors)
+
+    def _noise_scale(self, index: int, batch_size: float) -> NoiseScale:
+        parts = (posterior(part, self._scales()) for part in self._real_states(index))
+        return functools.reduce(operator.add, (noise_scale(part, batch_size, ops.sum) for part in parts))
+
+    def surprise(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> list[Any]:
+        """How unexpected gradients are before a step takes them, averaged over each variable: see `vsgd.posterior`.
+
+        Args:
+            grads: as for `apply`; a gradient may be None.
+            trainable_variables: the variables that they are of; None: those that the optimizer was built with.
+
+        Returns:
+            For each gradient the mean of its squared standardized innovations, near 1 where the model fits; or None.
+        """
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        return [
+            None if grad is None else self._surprise(grad, variable) for grad, variable in zip(grads, variables, strict=True)
+        ]
+
+    def _surprise(self, grad: Any, variable: Any) -> Any:
+        states = self._real_states(self._index(variable))
+        dtype = keras.backend.standardize_dtype(states[0][0].dtype)
+        grads = (ops.cast(part, dtype) for part in _parts(ops.convert_to_tensor(grad)))
+        each = [ops.mean(surprise(part, state, self._scales())) for part, state in zip(grads, states, strict=True)]
+        return sum(each) / len(each)
+
+    def _index(self, variable: Any) -> int:
+        if not self.built or self._var_key(variable) not in self._trainable_variables_indices:
+            name = getattr(variable, "path", getattr(variable, "name", type(variable).__name__))
+            raise ValueError(f"variable is {name}, but must be one that the optimizer was built with")
+        index: int = self._get_variable_index(variable)
+        return index
+
+    def _scales(self) -> tuple[Any, Any]:
+        return self._rule.variance_scales(self._hyper())
+
+    def _real_states(self, index: int) -> list[tuple[Any, ...]]:
+        """The state of a variable, in its arithmetic's dtype, for each of its real parts."""
+        state = [ops.stop_gradient(ops.convert_to_tensor(each)) for each in self._states[index] or ()]
+        wide = (ops.cast(each, _arithmetic_dtype(keras.backend.standardize_dtype(each.dtype))) for each in state)
+        return list(zip(*map(_parts, wide), strict=True))
+
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
@@ -215,7 +298,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         Returns:
             The arguments by name, serializable.
         """
-        return {**super().get_config(), **{name: getattr(self, name) for name in (*self._hyperparameter_names(), *_STORAGE)}}
+        return {**super().get_config(), **{name: getattr(self, name) for name in (*self._hyperparameter_names(), *_OPTIONS)}}
 
 
 class _Integers(rounding.Wrapping):
@@ -380,6 +463,8 @@ class VSGD(_RuleOptimizer):
         state_dtype: "float32", or "bfloat16" for state in half the memory.
         seed: an integer, what the noise of the rounding is drawn from.
         stochastic_rounding: whether bfloat16 variables are rounded stochastically.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
@@ -396,7 +481,7 @@ class VSGD(_RuleOptimizer):
         True
     """
 
-    _rule = core.VSGD
+    _kind = core.VSGD
 
     def __init__(
         self,
@@ -420,6 +505,7 @@ class VSGD(_RuleOptimizer):
         state_dtype: str = "float32",
         seed: int = 0,
         stochastic_rounding: bool = False,
+        outlier_threshold: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))
@@ -458,6 +544,8 @@ class ConstantVSGD(_RuleOptimizer):
         state_dtype: "float32", or "bfloat16" for state in half the memory: see `VSGD`.
         seed: an integer, what the noise of the rounding is drawn from.
         stochastic_rounding: whether bfloat16 variables are rounded stochastically: see `VSGD`.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
@@ -473,7 +561,7 @@ class ConstantVSGD(_RuleOptimizer):
         ['iteration', 'learning_rate', 'weight_mu_g', 'weight_b']
     """
 
-    _rule = core.CONSTANT_VSGD
+    _kind = core.CONSTANT_VSGD
 
     def __init__(
         self,
@@ -496,6 +584,7 @@ class ConstantVSGD(_RuleOptimizer):
         state_dtype: str = "float32",
         seed: int = 0,
         stochastic_rounding: bool = False,
+        outlier_threshold: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))

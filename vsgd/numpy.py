@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vsgd import core
+from vsgd.outliers import rule_of
+from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
@@ -23,9 +27,14 @@ class _RuleOptimizer:
         state: for each parameter a dict with `step`, the count of its steps, and the rule's state arrays.
     """
 
-    _rule: ClassVar[core.Rule]
+    _kind: ClassVar[core.Rule]
 
-    def __init__(self, params: Iterable[np.ndarray], lr: float, weight_decay: float, hyper: Any) -> None:
+    def __init__(
+        self, params: Iterable[np.ndarray], lr: float, weight_decay: float, hyper: Any, outlier_threshold: float | None
+    ) -> None:
+        self._rule = rule_of(self._kind, outlier_threshold)
+        if outlier_threshold is not None:
+            hyper = self._rule.hyperparameters(*hyper, outlier_threshold)
         core.validate(lr=lr, weight_decay=weight_decay, **hyper._asdict())
         self.params = [_checked_param(index, param) for index, param in enumerate(params)]
         self.lr = lr
@@ -58,6 +67,59 @@ class _RuleOptimizer:
         for param, grad, state in zip(self.params, checked, self.state, strict=True):
             if grad is not None:
                 self._step_one(param, grad, state)
+
+    def posterior(self, index: int) -> Posterior:
+        """What is known of a parameter's gradient: the uncertainty of the gradient, not of the weights.
+
+        Args:
+            index: of the parameter, in `params`.
+
+        Returns:
+            Arrays of the parameter's shape, float64 for float64 parameters, else float32; copies.
+        """
+        known = self._posterior(self.state[index])
+        known = known._replace(mean=known.mean.copy())
+        if np.iscomplexobj(self.params[index]):
+            return Posterior(*(np.ascontiguousarray(part).view(self.state[index]["mu_g"].dtype)[..., 0] for part in known))
+        return known
+
+    def noise_scale(self, *, batch_size: float) -> NoiseScales:
+        """The gradient noise scale (arXiv 1812.06162) of all parameters; see `vsgd.posterior.noise_scale`.
+
+        Args:
+            batch_size: how many examples a gradient is the mean of.
+
+        Returns:
+            The estimates overall and, in `tensors`, as a list in the order of `params`.
+
+        Raises:
+            ValueError: `batch_size` is out of its range.
+        """
+        core.validate(batch_size=batch_size)
+        tensors = [noise_scale(self._posterior(state), batch_size, np.sum) for state in self.state]
+        return NoiseScales(functools.reduce(operator.add, tensors, NoiseScale(np.float64(0), np.float64(0))), tensors)
+
+    def surprise(self, grads: Sequence[np.ndarray | None]) -> list[float | None]:
+        """How unexpected gradients are before a step takes them, averaged over each parameter: see `vsgd.posterior`.
+
+        Args:
+            grads: as for `step`.
+
+        Returns:
+            For each parameter the mean of its squared standardized innovations, near 1 where the model fits; None without a
+            gradient.
+        """
+        scales = self._rule.variance_scales(self.hyper)
+        pairs = zip(grads, map(self._arrays, self.state), strict=True)
+        return [
+            None if grad is None else float(surprise(_real(np.asarray(grad)), arrays, scales).mean()) for grad, arrays in pairs
+        ]
+
+    def _arrays(self, state: dict[str, Any]) -> tuple[np.ndarray, ...]:
+        return tuple(_real(state[name]) for name in self._rule.state_names)
+
+    def _posterior(self, state: dict[str, Any]) -> Posterior:
+        return posterior(self._arrays(state), self._rule.variance_scales(self.hyper))
 
     def _step_one(self, param: np.ndarray, grad: np.ndarray, state: dict[str, Any]) -> None:
         state["step"] += 1
@@ -112,6 +174,8 @@ class VSGD(_RuleOptimizer):
         kappa2: the same for b_ghat.
         eps: added to the root of the second moment, in units of the gradient.
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
@@ -125,7 +189,7 @@ class VSGD(_RuleOptimizer):
         True
     """
 
-    _rule = core.VSGD
+    _kind = core.VSGD
 
     def __init__(
         self,
@@ -137,9 +201,10 @@ class VSGD(_RuleOptimizer):
         kappa2: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        outlier_threshold: float | None = None,
     ) -> None:
         hyper = core.Hyperparameters(variance_ratio, prior_strength, kappa1, kappa2, eps)
-        super().__init__(params, lr, weight_decay, hyper)
+        super().__init__(params, lr, weight_decay, hyper, outlier_threshold)
 
 
 class ConstantVSGD(_RuleOptimizer):
@@ -156,6 +221,8 @@ class ConstantVSGD(_RuleOptimizer):
         kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
         eps: added to the root of the second moment, in units of the gradient.
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
@@ -168,7 +235,7 @@ class ConstantVSGD(_RuleOptimizer):
         ['b', 'mu_g', 'step']
     """
 
-    _rule = core.CONSTANT_VSGD
+    _kind = core.CONSTANT_VSGD
 
     def __init__(
         self,
@@ -179,6 +246,7 @@ class ConstantVSGD(_RuleOptimizer):
         kappa: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        outlier_threshold: float | None = None,
     ) -> None:
         hyper = core.ConstantHyperparameters(variance_ratio, prior_strength, kappa, eps)
-        super().__init__(params, lr, weight_decay, hyper)
+        super().__init__(params, lr, weight_decay, hyper, outlier_threshold)

@@ -13,14 +13,19 @@ try:
 except ImportError as error:
     raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
 
-from vsgd import core, rounding
+from vsgd import core, optax_posterior, rounding
+from vsgd.outliers import rule_of
+from vsgd.posterior import NoiseScales
 
 __all__ = [
     "ScaleByConstantVsgdState",
     "ScaleByVsgdState",
     "constant_vsgd",
+    "noise_scale",
+    "posterior",
     "scale_by_constant_vsgd",
     "scale_by_vsgd",
+    "surprise",
     "vsgd",
 ]
 
@@ -66,6 +71,7 @@ def scale_by_vsgd(
     *,
     state_dtype: str = "float32",
     seed: jax.typing.ArrayLike = 0,
+    outlier_threshold: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -79,6 +85,8 @@ def scale_by_vsgd(
         eps: added to the root of the second moment, in units of the gradient.
         state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
         seed: an integer, what the noise of the rounding is drawn from.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Returns:
         A gradient transformation with a `ScaleByVsgdState`. It ignores extra arguments and needs no `params`.
@@ -96,7 +104,7 @@ def scale_by_vsgd(
         [-0.0072  0.009 ]
     """
     hyper = core.Hyperparameters(*_known(variance_ratio, prior_strength, kappa1, kappa2, eps))
-    return _scale_by_rule(core.VSGD, hyper, ScaleByVsgdState, state_dtype, seed)
+    return _scale_by_rule(core.VSGD, hyper, ScaleByVsgdState, state_dtype, seed, outlier_threshold)
 
 
 def scale_by_constant_vsgd(
@@ -107,6 +115,7 @@ def scale_by_constant_vsgd(
     *,
     state_dtype: str = "float32",
     seed: jax.typing.ArrayLike = 0,
+    outlier_threshold: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by Constant VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -119,6 +128,8 @@ def scale_by_constant_vsgd(
         eps: added to the root of the second moment, in units of the gradient.
         state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
         seed: an integer, what the noise of the rounding is drawn from.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Returns:
         A gradient transformation with a `ScaleByConstantVsgdState`. It ignores extra arguments and needs no `params`.
@@ -135,7 +146,7 @@ def scale_by_constant_vsgd(
         ('count', 'mu_g', 'b')
     """
     hyper = core.ConstantHyperparameters(*_known(variance_ratio, prior_strength, kappa, eps))
-    return _scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState, state_dtype, seed)
+    return _scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState, state_dtype, seed, outlier_threshold)
 
 
 def vsgd(
@@ -151,6 +162,7 @@ def vsgd(
     state_dtype: str = "float32",
     seed: jax.typing.ArrayLike = 0,
     stochastic_rounding: bool = False,
+    outlier_threshold: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variational stochastic gradient descent.
 
@@ -215,6 +227,8 @@ def vsgd(
         state_dtype: "float32", or "bfloat16" for state in half the memory.
         seed: an integer, what the noise of the rounding is drawn from.
         stochastic_rounding: whether bfloat16 parameters are rounded stochastically.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
@@ -240,7 +254,8 @@ def vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
-    scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, state_dtype=state_dtype, seed=seed)
+    storage: dict[str, Any] = {"state_dtype": state_dtype, "seed": seed, "outlier_threshold": outlier_threshold}
+    scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, **storage)
     solver = _descend(scaling, learning_rate, weight_decay, mask)
     return _round_steps(solver, core.VSGD, seed) if stochastic_rounding else solver
 
@@ -257,6 +272,7 @@ def constant_vsgd(
     state_dtype: str = "float32",
     seed: jax.typing.ArrayLike = 0,
     stochastic_rounding: bool = False,
+    outlier_threshold: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VSGD with one precision for drift and noise, the paper's second variant: Adam's memory.
 
@@ -288,6 +304,8 @@ def constant_vsgd(
         state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
         seed: an integer, what the noise of the rounding is drawn from.
         stochastic_rounding: whether bfloat16 parameters are rounded stochastically: see `vsgd.optax.vsgd`.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
@@ -308,9 +326,109 @@ def constant_vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
-    scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, state_dtype=state_dtype, seed=seed)
+    storage: dict[str, Any] = {"state_dtype": state_dtype, "seed": seed, "outlier_threshold": outlier_threshold}
+    scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, **storage)
     solver = _descend(scaling, learning_rate, weight_decay, mask)
     return _round_steps(solver, core.CONSTANT_VSGD, seed) if stochastic_rounding else solver
+
+
+_RULES = {ScaleByVsgdState: core.VSGD, ScaleByConstantVsgdState: core.CONSTANT_VSGD}
+
+
+def posterior(
+    opt_state: Any, *, prior_strength: jax.typing.ArrayLike = 1e-8, variance_ratio: jax.typing.ArrayLike = 3.0
+) -> Any:
+    """What is known of each gradient, from the state: the uncertainty of the gradient, not of the weights.
+
+    Args:
+        opt_state: the state of VSGD or Constant VSGD, or of a chain, mask or wrapper that holds it.
+        prior_strength: as the optimizer was given it.
+        variance_ratio: as Constant VSGD was given it; VSGD needs none here.
+
+    Returns:
+        A tree like the parameters', with a `vsgd.posterior.Posterior` in the place of each: arrays of its shape, float64 for
+        float64 parameters, else float32. A parameter that is masked out keeps its `optax.MaskedNode`.
+
+    Raises:
+        ValueError: there is no state of VSGD.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsgd.optax import posterior, vsgd
+        >>> solver = vsgd(0.01)
+        >>> params = {"weight": jnp.zeros(2)}
+        >>> _, state = solver.update({"weight": jnp.array([1.0, -2.0])}, solver.init(params), params)
+        >>> print(posterior(state)["weight"].mean.round(4))
+        [ 0.0323 -0.0645]
+    """
+    return optax_posterior.posteriors(_RULES, opt_state, _scales_of(prior_strength, variance_ratio))
+
+
+def noise_scale(
+    opt_state: Any,
+    *,
+    batch_size: jax.typing.ArrayLike,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    variance_ratio: jax.typing.ArrayLike = 3.0,
+) -> NoiseScales:
+    """The gradient noise scale (arXiv 1812.06162), from the state; see `vsgd.posterior.noise_scale` for how.
+
+    Args:
+        opt_state: as for `posterior`.
+        batch_size: how many examples a gradient is the mean of, on all devices and in accumulated steps together.
+        prior_strength: as for `posterior`.
+        variance_ratio: as for `posterior`.
+
+    Returns:
+        The estimates overall and, in `tensors`, in a tree like the parameters'.
+
+    Raises:
+        ValueError: there is no state of VSGD, or `batch_size`, as a Python number, is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsgd.optax import noise_scale, vsgd
+        >>> solver = vsgd(0.01)
+        >>> params = jnp.zeros(2)
+        >>> _, state = solver.update(jnp.array([1.0, -2.0]), solver.init(params), params)
+        >>> bool(noise_scale(state, batch_size=32).overall.trace > 0)
+        True
+    """
+    return optax_posterior.noise_scales(_RULES, opt_state, _scales_of(prior_strength, variance_ratio), batch_size)
+
+
+def surprise(
+    grads: optax.Updates,
+    opt_state: Any,
+    *,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    variance_ratio: jax.typing.ArrayLike = 3.0,
+) -> Any:
+    """How unexpected gradients are to the state before they update it, averaged over each parameter: see `vsgd.posterior`.
+
+    Args:
+        grads: gradients, as for `update`.
+        opt_state: as for `posterior`.
+        prior_strength: as for `posterior`.
+        variance_ratio: as for `posterior`.
+
+    Returns:
+        A tree like the gradients' with the mean of each one's squared standardized innovations, 0-d arrays; near 1 where the
+        model fits.
+
+    Raises:
+        ValueError: there is no state of VSGD.
+    """
+    return optax_posterior.surprises(_RULES, grads, opt_state, _scales_of(prior_strength, variance_ratio))
+
+
+def _scales_of(prior_strength: Any, variance_ratio: Any) -> Callable[[core.Rule], tuple[Any, Any]]:
+    core.validate(prior_strength=prior_strength, variance_ratio=variance_ratio)
+
+    def scales(rule: core.Rule) -> tuple[Any, Any]:
+        return rule.variance_scales(rule.hyperparameters(variance_ratio=variance_ratio, prior_strength=prior_strength))
+
+    return scales
 
 
 def _descend(
@@ -362,9 +480,12 @@ def _round_steps(
 
 
 def _scale_by_rule(
-    rule: core.Rule, hyper: Any, make_state: Callable[..., Any], state_dtype: str, seed: Any
+    rule: core.Rule, hyper: Any, make_state: Callable[..., Any], state_dtype: str, seed: Any, outlier_threshold: Any
 ) -> optax.GradientTransformationExtraArgs:
     """What VSGD and Constant VSGD share: everything but the rule, its hyperparameters and its state's type."""
+    rule = rule_of(rule, outlier_threshold)
+    if outlier_threshold is not None:
+        hyper = rule.hyperparameters(*hyper, *_known(outlier_threshold))
     core.validate(**hyper._asdict(), seed=seed)
     core.validate_state_dtype(state_dtype)
     update_real = rule.make_update(jnp)

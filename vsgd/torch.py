@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from vsgd import checkpoints, core, rounding
+from vsgd import checkpoints, core, rounding, torch_posterior
 from vsgd.backends.torch_blocks import Leaf, leaf_of, state_dtype
 from vsgd.backends.torch_engines import (
     FLAGS,
@@ -33,11 +33,14 @@ from vsgd.backends.torch_engines import (
     step_by_numbers,
     step_by_tensors,
 )
+from vsgd.outliers import rule_of
+from vsgd.posterior import NoiseScales, Posterior
 from vsgd.torch_loading import hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
-_STORAGE = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0}
+# What groups of older checkpoints lack.
+_ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None}
 
 
 class _RuleOptimizer(Optimizer):
@@ -58,7 +61,7 @@ class _RuleOptimizer(Optimizer):
                 raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
             if lr.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
-        names = ("lr", "weight_decay", "seed", *self._rule.hyperparameters._fields)
+        names = ("lr", "weight_decay", "seed", *self._rule_of(group).hyperparameters._fields)
         core.validate(**{name: group[name] for name in names})
         core.validate_state_dtype(group["state_dtype"])
         if group["foreach"] and group["differentiable"]:
@@ -69,6 +72,9 @@ class _RuleOptimizer(Optimizer):
             if group["foreach"]:
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
+    def _rule_of(self, group: dict[str, Any]) -> core.Rule:
+        return rule_of(self._rule, group["outlier_threshold"])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
@@ -78,7 +84,7 @@ class _RuleOptimizer(Optimizer):
         super().__setstate__(state)
         self._plans = {}  # never copied or saved: addresses are of this process and of these tensors
         for group in self.param_groups:
-            for name, value in {**FLAGS, **_STORAGE, **self.defaults}.items():
+            for name, value in {**FLAGS, **_ADDED, **self.defaults}.items():
                 group.setdefault(name, value)
             for param in group["params"]:
                 param_state = self.state.get(param, {})
@@ -192,10 +198,50 @@ class _RuleOptimizer(Optimizer):
             states: list[list[Tensor]] = [[] for _ in self._rule.state_names]
             self._init_group(group if plan is None else {**group, "params": plan.others}, params, grads, steps, *states)
             if plan is not None:
-                step_batch(self._rule, group, plan.batch)
+                step_batch(self._rule_of(group), group, plan.batch)
             if params and not only_init:
                 self._step_group(index, group, params, grads, steps, states)
         return loss
+
+    def posterior(self, param: Tensor) -> Posterior:
+        """What is known of a parameter's gradient: the uncertainty of the gradient, not of the weights.
+
+        Args:
+            param: a parameter of this optimizer that has been stepped.
+
+        Returns:
+            Tensors of the parameter's shape, on its device, float64 for float64 parameters, else float32; copies.
+
+        Raises:
+            ValueError: the parameter is not this optimizer's, or has no state yet.
+        """
+        return torch_posterior.posterior_of(self._rule, self.param_groups, self.state, param)
+
+    def noise_scale(self, *, batch_size: float) -> NoiseScales:
+        """The gradient noise scale (arXiv 1812.06162) of all parameters that have been stepped.
+
+        See `vsgd.posterior.noise_scale` for how it is estimated. No value is read back from a device, but sharded tensors are
+        summed over all processes: every process must call it.
+
+        Args:
+            batch_size: how many examples a gradient is the mean of, in all processes and accumulated steps together.
+
+        Returns:
+            The estimates overall and, in `tensors`, by parameter; 0-d tensors.
+
+        Raises:
+            ValueError: `batch_size` is out of its range, or no parameter has been stepped.
+        """
+        return torch_posterior.noise_scales(self._rule, self.param_groups, self.state, batch_size)
+
+    def surprise(self) -> dict[Tensor, Tensor]:
+        """How unexpected the gradients are that the next step will take, averaged over each parameter: see `vsgd.posterior`.
+
+        Returns:
+            For each parameter with a gradient and state the mean of its squared standardized innovations, a 0-d tensor; near
+            1 where the model fits, large at a spike of the loss.
+        """
+        return torch_posterior.surprises(self._rule, self.param_groups, self.state)
 
     def _valid_plan(self, index: int, group: dict[str, Any]) -> Any:
         """How to step again what was stepped fused the last time, where that may be done."""
@@ -231,9 +277,9 @@ class _RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
             if group["capturable"] and not torch.compiler.is_compiling():
                 _check_capturable(leaves, steps)
-            step_by_tensors(self._rule, group, leaves, steps)
+            step_by_tensors(self._rule_of(group), group, leaves, steps)
             return
-        step_by_numbers(self._rule, group, *self._step_fused(index, group, params, leaves, steps))
+        step_by_numbers(self._rule_of(group), group, *self._step_fused(index, group, params, leaves, steps))
 
     def _base_keys(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[int | None]:
         """What the noise of each parameter is made of, where there is any."""
@@ -255,13 +301,13 @@ class _RuleOptimizer(Optimizer):
         views = [pair for pair in taken if id(pair[0].param) not in given]
         if own:
             batch = fused.Batch(*zip(*own, strict=True))
-            step_batch(self._rule, group, batch)
+            step_batch(self._rule_of(group), group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
             if self._plans.pop(_plan_key(index, group), None) is None:
-                plan = fused.Plan(batch, group["params"], *zip(*own, strict=True), self._rule.state_names)
+                plan = fused.make_plan(batch, group["params"], *zip(*own, strict=True), self._rule.state_names)
                 self._plans[_plan_key(index, group)] = plan
         if views:  # made anew in each step
-            step_batch(self._rule, group, fused.Batch(*zip(*views, strict=True)))
+            step_batch(self._rule_of(group), group, fused.Batch(*zip(*views, strict=True)))
         return left
 
 
@@ -320,6 +366,8 @@ class VSGD(_RuleOptimizer):
         stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
         seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
             element, so that a resumed run has the same.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -361,6 +409,7 @@ class VSGD(_RuleOptimizer):
         state_dtype: str = "float32",
         stochastic_rounding: bool = False,
         seed: int = 0,
+        outlier_threshold: float | None = None,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
@@ -393,6 +442,8 @@ class ConstantVSGD(_RuleOptimizer):
         stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
         seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
             element, so that a resumed run has the same.
+        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
+            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -430,5 +481,6 @@ class ConstantVSGD(_RuleOptimizer):
         state_dtype: str = "float32",
         stochastic_rounding: bool = False,
         seed: int = 0,
+        outlier_threshold: float | None = None,
     ) -> None:
         super().__init__(params, _defaults(locals()))

@@ -9,6 +9,8 @@ import numpy as np
 from matrix.experiments import LR, Snapshot, of_steps
 
 from vsgd import core
+from vsgd.outliers import rule_of
+from vsgd.posterior import posterior
 
 RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 
@@ -43,7 +45,7 @@ class CoreRunner:
     def __init__(
         self, library: Library, kind: str, params: list[np.ndarray], *, lr: Any, weight_decay: float = 0.0, **hyper: float
     ) -> None:
-        self.library, self.rule = library, RULES[kind]
+        self.library, self.rule = library, rule_of(RULES[kind], hyper.get("outlier_threshold"))
         self.hyper = self.rule.hyperparameters(**hyper)
         self.lr, self.weight_decay = of_steps(lr, LR), weight_decay
         self.update = self.rule.make_update(library.xp)
@@ -72,3 +74,7 @@ class CoreRunner:
         names = ("param", *self.rule.state_names)
         rows = zip(self.params, *self.states, strict=True)
         return [dict(zip(names, map(self.library.numpy, row), strict=True)) for row in rows]
+
+    def posterior(self) -> Snapshot:
+        known = (posterior(state, self.rule.variance_scales(self.hyper)) for state in zip(*self.states, strict=True))
+        return [{name: self.library.numpy(array) for name, array in each._asdict().items()} for each in known]

@@ -59,11 +59,13 @@ class Experiment(NamedTuple):
         kind: the optimizer's class.
         case: the golden case whose gradients are fed; None: a training, each framework computing its own.
         hyper: the hyperparameters where they are not the golden case's own.
+        reads: the runner's method that tells what is compared after each step.
     """
 
     kind: str
     case: str | None
     hyper: dict[str, float] | None = None
+    reads: str = "read"
 
 
 EXPERIMENTS = {
@@ -71,6 +73,9 @@ EXPERIMENTS = {
     "constant-fed": Experiment(
         "ConstantVSGD", "defaults", {"variance_ratio": 5.0, "prior_strength": 1e-6, "kappa": 0.7, "weight_decay": 0.1}
     ),
+    "outliers-fed": Experiment("VSGD", "defaults", {"outlier_threshold": 1.5}),
+    "posterior": Experiment("VSGD", "defaults", {"prior_strength": 1e-6}, "posterior"),
+    "constant-posterior": Experiment("ConstantVSGD", "defaults", {"variance_ratio": 5.0, "kappa": 0.7}, "posterior"),
     "training": Experiment("VSGD", None),
     "constant-training": Experiment("ConstantVSGD", None),
 }
@@ -80,6 +85,11 @@ _COMPILED = frozenset(
     [*((f"golden-{case}", dtype) for case in CASES for dtype in ("float64", "float32")), ("training", "float64")]
 )
 _COMPILED_LISTS = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
+
+# On PyTorch `keras.ops.minimum` takes float64 through float32; the adapter has the torch engines there.
+_KERAS_TORCH = frozenset(
+    (experiment, dtype) for experiment in EXPERIMENTS for dtype in DTYPES if (experiment, dtype) != ("outliers-fed", "float64")
+)
 
 _CPU, _GPU = DEVICES[:1], DEVICES[1:]
 _TORCH, _JAX, _OPTAX, _TRITON = ("torch",), ("jax",), ("jax", "optax"), ("torch", "triton")
@@ -105,6 +115,7 @@ RUNNERS = {
         for backend in ("tensorflow", "jax", "torch")
         for name in ("keras", "core-keras")
     },
+    "core-keras-torch": Spec("keras-torch", ("keras", "torch"), cells=_KERAS_TORCH),
     "core-tensorflow": Spec("keras-tensorflow", ("keras", "tensorflow")),
 }
 
@@ -123,6 +134,9 @@ class Runner(Protocol):
 
     def read(self) -> Snapshot:
         """Value and state of each parameter; of a training the value at least."""
+
+    def posterior(self) -> Snapshot:
+        """The posterior of each parameter's gradient."""
 
 
 class Training(NamedTuple):
@@ -154,14 +168,15 @@ def training() -> Training:
     return Training(params, pixels[chosen] / 16, classes[chosen].astype(np.int32))
 
 
-def fed(make: Callable[..., Runner], kind: str, case: str, hyper: dict[str, float] | None, dtype: str) -> Run:
+def fed(make: Callable[..., Runner], experiment: Experiment, dtype: str) -> Run:
     """A golden case's gradients fed to an optimizer: what it holds after each step."""
+    kind, case, hyper, reads = experiment
     inputs = golden(case)
     runner = make(kind, [param.astype(dtype) for param in inputs.params0], lr=inputs.lr, **(hyper or inputs.hyper))
     steps = []
     for t in range(len(inputs.lr)):
         runner.step([grad[t].astype(dtype) for grad in inputs.grads])
-        steps.append(runner.read())
+        steps.append(getattr(runner, reads)())
     return stack(steps)
 
 
@@ -180,7 +195,7 @@ def run(make: Callable[..., Runner], experiment: Experiment, dtype: str, data: T
     """One cell of the matrix; `data` only matters to a training."""
     if experiment.case is None:
         return trained(make, experiment.kind, data, dtype)
-    return fed(make, experiment.kind, experiment.case, experiment.hyper, dtype)
+    return fed(make, experiment, dtype)
 
 
 def cells(name: str) -> list[tuple[str, str]]:

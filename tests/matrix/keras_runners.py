@@ -90,6 +90,10 @@ class KerasRunner:
             return read(self.optimizer, self.variables)
         return [{"param": to_numpy(weight)} for weight in self.model.trainable_variables]
 
+    def posterior(self) -> Snapshot:
+        known = map(self.optimizer.posterior, self.variables)
+        return [{name: to_numpy(tensor) for name, tensor in each._asdict().items()} for each in known]
+
 
 def array(values: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(values, dtype=values.dtype.name)

@@ -48,6 +48,9 @@ class NumpyRunner:
         states = zip(self.params, self.optimizer.state, strict=True)
         return [{"param": param.copy(), **{name: state[name].copy() for name in self.names}} for param, state in states]
 
+    def posterior(self) -> Snapshot:
+        return [self.optimizer.posterior(index)._asdict() for index in range(len(self.params))]
+
 
 RUNNERS = {
     "numpy": NumpyRunner,

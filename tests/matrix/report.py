@@ -16,6 +16,8 @@ COMMAND = "python -m pytest tests/matrix --agreement docs/agreement.md"
 _COLUMNS = {
     "golden": [name for name in EXPERIMENTS if name.startswith("golden")],
     "constant fed": ["constant-fed"],
+    "posterior": ["posterior", "constant-posterior"],
+    "outliers fed": ["outliers-fed"],
     "training": ["training"],
     "constant training": ["constant-training"],
 }
@@ -33,6 +35,8 @@ wrote this page, on {machine}, with {versions}.
   `b_ghat` at every step, relative to the largest value that the element takes at any.
 - **constant fed**: the gradients of one of them fed to Constant VSGD, which the authors' code lacks; against `vsgd.numpy` in
   float64, measured likewise.
+- **posterior**: what `posterior` tells of each gradient after each of these steps, of both optimizers.
+- **outliers fed**: the same gradients fed to VSGD with `outlier_threshold=1.5`.
 - **training** and **constant training**: 200 steps of a network with 2410 parameters on scikit-learn's digits with VSGD and
   Constant VSGD at their defaults, from the same weights, with the same batches, each framework computing its own gradients;
   parameters at every 20th step against `vsgd.numpy` in float64 with gradients derived by hand, relative to the array's largest

@@ -14,6 +14,7 @@ from matrix.experiments import (
     EXPERIMENTS,
     RUNNERS,
     TOLERANCE,
+    Experiment,
     Run,
     cells,
     devices,
@@ -27,6 +28,7 @@ from matrix.numpy_runners import NumpyRunner
 from trajectories import deviation, golden
 
 from vsgd import core
+from vsgd.posterior import Posterior
 
 STATE = {"VSGD": core.VSGD.state_names, "ConstantVSGD": core.CONSTANT_VSGD.state_names}
 
@@ -56,6 +58,13 @@ def reference(experiment: str) -> Run:
     return run(NumpyRunner, chosen, "float64", training() if chosen.case is None else None)
 
 
+def compared(experiment: Experiment) -> set[str]:
+    """The names of the arrays of each parameter."""
+    if experiment.reads == "posterior":
+        return set(Posterior._fields)
+    return {"param"} if experiment.case is None else {"param", *STATE[experiment.kind]}
+
+
 @pytest.mark.parametrize(("name", "device", "dtype", "experiment"), CELLS)
 def test_agrees(
     name: str,
@@ -74,9 +83,8 @@ def test_agrees(
         pytest.skip("no GPU")
     ours = runs[name, device, experiment, dtype]
     assert not isinstance(ours, str), ours
-    names = {"param"} if chosen.case is None else {"param", *STATE[chosen.kind]}
     for arrays in ours:
-        assert arrays.keys() == names
+        assert arrays.keys() == compared(chosen)
         assert {array.dtype.name for array in arrays.values()} == {dtype}
     kind, axis = ("training", None) if chosen.case is None else ("fed", 0)
     worst = deviation(ours, reference(experiment), axis)

@@ -83,6 +83,10 @@ class TorchRunner:
         named = ({"param": param, **self.optimizer.state[param]} for param in self.params)
         return [{name: to_numpy(tensors[name]) for name in ("param", *self.names)} for tensors in named]
 
+    def posterior(self) -> Snapshot:
+        known = map(self.optimizer.posterior, self.params)
+        return [{name: to_numpy(tensor) for name, tensor in each._asdict().items()} for each in known]
+
 
 _TENSORS = Library(torch, from_numpy, to_numpy, gradients)
 _LISTS = _TENSORS._replace(

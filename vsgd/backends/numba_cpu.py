@@ -19,8 +19,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
-from vsgd import core, rounding
-from vsgd.backends import numba_integers
+from vsgd import core, outliers, posterior, rounding
+from vsgd.backends import numba_arrays, numba_integers
 from vsgd.backends.chunks import chunks as cut
 
 if numba.config.DISABLE_JIT:
@@ -29,8 +29,7 @@ if numba.config.DISABLE_JIT:
 #: Elements in a chunk, the unit of work of a thread: the six arrays of a float32 chunk fit a second-level cache.
 CHUNK = 16384
 
-# Never nnan or ninf: a NaN gradient must show.
-_OPTIONS = {"fastmath": {"contract", "arcp", "nsz"}, "error_model": "numpy"}
+_OPTIONS = numba_arrays.OPTIONS
 
 # Numba's workqueue layer aborts the process when two threads start parallel loops at once.
 _lock = threading.Lock()
@@ -188,10 +187,10 @@ class Noise(NamedTuple):
 def _kernel_of(rule: core.Rule, indices: Callable[[int], Any], round_params: bool) -> Callable[..., None]:
     # Captured, for the disk cache's key holds captured values: without them it would serve the kernel of an older core, or
     # the serial kernel in place of the parallel one.
-    sources = "".join(map(inspect.getsource, (core, rounding, numba_integers)))
+    sources = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, numba_arrays, numba_integers)))
     version = hashlib.sha256(sources.encode()).hexdigest()
-    update = register_jitable(**_OPTIONS)(rule.make_update(np))
-    descend = register_jitable(**_OPTIONS)(core.descend)
+    update = numba_arrays.inline(rule.make_update(numba_arrays))
+    descend = numba_arrays.inline(core.descend)
     n_state = len(rule.state_names)
     of_state, of_param = rounding.MULTIPLIERS[:n_state], rounding.MULTIPLIERS[n_state] if round_params else None
 

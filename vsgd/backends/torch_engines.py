@@ -73,7 +73,8 @@ def fused_engine(group: dict[str, Any], device: str, *, batches: bool) -> Module
     if isinstance(engine, ModuleType):
         return engine
     if group["fused"]:
-        raise ImportError(FUSED[device].missing) from engine
+        check_installed([device])
+        raise ImportError(f"the engine of fused=True cannot be imported: {engine}") from engine
     return None
 
 
@@ -216,7 +217,8 @@ def _step_fused(
         # In float64, as numbers are: of the kernel's scalars each is rounded once.
         counts = torch.stack([step for _, step in pairs]).double()
         coefficients = rule.coefficients(counts, hyperparameters(rule, group))
-        engine.step(rule, [leaf for leaf, _ in pairs], coefficients, lr, decay, maximize=group["maximize"])
+        batch = torch_rounding.leaves_at([leaf for leaf, _ in pairs], counts)
+        engine.step(rule, batch, coefficients, lr, decay, maximize=group["maximize"])
     return [leaf for leaf, _ in rest], [step for _, step in rest]
 
 

@@ -68,6 +68,14 @@ class _Namespace:
     def sqrt(values: TensorList) -> TensorList:
         return TensorList(torch._foreach_sqrt(values.tensors))
 
+    @staticmethod
+    def minimum(values: TensorList, others: TensorList) -> TensorList:
+        return TensorList(torch._foreach_minimum(values.tensors, others.tensors))
+
+    @staticmethod
+    def maximum(values: TensorList, others: TensorList) -> TensorList:
+        return TensorList(torch._foreach_maximum(values.tensors, others.tensors))
+
 
 def _by_kind(leaves: Iterable[Leaf]) -> dict[Any, list[int]]:
     kinds: dict[Any, list[int]] = {}

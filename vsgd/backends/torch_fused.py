@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from vsgd import core, rounding
 from vsgd.backends import numba_cpu
 from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is private, and another torch may lack it
+    TensorGuards = None  # type: ignore[assignment,misc]
 
 # bfloat16, which NumPy lacks, by its bits.
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
@@ -113,6 +117,11 @@ def _kind(leaf: Leaf) -> tuple[tuple[Any, ...], bool]:
 def _masks(kinds: Sequence[Any]) -> dict[Any, np.ndarray]:
     """The kinds that occur, and which have each."""
     return {kind: np.array([each == kind for each in kinds]) for kind in set(kinds)}
+
+
+def make_plan(batch: Batch, *repeated: Any) -> Plan | None:
+    """A `Plan` of these arguments; None where torch lacks what its check takes, so that each step is one of its own."""
+    return None if TensorGuards is None else Plan(batch, *repeated)
 
 
 class Plan:

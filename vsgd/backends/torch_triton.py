@@ -3,6 +3,7 @@
 Arrays come as a table of addresses, so that one launch serves any number of tensors. The update is the function that
 `vsgd.core` states: it runs once, while the kernel is compiled, on symbolic values whose operators write Triton's.
 Every operation is rounded as IEEE 754 says and none are contracted, so that the results are NumPy's, bit for bit.
+The rounding at random of `vsgd.rounding` comes into the kernel in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vsgd import core
+from vsgd import core, outliers, posterior, rounding
 from vsgd.backends.chunks import chunks
 from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
 
@@ -54,6 +55,9 @@ class _Value:
     def __neg__(self) -> _Value:
         return _Value(self.tensor.__neg__(_semantic=self.semantic), self.semantic)
 
+    def __eq__(self, other: object) -> _Value:  # type: ignore[override]
+        return self._apply(tl.tensor.__eq__, other)
+
     def __add__(self, other: _Value) -> _Value:
         return self._apply(tl.tensor.__add__, other)
 
@@ -67,8 +71,18 @@ class _Value:
         # In float32 Triton's own division is approximate; in float64 it is not, and `div_rn` does not take it.
         return self._apply(tl.div_rn if self.tensor.dtype == tl.float32 else tl.tensor.__truediv__, other)
 
-    def _apply(self, operation: Any, other: _Value) -> _Value:
-        return _Value(operation(self.tensor, other.tensor, _semantic=self.semantic), self.semantic)
+    def __and__(self, other: int) -> _Value:
+        return self._apply(tl.tensor.__and__, other)
+
+    def __xor__(self, other: _Value) -> _Value:
+        return self._apply(tl.tensor.__xor__, other)
+
+    def __rshift__(self, other: int) -> _Value:
+        return self._apply(tl.tensor.__rshift__, other)
+
+    def _apply(self, operation: Any, other: Any) -> _Value:
+        other = other.tensor if isinstance(other, _Value) else other
+        return _Value(operation(self.tensor, other, _semantic=self.semantic), self.semantic)
 
 
 class _Namespace:
@@ -79,34 +93,93 @@ class _Namespace:
         root = tl.sqrt_rn if value.tensor.dtype == tl.float32 else tl.sqrt
         return _Value(root(value.tensor, _semantic=value.semantic), value.semantic)
 
+    # Triton's own would prefer a number to NaN.
+    @staticmethod
+    def minimum(one: _Value, other: _Value) -> _Value:
+        smaller = tl.minimum(one.tensor, other.tensor, tl.PropagateNan.ALL, _semantic=one.semantic)
+        return _Value(smaller, one.semantic)
+
+    @staticmethod
+    def maximum(one: _Value, other: _Value) -> _Value:
+        larger = tl.maximum(one.tensor, other.tensor, tl.PropagateNan.ALL, _semantic=one.semantic)
+        return _Value(larger, one.semantic)
+
+
+class _Integers(rounding.Wrapping):
+    """The integer namespace of `_Value`."""
+
+    @staticmethod
+    def times(i: _Value, factor: int) -> _Value:
+        # Triton's operator, where it is asked to look for mistakes, takes a product that wraps around for one.
+        return _Value(tl.mul(i.tensor, factor, sanitize_overflow=False, _semantic=i.semantic), i.semantic)
+
+    @staticmethod
+    def bits(x: _Value) -> _Value:
+        return _Value(x.tensor.to(tl.int32, bitcast=True, _semantic=x.semantic), x.semantic)
+
+    @staticmethod
+    def floats(i: _Value) -> _Value:
+        return _Value(i.tensor.to(tl.float32, bitcast=True, _semantic=i.semantic), i.semantic)
+
+    @staticmethod
+    def where(condition: _Value, a: int, b: _Value) -> _Value:
+        return _Value(tl.where(condition.tensor, a, b.tensor, _semantic=b.semantic), b.semantic)
+
+
+_word = rounding.make_word(_Integers)
+_to_bfloat16 = rounding.make_round(_Integers)
+
 
 class Step:
-    """The step of a rule on one element, to be called in a kernel."""
+    """The step of a rule on one element, to be called in a kernel.
+
+    Args:
+        rule: the variant to run.
+        maximize: whether to step with the negative gradient.
+        round_param: whether the new parameter is rounded to bfloat16 at random.
+        round_state: whether the new state is.
+    """
 
     # So Triton knows what it should call, not compile.
     __triton_builtin__ = True
 
-    def __init__(self, rule: core.Rule, maximize: bool) -> None:
+    def __init__(self, rule: core.Rule, maximize: bool, round_param: bool = False, round_state: bool = False) -> None:
         self.update = rule.make_update(_Namespace)
         self.coefficients = type(rule.coefficients(1, rule.hyperparameters()))
         self.maximize = maximize
-        source = inspect.getsource(core) + inspect.getsource(sys.modules[__name__])
-        self.version = f"{rule.state_names} {maximize} {hashlib.sha256(source.encode()).hexdigest()}"
+        n_state = len(rule.state_names)
+        of_param = rounding.MULTIPLIERS[n_state] if round_param else None
+        self.rounders = (of_param, *(rounding.MULTIPLIERS[:n_state] if round_state else (None,) * n_state))
+        source = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, sys.modules[__name__])))
+        self.version = f"{self.coefficients.__name__} {maximize} {self.rounders} {hashlib.sha256(source.encode()).hexdigest()}"
 
     def __repr__(self) -> str:
         """What Triton keys its disk cache by: an edited core must not be served from there."""
         return self.version
 
-    def __call__(self, arrays: Any, scalars: Any, _semantic: Any = None) -> tuple[tl.tensor, ...]:
-        """The new parameter and state, of (parameter, gradient, *state) and (*coefficients, lr, decay)."""
+    def __call__(self, arrays: Any, scalars: Any, places: Any, key: Any, _semantic: Any = None) -> tuple[tl.tensor, ...]:
+        """The new parameter and state.
+
+        Args:
+            arrays: parameter, gradient, *state.
+            scalars: *coefficients, lr, decay.
+            places: of the elements in the array that their noise is made for, int32; None where nothing is rounded at random.
+            key: of the step, likewise.
+        """
         param, grad, *state = (_Value(array, _semantic) for array in arrays)
         *coefficients, lr, decay = (_Value(scalar, _semantic) for scalar in scalars)
         direction, new_state = self.update(-grad if self.maximize else grad, tuple(state), self.coefficients(*coefficients))
-        return tuple(value.tensor for value in (core.descend(param, direction, lr, decay), *new_state))
+        new = (core.descend(param, direction, lr, decay), *new_state)
+        if any(self.rounders):
+            word = _word(_Value(places, _semantic), _Value(key, _semantic))
+            new = tuple(_to_bfloat16(value, word, m) if m else value for value, m in zip(new, self.rounders, strict=True))
+        return tuple(value.tensor for value in new)
 
 
 @triton.jit
-def _step_chunk(row, start, left, scalars, step: tl.constexpr, types: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr):
+def _step_chunk(
+    row, start, left, scalars, key, step: tl.constexpr, types: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr
+):
     """Step `size` elements from `start` on, or those that are left."""
     offsets = tl.arange(0, size)
     mask = None if left is None else offsets < left
@@ -118,7 +191,9 @@ def _step_chunk(row, start, left, scalars, step: tl.constexpr, types: tl.constex
             pointer = tl.multiple_of(pointer, 16)
         pointers += (pointer,)
         arrays += (tl.load(pointer + offsets, mask=mask).to(scalars[0].dtype),)
-    new = step(arrays, scalars)
+    # In 64 bits first, for a place beyond 2**31 wraps around.
+    places = None if key is None else (tl.load(row + len(types) + 2) + start + offsets).to(tl.int32)
+    new = step(arrays, scalars, places, key)
     tl.store(pointers[0] + offsets, new[0].to(types[0]), mask=mask)
     for role in tl.static_range(2, len(types)):
         tl.store(pointers[role] + offsets, new[role - 1].to(types[role]), mask=mask)
@@ -129,6 +204,7 @@ def kernel(
     tensors,
     chunks,
     scalars,
+    keys,
     step: tl.constexpr,
     types: tl.constexpr,
     count: tl.constexpr,
@@ -138,9 +214,11 @@ def kernel(
     """Step one chunk of one parameter.
 
     Args:
-        tensors: for each parameter the addresses of its arrays, its size and the row of its scalars, int64.
+        tensors: for each parameter the addresses of its arrays, its size, the row of its scalars and, where there are keys, the
+            place of its first element, int64.
         chunks: for each program the parameter and the first element of its chunk, int64.
         scalars: rows of (*coefficients, lr, decay), in the dtype of the arithmetic.
+        keys: for each parameter what its noise at this step is made of, int32; None where nothing is rounded at random.
         step: the rule's `Step`.
         types: the dtype of each array, in the order parameter, gradient, state.
         count: how many scalars a row has.
@@ -148,18 +226,20 @@ def kernel(
         size: elements in a chunk.
     """
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
-    row = tensors + tl.load(chunk) * (len(types) + 2)
+    tensor = tl.load(chunk)
+    row = tensors + tensor * (len(types) + (2 if keys is None else 3))
     start = tl.load(chunk + 1)
     left = tl.load(row + len(types)) - start
     scalars += tl.load(row + len(types) + 1) * count
     values = tl.tuple(())
     for i in tl.static_range(count):
         values += (tl.load(scalars + i),)
+    key = None if keys is None else tl.load(keys + tensor)
     if left >= size:
         # Without a mask, for one that ends anywhere would forbid vector loads.
-        _step_chunk(row, start, None, values, step, types, aligned, size)
+        _step_chunk(row, start, None, values, key, step, types, aligned, size)
     else:
-        _step_chunk(row, start, left, values, step, types, aligned, size)
+        _step_chunk(row, start, left, values, key, step, types, aligned, size)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -187,17 +267,18 @@ _kept_chunks = functools.lru_cache(maxsize=16)(_chunks)
 
 
 @functools.cache
-def _step_of(rule: core.Rule, maximize: bool) -> Step:
-    return Step(rule, maximize)
+def _step_of(rule: core.Rule, maximize: bool, round_param: bool, round_state: bool) -> Step:
+    return Step(rule, maximize, round_param, round_state)
 
 
 def accepts(leaf: Leaf) -> bool:
     """Whether the kernel can run on the leaf: dense floating-point tensors of one layout in the memory of one device."""
     param, grad, state, noise = leaf
-    if noise is not None:  # the kernel rounds nothing at random
-        return False
     wide = torch.promote_types(param.dtype, torch.float32)
-    if not is_plain(param) or not is_plain(grad) or any(tensor.dtype is not wide for tensor in state):
+    stored = state[0].dtype
+    if stored is not wide and (noise is None or (stored, wide) != (torch.bfloat16, torch.float32)):
+        return False
+    if not is_plain(param) or not is_plain(grad) or any(tensor.dtype is not stored for tensor in state):
         return False
     if param.device.type not in _DEVICES:
         return False
@@ -223,7 +304,7 @@ def step(
 
     Args:
         rule: the variant to run.
-        leaves: parameters that `accepts`, on one device.
+        leaves: parameters that `accepts`, on one device, with the noise of this step.
         coefficients: `rule.coefficients(step, hyper)`, each a number or a tensor with one element for all leaves or for each.
         lr: step size, likewise.
         decay: `1 - lr * weight_decay`, likewise.
@@ -232,15 +313,20 @@ def step(
     device = leaves[0].param.device
     scalars = _scalars((*coefficients, lr, decay), len(leaves), device)
     per_leaf = len(scalars) > 1
-    groups: dict[Any, list[tuple[int, ...]]] = {}
+    groups: dict[Any, list[tuple[tuple[int, ...], Any]]] = {}
     for index, leaf in enumerate(leaves):
-        tensors = leaf.tensors
+        tensors, noise = leaf.tensors, leaf.noise
         addresses = [tensor.data_ptr() for tensor in tensors]
         aligned = not functools.reduce(operator.or_, addresses) % _ALIGNMENT
-        row = (*addresses, leaf.param.numel(), index if per_leaf else 0)
-        groups.setdefault((aligned, *[tensor.dtype for tensor in tensors]), []).append(row)
-    for (aligned, *dtypes), rows in groups.items():
-        _launch(_step_of(rule, maximize), tuple(rows), scalars.to(dtypes[-1]), dtypes, aligned)
+        place = () if noise is None else (leaf.state[0].storage_offset() - noise.origin,)
+        row = (*addresses, leaf.param.numel(), index if per_leaf else 0, *place)
+        kind = (aligned, noise is not None, noise is not None and noise.of_param, *[tensor.dtype for tensor in tensors])
+        groups.setdefault(kind, []).append((row, None if noise is None else noise.key))
+    for (aligned, rounds, round_param, *dtypes), members in groups.items():
+        rows, keys = zip(*members, strict=True)
+        of_kind = _step_of(rule, maximize, round_param, round_state=rounds and dtypes[-1] is torch.bfloat16)
+        wide = scalars.to(torch.promote_types(dtypes[-1], torch.float32))
+        _launch(of_kind, rows, wide, _keys(keys, device) if rounds else None, dtypes, aligned)
     # Autograd must see that these changed, as it does with torch's own operations.
     torch.autograd.graph.increment_version([tensor for leaf in leaves for tensor in (leaf.param, *leaf.state)])
 
@@ -253,7 +339,21 @@ def _scalars(values: Sequence[float | Tensor], count: int, device: torch.device)
     return torch.stack([zeros + value for value in values], dim=1)
 
 
-def _launch(step: Step, rows: tuple[tuple[int, ...], ...], scalars: Tensor, dtypes: list[torch.dtype], aligned: bool) -> None:
+def _keys(keys: Sequence[Any], device: torch.device) -> Tensor:
+    """One for each leaf, int32."""
+    if isinstance(keys[0], Tensor):
+        return torch.stack(list(keys))
+    return _to_device(np.array(keys, dtype=np.int32), device)
+
+
+def _launch(
+    step: Step,
+    rows: tuple[tuple[int, ...], ...],
+    scalars: Tensor,
+    keys: Tensor | None,
+    dtypes: list[torch.dtype],
+    aligned: bool,
+) -> None:
     device = scalars.device
     stream = None if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
     # What a capture copies is on the device only when the graph is replayed: of no use to others.
@@ -265,5 +365,5 @@ def _launch(step: Step, rows: tuple[tuple[int, ...], ...], scalars: Tensor, dtyp
     types = tuple(_TYPES[dtype] for dtype in dtypes)
     with torch.cuda.device_of(scalars):
         kernel[(len(work),)](
-            make_tensors(rows, device, stream), work, scalars, step, types, scalars.shape[1], aligned, CHUNK, **OPTIONS
+            make_tensors(rows, device, stream), work, scalars, keys, step, types, scalars.shape[1], aligned, CHUNK, **OPTIONS
         )

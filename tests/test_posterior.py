@@ -1,0 +1,245 @@
+"""The posterior, the noise scale and the surprise: closed forms, and equal answers from every adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vsgd.numpy
+from vsgd import core
+from vsgd.posterior import NoiseScale, Posterior, noise_scale, posterior, predicted_variance, surprise
+
+KINDS = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def stepped(kind: str, dtype: str = "float64", steps: int = 7) -> tuple[Any, list[np.ndarray]]:
+    """A NumPy optimizer after some steps, and the gradients of the next."""
+    rng = np.random.default_rng(0)
+    complex_part = 1j if dtype.startswith("complex") else 0
+    shapes = [(5, 3), (4,), ()]
+
+    def draw() -> list[np.ndarray]:
+        return [np.asarray(rng.standard_normal(s) + complex_part * rng.standard_normal(s), dtype) for s in shapes]
+
+    optimizer = getattr(vsgd.numpy, kind)(draw(), prior_strength=1e-3, variance_ratio=4.0)
+    for _ in range(steps):
+        optimizer.step(draw())
+    return optimizer, draw()
+
+
+@kinds
+def test_the_variance_is_the_next_steps(kind: str) -> None:
+    # The direction of a step is mu / (sqrt(mu^2 + sigma^2) + eps), which gives sigma^2 away.
+    optimizer, grads = stepped(kind)
+    optimizer.hyper = optimizer.hyper._replace(eps=0.0)
+    optimizer.lr = 1.0
+    before, params = optimizer.posterior(0), optimizer.params[0].copy()
+    optimizer.step(grads)
+    direction, mean = params - optimizer.params[0], optimizer.state[0]["mu_g"]
+    np.testing.assert_allclose(before.variance, (mean / direction) ** 2 - mean**2, rtol=1e-6)
+    # And its gain is the share of the innovation that the mean takes.
+    np.testing.assert_allclose(before.mean + before.gain * (grads[0] - before.mean), mean, rtol=1e-12)
+
+
+@kinds
+def test_the_fields_are_a_kalman_filters(kind: str) -> None:
+    known = stepped(kind)[0].posterior(0)
+    np.testing.assert_allclose(1 / known.variance, 1 / known.drift_variance + 1 / known.noise_variance, rtol=1e-12)
+    np.testing.assert_allclose(known.gain, known.drift_variance / (known.drift_variance + known.noise_variance), rtol=1e-12)
+    np.testing.assert_allclose(known.momentum, 1 - known.gain)
+    np.testing.assert_allclose(known.snr, known.mean**2 / known.variance, rtol=1e-12)
+    if kind == "ConstantVSGD":
+        np.testing.assert_allclose(known.gain, 1 / 5, rtol=1e-12)
+
+
+def test_what_is_told_is_a_copy() -> None:
+    optimizer, grads = stepped("VSGD")
+    known = optimizer.posterior(0)
+    before = copy.deepcopy(known)
+    optimizer.step(grads)
+    for one, other in zip(known, before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@kinds
+def test_the_surprise_is_the_standardized_innovation(kind: str) -> None:
+    optimizer, grads = stepped(kind)
+    known = optimizer.posterior(0)
+    variance = known.variance + known.drift_variance + known.noise_variance
+    assert optimizer.surprise(grads)[0] == pytest.approx(np.mean((grads[0] - known.mean) ** 2 / variance))
+    assert optimizer.surprise([None, *grads[1:]])[0] is None
+
+
+def test_the_surprise_is_near_one_where_the_noise_is_what_was_learned_and_large_at_a_spike() -> None:
+    rng = np.random.default_rng(1)
+    optimizer = vsgd.numpy.VSGD([np.zeros(4000)], lr=0.0)
+    for _ in range(300):
+        optimizer.step([rng.standard_normal(4000)])
+    (usual,) = optimizer.surprise([rng.standard_normal(4000)])
+    (spike,) = optimizer.surprise([10 * rng.standard_normal(4000)])
+    assert usual == pytest.approx(1.0, abs=0.1)
+    assert spike == pytest.approx(100.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("VSGD", 1e-5), ("ConstantVSGD", 1e-4)])
+def test_the_noise_scale_of_a_quadratic_is_within_a_tenth_of_the_truth(kind: str, lr: float) -> None:
+    # Loss 0.5 sum h x^2, whose gradient is seen with noise of variance s^2 / batch. The steps are so small that the gradient
+    # moves little within the filter's memory, 1 / gain steps, of which there are several.
+    rng, n, batch, deviation = np.random.default_rng(2), 2000, 16, 4.0
+    curvature, x = np.geomspace(0.1, 1.0, n), np.ones(n)
+    optimizer = getattr(vsgd.numpy, kind)([x], lr=lr)
+    for _ in range(6000 if kind == "VSGD" else 300):
+        grad = curvature * x
+        optimizer.step([grad + deviation / math.sqrt(batch) * rng.standard_normal(n)])
+    scales = optimizer.noise_scale(batch_size=batch)
+    truth = NoiseScale(n * deviation**2, ((curvature * x) ** 2).sum())
+    assert scales.overall.trace == pytest.approx(truth.trace, rel=0.1)
+    assert scales.overall.squared_norm == pytest.approx(truth.squared_norm, rel=0.1)
+    assert scales.overall.scale == pytest.approx(truth.scale, rel=0.1)
+
+
+@kinds
+def test_pure_noise_has_no_squared_norm(kind: str) -> None:
+    # Of the mean's square nothing is left once the filter's own error is taken off: on average, and so in the sum, 0.
+    rng, n = np.random.default_rng(3), 20_000
+    optimizer = getattr(vsgd.numpy, kind)([np.zeros(n)], lr=0.0)
+    for _ in range(1000):
+        optimizer.step([rng.standard_normal(n)])
+    known = optimizer.posterior(0)
+    assert abs(optimizer.noise_scale(batch_size=1).overall.squared_norm) < 0.2 * (known.mean**2).sum()
+
+
+@kinds
+def test_tensors_add_up(kind: str) -> None:
+    optimizer, _ = stepped(kind)
+    scales = optimizer.noise_scale(batch_size=8)
+    assert scales.overall.trace == pytest.approx(sum(each.trace for each in scales.tensors))
+    assert scales.overall.squared_norm == pytest.approx(sum(each.squared_norm for each in scales.tensors))
+    assert scales.overall.scale == pytest.approx(scales.overall.trace / scales.overall.squared_norm)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, math.nan, "8"])
+def test_a_bad_batch_size_is_refused(batch_size: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size must be a finite number > 0"):
+        stepped("VSGD")[0].noise_scale(batch_size=batch_size)
+
+
+def in_torch(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[Posterior], Any, list[Any]]:
+    torch = pytest.importorskip("torch")
+    import vsgd.torch
+
+    params = [torch.nn.Parameter(torch.from_numpy(np.array(param))) for param in optimizer.params]
+    ours = getattr(vsgd.torch, kind)(params, prior_strength=1e-3, variance_ratio=4.0)
+    for param, state, grad in zip(params, optimizer.state, grads, strict=True):
+        ours.state[param] = {name: torch.as_tensor(np.array(value)) for name, value in state.items()}
+        param.grad = torch.from_numpy(np.array(grad))
+    known = [Posterior(*(part.numpy() for part in ours.posterior(param))) for param in params]
+    scales, surprises = ours.noise_scale(batch_size=8), ours.surprise()
+    assert list(scales.tensors) == params
+    return known, scales.overall, [surprises[param].item() for param in params]
+
+
+def in_optax(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[Posterior], Any, list[Any]]:
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    import jax.numpy as jnp
+
+    import vsgd.optax as ours
+
+    make = {"VSGD": ours.scale_by_vsgd, "ConstantVSGD": ours.scale_by_constant_vsgd}[kind]
+    params = [jnp.asarray(param) for param in optimizer.params]
+    # In parts, each with a mask, one within a chain: the parameters' tree is put together again.
+    solver = optax.multi_transform({"a": optax.chain(optax.identity(), make()), "b": make()}, ["a", "b", "a"])
+    trees = [[jnp.asarray(state[name]) for state in optimizer.state] for name in KINDS[kind].state_names]
+    kinds = (ours.ScaleByVsgdState, ours.ScaleByConstantVsgdState)
+
+    def fill(node: Any) -> Any:
+        if not isinstance(node, kinds):
+            return node
+        masked = [isinstance(leaf, optax.MaskedNode) for leaf in node[1]]
+        filled = [
+            [old if skip else new for old, new, skip in zip(*both, masked, strict=True)]
+            for both in zip(node[1:], trees, strict=True)
+        ]
+        return type(node)(node.count, *filled)
+
+    state = jax.tree.map(fill, solver.init(params), is_leaf=lambda node: isinstance(node, kinds))
+    options: dict[str, Any] = {"prior_strength": 1e-3, "variance_ratio": 4.0}
+    known = ours.posterior(state, **options)
+    scales = ours.noise_scale(state, batch_size=8, **options)
+    surprises = ours.surprise([jnp.asarray(grad) for grad in grads], state, **options)
+    return [Posterior(*map(np.asarray, each)) for each in known], scales.overall, [each.item() for each in surprises]
+
+
+def in_keras(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[Posterior], Any, list[Any]]:
+    pytest.importorskip("keras")
+    from keras_problems import floatx, make, tensors, to_numpy, variables_of
+
+    dtype = optimizer.params[0].dtype.name
+    with floatx("float64" if dtype in ("float64", "complex128") else "float32"):
+        variables = variables_of(optimizer.params)
+        ours = make(kind, prior_strength=1e-3, variance_ratio=4.0)
+        ours.build(variables)
+        for states, values in zip(ours._states, optimizer.state, strict=True):
+            for state, name in zip(states, KINDS[kind].state_names, strict=True):
+                state.assign(tensors([values[name]])[0])
+        known = [Posterior(*map(to_numpy, ours.posterior(variable))) for variable in variables]
+        overall = ours.noise_scale(batch_size=8).overall
+        surprises = [float(to_numpy(each)) for each in ours.surprise(tensors(grads))]
+        return known, NoiseScale(*(to_numpy(each) for each in overall)), surprises
+
+
+@kinds
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("adapter", [in_torch, in_optax, in_keras], ids=lambda adapter: adapter.__name__)
+def test_every_adapter_tells_the_same_of_the_same_state(adapter: Any, dtype: str, kind: str) -> None:
+    optimizer, grads = stepped(kind, dtype)
+    known, overall, surprises = adapter(optimizer, kind, grads)
+    for index, ours in enumerate(known):
+        for one, other in zip(ours, optimizer.posterior(index), strict=True):
+            assert one.dtype == dtype
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+    expected = optimizer.noise_scale(batch_size=8).overall
+    np.testing.assert_allclose(np.asarray(overall.trace), expected.trace, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(overall.squared_norm), expected.squared_norm, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(surprises, optimizer.surprise(grads), rtol=1e-5)
+
+
+def test_torch_says_what_it_has_no_posterior_of() -> None:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    mine, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = VSGD([mine])
+    with pytest.raises(ValueError, match=r"param of shape \(3,\) is no parameter of this optimizer"):
+        optimizer.posterior(other)
+    with pytest.raises(ValueError, match=r"param of shape \(2,\) has no state yet"):
+        optimizer.posterior(mine)
+    with pytest.raises(ValueError, match="the optimizer has no state yet"):
+        optimizer.noise_scale(batch_size=1)
+    assert optimizer.surprise() == {}
+    assert not optimizer.state  # looking makes none
+
+
+def test_optax_says_what_it_finds_no_state_in() -> None:
+    optax = pytest.importorskip("optax")
+    import vsgd.optax
+
+    with pytest.raises(ValueError, match="without state of VSGD"):
+        vsgd.optax.posterior(optax.adam(0.1).init([np.ones(2)]))
+
+
+def test_the_core_of_it_works_on_any_arrays() -> None:
+    # Of scalars: by hand. a = 1, so the rates are the variances.
+    state, scales = (2.0, 1.0, 3.0), (1.0, 1.0)
+    known = posterior(state, scales)
+    assert known == Posterior(2.0, 0.75, 3.0, 1.0, 0.25, 4 / 0.75)
+    assert predicted_variance(state, scales) == 4.75
+    assert surprise(5.0, state, scales) == 9 / 4.75
+    # Innovations vary by 4, of which w / 2 = 1/8 is the mean's own error.
+    assert noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
