@@ -9,16 +9,15 @@ from vsgd import core, rounding
 
 
 def words(seed: int, number: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    places = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    with np.errstate(over="ignore"):  # of NumPy's scalars
-        return WORD(places, np.int32(rounding.host_key(rounding.base_key(seed, number), step)))
+    # Flat, for a number of no dimension does not stay int32 in NumPy 1, and warns where it wraps around.
+    places = np.arange(np.prod(shape), dtype=np.int32)
+    return WORD(places, np.int32(rounding.host_key(rounding.base_key(seed, number), step))).reshape(shape)
 
 
 def round_all(values: list[np.ndarray], word: np.ndarray, first: int = 0) -> list[np.ndarray]:
     """The values rounded with the noise of an element's arrays, from the `first` on."""
-    with np.errstate(over="ignore"):
-        multipliers = rounding.MULTIPLIERS[first:]
-        return [ROUND(np.asarray(each), word, by) for each, by in zip(values, multipliers, strict=False)]
+    pairs = zip(values, rounding.MULTIPLIERS[first:], strict=False)
+    return [ROUND(np.ravel(each), np.ravel(word), by).reshape(word.shape) for each, by in pairs]
 
 
 def emulate_step(

@@ -51,6 +51,7 @@ SUITES = {
                 "keras Lion": (20, 4),
                 "keras SGD(momentum=0.9)": (20, 4),
                 "VSGD": (36, 12),
+                "VSGD, bfloat16 state": (24, 6),
                 "ConstantVSGD": (28, 8),
             },
         )

@@ -277,7 +277,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         dtype = _arithmetic_dtype(stored)
         gradient = ops.cast(gradient, dtype)
         if hasattr(gradient, "dense_shape"):
-            gradient = ops.add(ops.zeros_like(state[0], dtype), gradient)
+            gradient = ops.add(ops.zeros_like(state[0]), gradient)
         scalars = learning_rate[_real(dtype)]
         if stored == "bfloat16" or self._rounds(variable):
             update: Callable[..., list[Any]] = _update_rounding
