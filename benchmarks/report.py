@@ -147,17 +147,28 @@ def write(folder: Path, page: Path) -> None:
         folder: that of the JSON files; the plots are written there.
         page: the Markdown page, which may not exist yet.
     """
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
         parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", tables(results)]
         drawn = plots.draw(results, folder / file.stem)
         parts += [f"![{plot.title}]({plot.path.relative_to(page.parent).as_posix()})" for plot in drawn]
-        begin, end = f"<!-- {file.stem} -->", f"<!-- /{file.stem} -->"
-        section = "\n\n".join([begin, *parts, end])
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            text = f"{before}{section}{rest.partition(end)[2]}"
-        else:
-            text = f"{text.rstrip()}\n\n{section}\n"
+        replace_section(page, file.stem, parts)
+
+
+def replace_section(page: Path, name: str, parts: Iterable[str]) -> None:
+    """Write paragraphs between `<!-- NAME -->` and `<!-- /NAME -->` of a page, or at its end.
+
+    Args:
+        page: the Markdown page, which may not exist yet.
+        name: of the section.
+        parts: the paragraphs.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    section = "\n\n".join([begin, *parts, end])
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        text = f"{before}{section}{rest.partition(end)[2]}"
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
     page.write_text(text, encoding="utf-8")

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vsgd import core
 from vsgd.torch import VSGD
 
 BATCH_SIZE = 64
@@ -139,11 +138,9 @@ def train(name: str, seed: int, data: Digits, epochs: int, bar: tqdm[None]) -> R
 def probe(model: nn.Module, optimizer: VSGD, run: Run) -> None:
     """Note how the optimizer filters each layer's gradient: the medians over the layer's weights."""
     for layer, weight in layer_weights(model).items():
-        mu_g, b_g, b_ghat = (optimizer.state[weight][name] for name in ("mu_g", "b_g", "b_ghat"))
-        gain = b_g / (b_g + b_ghat)
-        variance = gain * b_ghat / core.shape(core.Hyperparameters())  # the posterior's, as in the core's update
-        run.gains.setdefault(layer, []).append(gain.median().item())
-        run.snrs.setdefault(layer, []).append((mu_g.square() / variance).median().item())
+        known = optimizer.posterior(weight)
+        run.gains.setdefault(layer, []).append(known.gain.median().item())
+        run.snrs.setdefault(layer, []).append(known.snr.median().item())
 
 
 def layer_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -436,3 +436,22 @@ def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) 
     assert merge(None, same) == same
     assert merge(old, same)["competitors"] == {"a": 1, "b": 2, "c": 2}
     assert merge(old, other) == other
+
+
+def test_the_accuracy_of_compact_state_is_told(tmp_path: Path) -> None:
+    for package in ("torch", "sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- compact -->\nold\n<!-- /compact -->\nafter\n")
+    command = [sys.executable, "-m", "benchmarks.compact", "--seeds", "2", "--epochs", "1", "--page", str(page)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert (tmp_path / "page" / "compact-state.png").exists()
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 3
+    means = [[float(cell.split("±")[0]) for cell in row.split("|")[2:-1]] for row in rows]
+    for wide, compact, difference in zip(*means, strict=True):
+        assert compact - wide == pytest.approx(difference, abs=0.06 * wide)  # of two digits each

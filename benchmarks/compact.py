@@ -1,0 +1,138 @@
+"""What state in bfloat16 costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
+
+The table has the quickstart's final losses with both states, over seeds; the figure how the noise estimate follows a tenfold
+drop of the noise, with state rounded at random, to the nearest, and not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.report import replace_section, table
+from vsgd.torch import VSGD
+
+_QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+_STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(VSGD, state_dtype="bfloat16")}
+_STEPS, _DROP = 3000, 1000
+
+
+def _quickstart() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", _QUICKSTART)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
+    """The quickstart's scores at the end, for each state and seed: equal seeds give equal weights and batches.
+
+    Args:
+        seeds: how many.
+        epochs: passes over the training data.
+    """
+    quickstart = _quickstart()
+    quickstart.OPTIMIZERS.update(_STATES)
+    data = quickstart.load_data()
+    with quickstart.tqdm(total=len(_STATES) * seeds * epochs * (len(data.train_x) // quickstart.BATCH_SIZE)) as bar:
+        return {name: [quickstart.train(name, seed, data, epochs, bar).scores for seed in range(seeds)] for name in _STATES}
+
+
+def loss_table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """The losses, mean ± standard deviation over the seeds, and the paired differences.
+
+    Args:
+        scores: what `losses` found.
+    """
+    parts = ("train loss", "test loss", "test accuracy")
+    rows = [[f"{name} state", *(_spread([run[part] for run in runs]) for part in parts)] for name, runs in scores.items()]
+    pairs = list(zip(scores["bfloat16"], scores["float32"], strict=True))
+    rows.append(["difference", *(_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
+    return table([f"{len(pairs)} seeds", *parts], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2g} ± {statistics.stdev(values):.2g}"
+
+
+def noise_estimates() -> dict[str, list[float]]:
+    """The mean noise variance that each state tells after each step, as the noise's deviation drops from 1 to 0.1."""
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.nn.Parameter(torch.zeros(4096)) for name in (*_STATES, "to the nearest")}
+    optimizers = {name: _STATES.get(name, VSGD)([param], lr=0.0) for name, param in params.items()}
+    estimates: dict[str, list[float]] = {name: [] for name in params}
+    for step in range(_STEPS):
+        grad = torch.randn(4096, generator=generator) * (1.0 if step < _DROP else 0.1)
+        for name, param in params.items():
+            param.grad = grad.clone()
+            optimizers[name].step()
+            estimates[name].append(optimizers[name].posterior(param).noise_variance.mean().item())
+        state = optimizers["to the nearest"].state[params["to the nearest"]]
+        for array in ("mu_g", "b_g", "b_ghat"):
+            state[array].copy_(state[array].bfloat16())
+    return estimates
+
+
+def draw(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the estimates beside the truth.
+
+    Args:
+        estimates: what `noise_estimates` found.
+        path: of the image.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    styles = {"float32": "-", "bfloat16": "--", "to the nearest": ":"}
+    labels = {"bfloat16": "bfloat16, rounded at random", "to the nearest": "bfloat16, rounded to the nearest"}
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, values in estimates.items():
+        axes.plot(values, styles[name], label=labels.get(name, name), linewidth=2)
+    axes.step([0, _DROP, _STEPS], [1.0, 0.01, 0.01], "k", where="post", linewidth=1, alpha=0.5, label="the noise's variance")
+    axes.set(
+        yscale="log", xlabel="step", ylabel="noise variance, mean of 4096 elements", title="After a tenfold drop of the noise"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the table and the figure into the page.
+
+    Args:
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compact", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2 (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
+    given: Any = parser.parse_args(arguments)
+    if given.seeds < 2:
+        parser.error("--seeds must be at least 2, for a deviation")
+    figure = given.page.with_suffix("") / "compact-state.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw(noise_estimates(), figure)
+    torch.set_num_threads(1)
+    title = "The noise estimate of each state after a drop of the noise"
+    parts = [loss_table(losses(given.seeds, given.epochs)), f"![{title}]({figure.relative_to(given.page.parent).as_posix()})"]
+    replace_section(given.page, "compact", parts)
+
+
+if __name__ == "__main__":
+    main()
