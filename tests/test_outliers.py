@@ -88,3 +88,21 @@ def test_a_bad_threshold_is_refused(engine: str, threshold: Any) -> None:
 def test_without_a_threshold_the_rule_is_the_plain_one() -> None:
     assert rule_of(core.VSGD, None) is core.VSGD
     assert rule_of(core.VSGD, 3.0) is rule_of(core.VSGD, 4.0)
+
+
+@pytest.mark.compiler
+def test_a_compiled_step_cuts_too() -> None:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    ends = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        param = torch.nn.Parameter(torch.zeros(SIZE))
+        optimizer = VSGD([param], outlier_threshold=3.0, fused=False)
+        step = torch.compile(optimizer.step, fullgraph=False) if compiled else optimizer.step
+        for grad in gradients(12, corrupted=8):
+            param.grad = torch.from_numpy(grad)
+            step()
+        ends.append(param.detach())
+    torch.testing.assert_close(ends[0], ends[1])

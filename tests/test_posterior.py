@@ -243,3 +243,37 @@ def test_the_core_of_it_works_on_any_arrays() -> None:
     assert surprise(5.0, state, scales) == 9 / 4.75
     # Innovations vary by 4, of which w / 2 = 1/8 is the mean's own error.
     assert noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
+
+
+def test_of_state_in_bfloat16_the_posterior_is_float32() -> None:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    params = {stored: torch.nn.Parameter(torch.zeros(3000)) for stored in ("float32", "bfloat16")}
+    known = {}
+    for stored, param in params.items():
+        optimizer = VSGD([param], state_dtype=stored)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            param.grad = torch.randn(3000, generator=generator)
+            optimizer.step()
+        known[stored] = optimizer.posterior(param)
+    for name, wide, compact in zip(Posterior._fields, known["float32"], known["bfloat16"], strict=True):
+        assert compact.dtype is torch.float32
+        if name != "snr":
+            assert compact.mean().item() == pytest.approx(wide.mean().item(), rel=0.02, abs=1e-4)
+
+
+def test_torch_maximizes_with_the_opposite_gradient() -> None:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    told = []
+    for maximize in (False, True):
+        param = torch.nn.Parameter(torch.zeros(50))
+        optimizer = VSGD([param], maximize=maximize)
+        for _ in range(3):
+            param.grad = (-1.0 if maximize else 1.0) * torch.linspace(0.5, 2, 50)
+            optimizer.step()
+        told.append((optimizer.posterior(param).mean, optimizer.surprise()[param]))
+    torch.testing.assert_close(told[0], told[1])
