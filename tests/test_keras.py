@@ -445,7 +445,7 @@ def test_the_rule_sees_sparse_gradients_dense() -> None:
         return lambda grad, state, c: seen.append(grad) or update(grad, state, c)
 
     class Watched(VSGD):
-        _rule = dataclasses.replace(core.VSGD, make_update=make_update)
+        _kind = dataclasses.replace(core.VSGD, make_update=make_update)
 
     variables = variables_of([np.ones((6, 3), np.float32)])
     tf.config.run_functions_eagerly(True)  # for the values

@@ -165,7 +165,7 @@ def compact() -> None:
                 params, 0.01, weight_decay=0.1, fused=True, state_dtype="bfloat16", stochastic_rounding=True, seed=5
             )
             train(optimizer, params, range(1, 4))
-            expected, states = emulate(cls, 3, dtype, rule.hyperparameters(), 0.01, DECAY, seed=5)
+            expected, states = emulate(cls, 3, dtype, 0.01, DECAY, seed=5)
             for param, array, arrays in zip(params, expected, states, strict=True):
                 for name, values in zip(rule.state_names, arrays, strict=True):
                     same(optimizer.state[param][name].float().flatten(), torch.from_numpy(values))
