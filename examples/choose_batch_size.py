@@ -2,8 +2,8 @@
 
 Trains an MLP on scikit-learn's handwritten digits to a target loss with Constant VSGD, at several batch sizes, and counts the
 steps and the samples that each needs at the best learning rate of a small grid. The noise scale is read from the state at one
-batch size, the weights held still at a few losses on the way. By theory (arXiv 1812.06162) a batch as large as that needs twice the
-fewest steps and twice the fewest samples, and is as large as the fewest samples over the fewest steps.
+batch size, the weights held still at a few losses on the way. By theory (arXiv 1812.06162) a batch as large as that needs twice
+the fewest steps and twice the fewest samples, and is as large as the fewest samples over the fewest steps.
 
     pip install 'vsgd[examples]'
     python examples/choose_batch_size.py
@@ -26,6 +26,7 @@ matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -162,10 +163,13 @@ def draw(costs: dict[int, Cost], scales: list[tuple[float, float]], target: floa
     lines.append(axes.axvline(measured(costs), color="black", linestyle=":", label=label))
     axes.set(xscale="log", yscale="log", xlabel="batch size (examples)", ylabel=f"steps to a loss of {target:g}")
     axes.set_xticks(list(costs), labels=list(map(str, costs)))
-    axes.minorticks_off()
     samples.set(yscale="log", ylabel=f"samples to a loss of {target:g}")
     axes.set_title("Constant VSGD on digits, each batch size at its best learning rate")
-    axes.legend(handles=lines, frameon=False, loc="upper center")
+    figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=2)
+    for panel in (axes, samples):  # 20, 50 and 100 rather than powers
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
     axes.grid(alpha=0.25)
     figure.savefig(output, dpi=150)
     plt.close(figure)
