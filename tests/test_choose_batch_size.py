@@ -34,7 +34,7 @@ def test_command_prints_table_and_draws(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     output = tmp_path / "figure.png"
-    small = "--sizes 16 256 --rates 0.004 0.016 --seeds 1 --target 1.0".split()
+    small = ["--sizes", "16", "256", "--rates", "0.004", "0.016", "--seeds", "1", "--target", "1.0"]
     command = [sys.executable, str(EXAMPLE), *small, "--output", str(output)]
     result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stderr
