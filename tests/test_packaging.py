@@ -47,6 +47,6 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         path, _, anchor = target.partition("#")
         linked = page.parent / path if path else page
         assert linked.is_file(), target
-        if anchor:
+        if anchor:  # else it may be a picture
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
