@@ -145,6 +145,10 @@ def noise_scale(known: Posterior, batch_size: Array, total: Callable[[Array], Ar
     variance is their sum, `2 R / (2 - w)`. That sum is what the two rates learn; how they share it is not (the gain is no
     measure of noise). So R is taken from both together.
 
+    The estimate holds where the gradient moves little within the filter's memory, `1 / gain` steps, and is far above the prior.
+    While weights train at usual learning rates, the squared norm is not to be relied on: `docs/uncertainty.md` measures it, and
+    tells how to measure the noise scale on weights that are held still.
+
     Args:
         known: the posterior, of real numbers.
         batch_size: how many examples a gradient is the mean of, in all processes and accumulated steps together.
