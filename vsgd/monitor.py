@@ -28,8 +28,6 @@ __all__ = ["SAMPLE", "CsvFile", "Look", "Monitor", "Summary"]
 #: How many elements quantiles are of at most: a prime, so that no layout of rows and columns is sampled in a few columns only.
 SAMPLE = 1021
 
-_QUANTILES = (0.1, 0.5, 0.9)
-
 
 class Summary(NamedTuple):
     """What is known of one tensor's gradient, or of all together.
@@ -233,14 +231,12 @@ class Arrays(NamedTuple):
         stack: a list of vectors to a matrix.
         concatenate: a list of vectors to one.
         take: elements of a vector, at the places that a NumPy array of integers says.
-        fetch: from the device, to a NumPy array.
     """
 
     sum: Callable[..., Array]
     stack: Callable[[Any], Array]
     concatenate: Callable[[Any], Array]
     take: Callable[[Array, Any], Array]
-    fetch: Callable[[Array], Any]
 
 
 class Block(NamedTuple):
@@ -264,20 +260,19 @@ class Block(NamedTuple):
 class _Sums(NamedTuple):
     """What is added up, of one tensor or several."""
 
-    count: int
     noise: NoiseScale
     surprise: float
-    surprise_count: int
+    surprise_size: int
 
 
-def summarize(step: int, blocks: Sequence[Block], arrays: Arrays, batch_size: float) -> Look:
+def summarize(step: int, blocks: Sequence[Block], look: Callable[[Block, Any], Any], batch_size: float) -> Look:
     """Look at some state: one transfer from the device for each block.
 
     Args:
         step: how many steps were taken.
         blocks: the state of all tensors.
-        arrays: their library.
-        batch_size: how many examples a gradient is the mean of, in all processes and accumulated steps together.
+        look: takes a block and places, and fetches its `digest` as a NumPy array.
+        batch_size: that the digest was told.
 
     Returns:
         What is seen, the noise scale not smoothed.
@@ -289,20 +284,22 @@ def summarize(step: int, blocks: Sequence[Block], arrays: Arrays, batch_size: fl
     if not blocks:
         raise ValueError("the optimizer has no state yet, but must have taken a step with a gradient")
     total = sum(sum(block.sizes) for block in blocks)
-    sums: dict[str, _Sums] = {}
-    samples: dict[str, Any] = {}
+    names: list[str] = []
+    sums: list[_Sums] = []
+    samples: list[Any] = []
     overall = []
     offset = 0
     for block in blocks:
-        places, cuts = _places(block.sizes, offset, total)
-        rows, sampled = _split(block, arrays.fetch(digest(block, places, arrays, batch_size)))
-        sums.update(zip(block.names, map(_sums, block.sizes, rows), strict=True))
-        *parts, rest = np.split(sampled, cuts, axis=1)
-        samples.update(zip(block.names, parts, strict=True))
+        places, ends = _places(block.sizes, offset, total)
+        rows, sampled = _split(block, look(block, places))
+        *parts, rest = np.split(sampled, ends, axis=1)
+        names += block.names
+        sums += map(_sums, block.sizes, rows)
+        samples += parts
         overall.append(rest)
         offset += sum(block.sizes)
-    tensors = {name: _summary(sums[name], samples[name]) for name in sums}
-    return Look(step, _summary(_added(list(sums.values())), np.concatenate(overall, axis=1)), tensors)
+    tensors = dict(zip(names, map(_summary, sums, samples), strict=True))
+    return Look(step, _summary(_added(sums), np.concatenate(overall, axis=1)), tensors)
 
 
 def digest(block: Block, places: Any, arrays: Arrays, batch_size: float) -> Array:
@@ -333,7 +330,7 @@ def _split(block: Block, fetched: Any) -> tuple[Any, Any]:
 
 @cache
 def _places(sizes: tuple[int, ...], offset: int, total: int) -> tuple[Any, Any]:
-    """Where the samples of a block's tensors and of all tensors lie in the block; and where one sample ends and the next begins.
+    """Where the samples of a block's tensors and of all tensors lie in it, and where each tensor's end among the samples.
 
     Args:
         sizes: of the block's tensors.
@@ -354,18 +351,19 @@ def spread(size: int) -> Any:
 
 def _sums(size: int, row: list[float]) -> _Sums:
     trace, norm, *surprises = row
-    return _Sums(size, NoiseScale(trace, norm), sum(surprises), size if surprises else 0)
+    return _Sums(NoiseScale(trace, norm), sum(surprises), size if surprises else 0)
 
 
 def _added(sums: Sequence[_Sums]) -> _Sums:
-    count, noises, surprises, counts = zip(*sums, strict=True)
-    return _Sums(sum(count), sum(noises[1:], noises[0]), sum(surprises), sum(counts))
+    noises, surprises, sizes = zip(*sums, strict=True)
+    return _Sums(sum(noises[1:], noises[0]), sum(surprises), sum(sizes))
 
 
 def _summary(sums: _Sums, sample: Any) -> Summary:
     gains, snrs = np.sort(sample, axis=1)
-    unexpected = sums.surprise / sums.surprise_count if sums.surprise_count else None
-    return Summary(_quantile(gains, 0.5), *(_quantile(snrs, share) for share in _QUANTILES), *sums.noise, unexpected)
+    low, middle, high = (_quantile(snrs, share) for share in (0.1, 0.5, 0.9))
+    unexpected = sums.surprise / sums.surprise_size if sums.surprise_size else None
+    return Summary(_quantile(gains, 0.5), low, middle, high, *sums.noise, unexpected)
 
 
 def _quantile(ordered: Any, share: float) -> float:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from vsgd import core
 from vsgd.backends.torch_engines import hyperparameters
-from vsgd.monitor import Arrays, Block, Monitor, summarize
+from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
 
 __all__ = ["watch"]
 
@@ -23,7 +24,7 @@ def _take(values: Tensor, places: Any) -> Tensor:
     return values[torch.from_numpy(places).to(values.device)]
 
 
-_ARRAYS = Arrays(torch.sum, torch.stack, torch.cat, _take, lambda values: values.cpu().numpy())
+_ARRAYS = Arrays(torch.sum, torch.stack, torch.cat, _take)
 
 
 def watch(
@@ -50,6 +51,7 @@ def watch(
 
     Raises:
         TypeError: the optimizer is of another class.
+        ValueError: `batch_size` is out of its range.
 
     Example:
         >>> from vsgd.torch import VSGD
@@ -66,14 +68,19 @@ def watch(
     """
     if not hasattr(optimizer, "_rule"):
         raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
+    core.validate(batch_size=batch_size)
     names = {param: name for name, param in named_parameters}
+
+    def look(block: Block, places: Any) -> Any:
+        return digest(block, places, _ARRAYS, batch_size).cpu().numpy()
+
     step = max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal step
         if monitor.due(step) and optimizer.state:
-            monitor.record(summarize(step, list(_blocks(optimizer, names)), _ARRAYS, batch_size))
+            monitor.record(summarize(step, list(_blocks(optimizer, names)), look, batch_size))
         step += 1
 
     return optimizer.register_step_pre_hook(before_step)
