@@ -180,8 +180,8 @@ def test_what_is_seen_is_what_the_posterior_says(kind: str, engine: str, dtypes:
     told: list[Any] = []
 
     def tell(optimizer: Any, args: Any, kwargs: Any) -> None:
-        told.append((copy.deepcopy(optimizer.noise_scale(batch_size=8)), optimizer.surprise(), optimizer.posterior))
-        told[-1] += ({param: optimizer.posterior(param) for param in params},)
+        known = {param: [to_numpy(optimizer.posterior(param))] for param in params}
+        told.append((optimizer.noise_scale(batch_size=8), optimizer.surprise(), known))
 
     for _ in range(3):
         step()
@@ -190,11 +190,10 @@ def test_what_is_seen_is_what_the_posterior_says(kind: str, engine: str, dtypes:
         step()
         with optimizer.register_step_pre_hook(tell):
             step()
-    (seen,), ((scales, surprises, _, known),) = looks, told
+    (seen,), ((scales, surprises, known),) = looks, told
     names[-1] = (str(len(params) - 1), params[-1])  # which was given none
     assert seen.step == 4
     assert set(seen.tensors) == {name for name, param in names if param.numel()}
-    known = {param: [to_numpy(each)] for param, each in known.items()}
     for name, param in names:
         if param.numel():
             check(seen.tensors[name], known[param], scales.tensors[param], surprises[param])
@@ -209,7 +208,7 @@ def to_numpy(known: Any) -> Any:
 
 
 def test_large_tensors_are_sampled_and_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, params, step = problem("VSGD", shapes=((300, 200), (9,), (50, 400)))
+    optimizer, params, step = problem("VSGD", shapes=((300, 200), (99,), (50, 400)))
     import vsgd.torch_monitor
 
     monkeypatch.setattr(vsgd.torch_monitor, "_BLOCK", 25_000)
@@ -230,7 +229,7 @@ def test_large_tensors_are_sampled_and_cut_into_blocks(monkeypatch: pytest.Monke
 
 
 def test_a_parameter_without_gradient_has_no_surprise_and_one_without_state_is_left_out() -> None:
-    optimizer, params, step = problem("VSGD", shapes=((3,), (4,), (5,)))
+    optimizer, params, _ = problem("VSGD", shapes=((3,), (4,), (5,)))
     looks: list[Look] = []
     with watch(optimizer, Monitor(looks, every=1)):
         params[0].grad = params[1].grad = None
@@ -327,7 +326,7 @@ def test_other_optimizers_and_batch_sizes_are_refused() -> None:
 @pytest.mark.compiler
 def test_a_compiled_step_is_watched_too() -> None:
     torch = pytest.importorskip("torch")
-    optimizer, params, step = problem("VSGD", shapes=((3,),))
+    optimizer, _, step = problem("VSGD", shapes=((3,),))
     looks: list[Look] = []
     step()
     compiled = torch.compile(optimizer.step)
@@ -377,21 +376,17 @@ def test_an_optax_state_tells_what_its_posterior_says(kind: str, dtype: str) -> 
     rng = np.random.default_rng(0)
     shapes = {"layer": [(3, 4), ()], "head": (5,)}
 
+    imaginary = 1j if dtype == "complex64" else 0
+
     def draw() -> Any:
         def one(shape: Any) -> Any:
-            return jax.numpy.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
+            return jax.numpy.asarray(rng.standard_normal(shape) + imaginary * rng.standard_normal(shape), dtype)
 
         return jax.tree.map(one, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
-    if dtype == "float32":
-        draw_complex = draw
-
-        def draw() -> Any:
-            return jax.tree.map(jax.numpy.real, draw_complex())
-
     params = draw()
     labels = {"layer": ["a", "a"], "head": "b"}
-    solver = optax.multi_transform({"a": make(0.1), "b": optax.chain(optax.clip(1e9), make(0.1))}, labels)
+    solver = optax.multi_transform({"a": make(0.1), "b": optax.chain(optax.identity(), make(0.1))}, labels)
     state = solver.init(params)
     for _ in range(3):
         _, state = solver.update(draw(), state, params)
