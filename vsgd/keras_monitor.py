@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from vsgd import core
@@ -15,7 +16,9 @@ from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
 
 __all__ = ["MonitorCallback", "tensorboard_writer"]
 
-_ARRAYS = Arrays(ops.sum, ops.stack, ops.concatenate, ops.take)
+_ARRAYS = Arrays(
+    ops.sum, lambda table, sizes: ops.split(table, np.cumsum(sizes)[:-1].tolist(), axis=1), ops.stack, ops.concatenate, ops.take
+)
 
 
 class MonitorCallback(keras.callbacks.Callback):

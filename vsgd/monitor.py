@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,12 +229,14 @@ class Arrays(NamedTuple):
 
     Attributes:
         sum: of the rows of a matrix, by `axis=1`.
+        split: a matrix, into one of so many columns for each size.
         stack: a list of vectors to a matrix.
         concatenate: a list of vectors to one.
         take: elements of a vector, at the places that a NumPy array of integers says.
     """
 
     sum: Callable[..., Array]
+    split: Callable[[Array, tuple[int, ...]], Sequence[Array]]
     stack: Callable[[Any], Array]
     concatenate: Callable[[Any], Array]
     take: Callable[[Array, Any], Array]
@@ -286,20 +289,20 @@ def summarize(step: int, blocks: Sequence[Block], look: Callable[[Block, Any], A
     total = sum(sum(block.sizes) for block in blocks)
     names: list[str] = []
     sums: list[_Sums] = []
-    samples: list[Any] = []
-    overall = []
+    quantiles: list[Any] = []
+    everywhere = []
     offset = 0
     for block in blocks:
-        places, ends = _places(block.sizes, offset, total)
+        places, sample = _places(block.sizes, offset, total), _sample(block.sizes)
         rows, sampled = _split(block, look(block, places))
-        *parts, rest = np.split(sampled, ends, axis=1)
         names += block.names
         sums += map(_sums, block.sizes, rows)
-        samples += parts
-        overall.append(rest)
+        quantiles += _quantiles(sampled, sample)
+        everywhere.append(sampled[:, sample.ends[-1] :])
         offset += sum(block.sizes)
-    tensors = dict(zip(names, map(_summary, sums, samples), strict=True))
-    return Look(step, _summary(_added(sums), np.concatenate(overall, axis=1)), tensors)
+    (overall,) = _quantiles(np.concatenate(everywhere, axis=1), _sample((total,)))
+    tensors = dict(zip(names, map(_summary, sums, quantiles), strict=True))
+    return Look(step, _summary(_added(sums), overall), tensors)
 
 
 def digest(block: Block, places: Any, arrays: Arrays, batch_size: float) -> Array:
@@ -316,8 +319,7 @@ def digest(block: Block, places: Any, arrays: Arrays, batch_size: float) -> Arra
     if block.grads is not None:
         summands.append(surprise(block.grads, block.state, block.scales))
     table = arrays.stack(summands)
-    ends = np.cumsum(block.sizes).tolist()
-    sums = [arrays.sum(table[:, end - size : end], axis=1) for end, size in zip(ends, block.sizes, strict=True)]
+    sums = [arrays.sum(part, axis=1) for part in arrays.split(table, block.sizes)]
     return arrays.concatenate([*sums, arrays.take(known.gain, places), arrays.take(known.snr, places)])
 
 
@@ -328,9 +330,27 @@ def _split(block: Block, fetched: Any) -> tuple[Any, Any]:
     return fetched[:count].reshape(-1, width).tolist(), fetched[count:].reshape(2, -1)
 
 
+class _Sample(NamedTuple):
+    """Where the samples of several tensors lie, one after the other, and the neighbours of their quantiles once sorted."""
+
+    ends: list[int]
+    low: Any
+    high: Any
+    share: Any
+
+
 @cache
-def _places(sizes: tuple[int, ...], offset: int, total: int) -> tuple[Any, Any]:
-    """Where the samples of a block's tensors and of all tensors lie in it, and where each tensor's end among the samples.
+def _sample(sizes: tuple[int, ...]) -> _Sample:
+    counts = np.minimum(sizes, SAMPLE)
+    ends = np.cumsum(counts)
+    ranks = np.outer(counts - 1, (0.1, 0.5, 0.9))
+    starts = (ends - counts)[:, None]
+    return _Sample(ends.tolist(), starts + np.floor(ranks).astype(int), starts + np.ceil(ranks).astype(int), ranks % 1)
+
+
+@cache
+def _places(sizes: tuple[int, ...], offset: int, total: int) -> Any:
+    """Where in a block the samples of its tensors lie, and then those of all tensors together.
 
     Args:
         sizes: of the block's tensors.
@@ -340,8 +360,7 @@ def _places(sizes: tuple[int, ...], offset: int, total: int) -> tuple[Any, Any]:
     starts = np.cumsum((0, *sizes))
     each = [start + spread(size) for start, size in zip(starts, sizes, strict=False)]
     everywhere = spread(total) - offset
-    here = everywhere[(everywhere >= 0) & (everywhere < starts[-1])]
-    return np.concatenate([*each, here]), np.cumsum([len(part) for part in each])
+    return np.concatenate([*each, everywhere[(everywhere >= 0) & (everywhere < starts[-1])]])
 
 
 def spread(size: int) -> Any:
@@ -359,15 +378,16 @@ def _added(sums: Sequence[_Sums]) -> _Sums:
     return _Sums(sum(noises[1:], noises[0]), sum(surprises), sum(sizes))
 
 
-def _summary(sums: _Sums, sample: Any) -> Summary:
-    gains, snrs = np.sort(sample, axis=1)
-    low, middle, high = (_quantile(snrs, share) for share in (0.1, 0.5, 0.9))
+def _quantiles(sampled: Any, sample: _Sample) -> list[Any]:
+    """Of gain and SNR, for each tensor; NumPy's own, tensor by tensor, took several times as long."""
+    ordered = sampled[:, : sample.ends[-1]].copy()
+    for start, end in pairwise((0, *sample.ends)):
+        ordered[:, start:end].sort(axis=1)
+    low, high = ordered[:, sample.low], ordered[:, sample.high]
+    return (low + (high - low) * sample.share).swapaxes(0, 1).tolist()
+
+
+def _summary(sums: _Sums, quantiles: list[list[float]]) -> Summary:
+    (_, gain, _), snrs = quantiles
     unexpected = sums.surprise / sums.surprise_size if sums.surprise_size else None
-    return Summary(_quantile(gains, 0.5), low, middle, high, *sums.noise, unexpected)
-
-
-def _quantile(ordered: Any, share: float) -> float:
-    """As NumPy's, linear between the neighbours; of many short arrays it is faster."""
-    place = share * (len(ordered) - 1)
-    low, high = float(ordered[math.floor(place)]), float(ordered[math.ceil(place)])
-    return low + (high - low) * (place % 1)
+    return Summary(gain, *snrs, *sums.noise, unexpected)  # type: ignore[call-arg]

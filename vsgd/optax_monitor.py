@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vsgd import core
@@ -17,7 +18,9 @@ from vsgd.optax_posterior import _arithmetic, _map_states, _parts
 
 __all__ = ["summarize"]
 
-_ARRAYS = Arrays(jnp.sum, jnp.stack, jnp.concatenate, jnp.take)
+_ARRAYS = Arrays(
+    jnp.sum, lambda table, sizes: jnp.split(table, np.cumsum(sizes)[:-1], axis=1), jnp.stack, jnp.concatenate, jnp.take
+)
 
 
 class _State(NamedTuple):

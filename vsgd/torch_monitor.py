@@ -24,7 +24,7 @@ def _take(values: Tensor, places: Any) -> Tensor:
     return values[torch.from_numpy(places).to(values.device)]
 
 
-_ARRAYS = Arrays(torch.sum, torch.stack, torch.cat, _take)
+_ARRAYS = Arrays(torch.sum, lambda table, sizes: table.split(sizes, dim=1), torch.stack, torch.cat, _take)
 
 
 def watch(
@@ -140,4 +140,4 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor if type(tensor) is Tensor or not hasattr(tensor, "full_tensor") else tensor.full_tensor()
