@@ -411,3 +411,32 @@ def ours_posterior() -> type:
     from vsgd.posterior import Posterior
 
     return Posterior
+
+
+# The plots.
+
+
+def test_the_plots_show_what_was_seen() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from vsgd.monitor_plots import draw_heat_map, draw_momenta, draw_noise_scale
+
+    looks = [look(10), look(20, norm=-1.0), look(30, norm=2.0)]
+    figure, (heat, scale, momenta) = plt.subplots(1, 3)
+    draw_heat_map(heat, looks, "gain")
+    assert np.asarray(heat.collections[0].get_array()).ravel().tolist() == [0.5, 0.5, 0.5]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["a/b"]
+    draw_noise_scale(scale, looks, batch_size=64)
+    np.testing.assert_array_equal(scale.lines[0].get_ydata(), [2.0, np.nan, 4.0])
+    assert [text.get_text() for text in scale.get_legend().get_texts()] == [
+        "noise scale, all tensors", "33% of the looks found no gradient in the noise", "batch size, 64",
+    ]  # fmt: skip
+    draw_momenta(momenta, {"layer": np.geomspace(0.01, 0.5, 100)})
+    assert {"0.99", "0.9"} <= {label.get_text() for label in momenta.get_xticklabels()}
+    plt.close(figure)
+    with pytest.raises(ValueError, match="quantity is 'loss'"):
+        draw_heat_map(heat, looks, "loss")
+    with pytest.raises(ValueError, match="looks is empty"):
+        draw_noise_scale(scale, [])

@@ -48,7 +48,10 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
     edges = np.concatenate([[steps[0] - first], middles, [steps[-1] + last]])
     low, high = np.nanmin(values), np.nanmax(values)
     mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), values, norm="log", vmin=low, vmax=high, cmap="viridis")
-    axes.figure.colorbar(mesh, ax=axes, label=_LABELS[quantity])
+    bar = axes.figure.colorbar(mesh, ax=axes, label=_LABELS[quantity])
+    if high < 20 * low:  # too little for powers of ten
+        bar.ax.yaxis.set_major_formatter("{x:.3g}")
+        bar.ax.yaxis.set_minor_formatter("{x:.3g}")
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="small")
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -94,7 +97,8 @@ def draw_momenta(axes: Any, gains: Mapping[str, Array], bins: int = 60) -> None:
     for name, gain in flat.items():
         axes.hist(gain, edges, weights=np.full(gain.size, 100 / gain.size), histtype="step", linewidth=1.5, label=name)
     # Momenta close to 1 differ in how far from it they are: the axis is that of the gain, told as momenta.
-    ticks = [gain for power in range(9) for gain in (10.0**-power, 0.5 * 10.0**-power, 0.2 * 10.0**-power)]
+    few = edges[-1] > 10 * edges[0]
+    ticks = [digit * 10.0**-power for power in range(1, 9) for digit in ((1, 3) if few else range(1, 10))]
     shown = [gain for gain in ticks if edges[0] <= gain <= edges[-1]]
     axes.set(xscale="log", xlim=(edges[-1], edges[0]))
     axes.set_xticks(shown, [f"{1 - gain:.9g}" for gain in shown])
