@@ -36,6 +36,7 @@ def test_importing_the_package_or_its_core_imports_no_framework() -> None:
 
 def test_each_adapter_imports_its_own_framework_only() -> None:
     assert not modules_after("import vsgd.numpy") & {"torch", "jax", "tensorflow", "keras", "numba"}
+    assert not modules_after("import vsgd.monitor, vsgd.monitor_plots") & {"torch", "jax", "tensorflow", "keras", "matplotlib"}
     pytest.importorskip("torch")
     assert not modules_after("import vsgd.torch") & {"jax", "tensorflow", "keras", "numba", "vsgd.numpy"}
 

@@ -16,7 +16,11 @@ from processes import run_python
 
 TESTS = Path(__file__).parent
 BACKENDS = ("tensorflow", "jax", "torch")
-FILES = (*(f"tests/test_keras{name}.py" for name in ("", "_compact", "_training", "_example")), "vsgd/keras.py")
+FILES = (
+    *(f"tests/test_keras{name}.py" for name in ("", "_compact", "_monitor", "_training", "_example")),
+    "vsgd/keras.py",
+    "vsgd/keras_monitor.py",
+)
 
 if find_spec("keras") is None:
     pytest.skip("Keras is not installed", allow_module_level=True)

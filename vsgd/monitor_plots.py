@@ -1,0 +1,113 @@
+"""Plots of what a monitor saw, with matplotlib: `pip install 'vsgd[examples]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vsgd.monitor import Look
+from vsgd.posterior import Array
+
+__all__ = ["draw_heat_map", "draw_momenta", "draw_noise_scale"]
+
+_LABELS = {
+    "gain": "median gain",
+    "momentum": "median effective momentum, 1 - gain",
+    "snr_10": "signal to noise $\\mu^2 / \\sigma^2$, 10 % quantile",
+    "snr_50": "median signal to noise $\\mu^2 / \\sigma^2$",
+    "snr_90": "signal to noise $\\mu^2 / \\sigma^2$, 90 % quantile",
+    "surprise": "surprise, 1 where the model fits",
+}
+
+
+def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
+    """Draw a quantity of each tensor over training, in colours on a logarithmic scale.
+
+    Args:
+        axes: matplotlib's, to draw into.
+        looks: what a monitor saw.
+        quantity: "gain", "momentum", "snr_10", "snr_50", "snr_90" or "surprise".
+
+    Raises:
+        ValueError: it is another quantity, or there are no looks.
+    """
+    if quantity not in _LABELS:
+        raise ValueError(f"quantity is {quantity!r}, but must be one of {', '.join(_LABELS)}")
+    steps = _steps(looks)
+    names = list(dict.fromkeys(name for look in looks for name in look.tensors))
+    values = np.full((len(names), len(looks)), np.nan)
+    for column, look in enumerate(looks):
+        for row, name in enumerate(names):
+            value = getattr(look.tensors[name], quantity) if name in look.tensors else None
+            values[row, column] = np.nan if value is None or value <= 0 else value
+    # The edges between looks: half way to the neighbours.
+    middles = (steps[1:] + steps[:-1]) / 2
+    first, last = (middles[0] - steps[0], steps[-1] - middles[-1]) if len(steps) > 1 else (0.5, 0.5)
+    edges = np.concatenate([[steps[0] - first], middles, [steps[-1] + last]])
+    low, high = np.nanmin(values), np.nanmax(values)
+    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), values, norm="log", vmin=low, vmax=high, cmap="viridis")
+    bar = axes.figure.colorbar(mesh, ax=axes, label=_LABELS[quantity])
+    if high < 20 * low:  # too little for powers of ten
+        bar.ax.yaxis.set_major_formatter("{x:.3g}")
+        bar.ax.yaxis.set_minor_formatter("{x:.3g}")
+    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="small")
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set(xlabel="step", ylabel="tensor, in the optimizer's order")
+
+
+def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None = None) -> None:
+    """Draw the noise scale of all tensors together over training, and the batch size; where it is no positive number, a gap.
+
+    Args:
+        axes: matplotlib's, to draw into.
+        looks: what a monitor saw, told the batch size.
+        batch_size: to be drawn in; None: not.
+
+    Raises:
+        ValueError: there are no looks.
+    """
+    steps = _steps(looks)
+    scales = np.array([look.overall.noise_scale for look in looks])
+    found = np.isfinite(scales) & (scales > 0)
+    axes.plot(steps, np.where(found, scales, np.nan), marker=".", label="noise scale, all tensors")
+    if not found.all():
+        share = 1 - found.mean()
+        axes.plot([], [], " ", label=f"{share:.0%} of the looks found no gradient in the noise")
+    if batch_size is not None:
+        axes.axhline(batch_size, color="C1", linestyle="--", label=f"batch size, {batch_size:g}")
+    axes.set(yscale="log", xlabel="step", ylabel="examples", xlim=(0, steps[-1]))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def draw_momenta(axes: Any, gains: Mapping[str, Array], bins: int = 60) -> None:
+    """Draw a histogram of the effective momenta of all elements, one outline for each name.
+
+    Args:
+        axes: matplotlib's, to draw into.
+        gains: by name the `gain` of posteriors, of real numbers, as NumPy takes them.
+        bins: how many.
+    """
+    flat = {name: np.ravel(np.asarray(gain)) for name, gain in gains.items()}
+    low, high = (extreme([extreme(gain) for gain in flat.values()]) for extreme in (np.min, np.max))
+    edges = np.geomspace(0.98 * low, 1.02 * high, bins + 1)
+    for name, gain in flat.items():
+        axes.hist(gain, edges, weights=np.full(gain.size, 100 / gain.size), histtype="step", linewidth=1.5, label=name)
+    # Momenta close to 1 differ in how far from it they are: the axis is that of the gain, told as momenta.
+    few = edges[-1] > 10 * edges[0]
+    ticks = [digit * 10.0**-power for power in range(1, 9) for digit in ((1, 3) if few else range(1, 10))]
+    shown = [gain for gain in ticks if edges[0] <= gain <= edges[-1]]
+    axes.set(xscale="log", xlim=(edges[-1], edges[0]))
+    axes.set_xticks(shown, [f"{1 - gain:.9g}" for gain in shown])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="effective momentum, 1 - gain", ylabel="share of the elements, %")
+    axes.legend(frameon=False)
+
+
+def _steps(looks: Sequence[Look]) -> Any:
+    if not looks:
+        raise ValueError("looks is empty, but must hold at least one")
+    return np.array([look.step for look in looks])
