@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -57,13 +56,47 @@ def test_the_fields_are_a_kalman_filters(kind: str) -> None:
         np.testing.assert_allclose(known.gain, 1 / 5, rtol=1e-12)
 
 
-def test_what_is_told_is_a_copy() -> None:
+def numbers(array: Any) -> np.ndarray:
+    """A copy for NumPy, of any library's array."""
+    return np.array(array.numpy() if hasattr(array, "numpy") else array)
+
+
+def numpy_step() -> tuple[Any, Any]:
     optimizer, grads = stepped("VSGD")
-    known = optimizer.posterior(0)
-    before = copy.deepcopy(known)
-    optimizer.step(grads)
+    return lambda: optimizer.posterior(0), lambda: optimizer.step(grads)
+
+
+def torch_step() -> tuple[Any, Any]:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    optimizer = VSGD([param])
+    optimizer.step()
+    return lambda: optimizer.posterior(param), optimizer.step
+
+
+def keras_step() -> tuple[Any, Any]:
+    pytest.importorskip("keras")
+    from keras_problems import make, tensors, variables_of
+
+    variables = variables_of([np.ones(5, np.float32)])
+    optimizer = make("VSGD")
+    grads = tensors([np.ones(5, np.float32)])
+    optimizer.apply(grads, variables)
+    return lambda: optimizer.posterior(variables[0]), lambda: optimizer.apply(grads, variables)
+
+
+@pytest.mark.parametrize("steps", [numpy_step, torch_step, keras_step], ids=lambda steps: steps.__name__)
+def test_what_is_told_is_a_copy(steps: Any) -> None:
+    posterior_now, step = steps()
+    known = posterior_now()
+    before = list(map(numbers, known))
+    step()
     for one, other in zip(known, before, strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(numbers(one), other)
+    assert not np.array_equal(numbers(posterior_now().mean), before[0])
 
 
 @kinds
@@ -277,3 +310,31 @@ def test_torch_maximizes_with_the_opposite_gradient() -> None:
             optimizer.step()
         told.append((optimizer.posterior(param).mean, optimizer.surprise()[param]))
     torch.testing.assert_close(told[0], told[1])
+
+
+def test_variances_beyond_the_root_of_the_largest_number_are_predicted() -> None:
+    # Their product would overflow, and so would that of the smallest ones vanish.
+    for size in (1e-22, 1e25):
+        state = tuple(np.full(3, value, np.float32) for value in (0.0, size, 3 * size))
+        np.testing.assert_allclose(predicted_variance(state, (1.0, 1.0)), 4.75 * size, rtol=1e-6)
+
+
+def test_numpy_takes_gradients_for_the_surprise_as_for_a_step() -> None:
+    optimizer, grads = stepped("VSGD", "complex128")
+    real = [grad.real for grad in grads]
+    assert optimizer.surprise(real) == optimizer.surprise([grad.astype(complex) for grad in real])
+    with pytest.raises(ValueError, match=r"grads\[0\] has shape \(3,\), but params\[0\] has \(5, 3\)"):
+        optimizer.surprise([np.ones(3), *grads[1:]])
+
+
+def test_optax_has_no_surprise_of_what_is_masked_out() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    optax = pytest.importorskip("optax")
+    import vsgd.optax
+
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+    state = optax.masked(vsgd.optax.scale_by_vsgd(), {"a": True, "b": False}).init(params)
+    told = vsgd.optax.surprise({"a": jnp.ones(3), "b": jnp.ones(2)}, state)
+    alone = vsgd.optax.surprise({"a": jnp.ones(3)}, vsgd.optax.scale_by_vsgd().init({"a": params["a"]}))
+    assert told["a"] == alone["a"]
+    assert isinstance(told["b"], optax.MaskedNode)

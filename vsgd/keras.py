@@ -169,13 +169,15 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
             variable: one that the optimizer was built with.
 
         Returns:
-            The backend's tensors, of the variable's shape, float64 for float64 variables, else float32.
+            The backend's tensors, of the variable's shape, float64 for float64 variables, else float32; copies.
 
         Raises:
             ValueError: the optimizer was not built with the variable.
         """
         known = [posterior(part, self._scales()) for part in self._real_states(self._index(variable))]
-        return Posterior(*map(_whole, zip(*known, strict=True)))
+        whole = Posterior(*map(_whole, zip(*known, strict=True)))
+        # The torch engines overwrite the state.
+        return whole._replace(mean=ops.copy(whole.mean))
 
     def noise_scale(self, *, batch_size: float) -> NoiseScales:
         """The gradient noise scale (arXiv 1812.06162) of all variables; see `vsgd.posterior.noise_scale` for how.

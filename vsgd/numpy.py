@@ -60,13 +60,16 @@ class _RuleOptimizer:
         Raises:
             ValueError: the gradients do not fit the parameters. Nothing was changed.
         """
+        for param, grad, state in zip(self.params, self._checked(grads), self.state, strict=True):
+            if grad is not None:
+                self._step_one(param, grad, state)
+
+    def _checked(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """The gradients as arrays, where they fit the parameters."""
         if len(grads) != len(self.params):
             raise ValueError(f"grads has {len(grads)} items, but there are {len(self.params)} params")
         pairs = enumerate(zip(self.params, grads, strict=True))
-        checked = [None if grad is None else _checked_grad(index, param, grad) for index, (param, grad) in pairs]
-        for param, grad, state in zip(self.params, checked, self.state, strict=True):
-            if grad is not None:
-                self._step_one(param, grad, state)
+        return [None if grad is None else _checked_grad(index, param, grad) for index, (param, grad) in pairs]
 
     def posterior(self, index: int) -> Posterior:
         """What is known of a parameter's gradient: the uncertainty of the gradient, not of the weights.
@@ -108,12 +111,16 @@ class _RuleOptimizer:
         Returns:
             For each parameter the mean of its squared standardized innovations, near 1 where the model fits; None without a
             gradient.
+
+        Raises:
+            ValueError: the gradients do not fit the parameters.
         """
-        scales = self._rule.variance_scales(self.hyper)
-        pairs = zip(grads, map(self._arrays, self.state), strict=True)
-        return [
-            None if grad is None else float(surprise(_real(np.asarray(grad)), arrays, scales).mean()) for grad, arrays in pairs
-        ]
+        pairs = zip(self._checked(grads), self.state, strict=True)
+        return [None if grad is None else self._surprise(grad, state) for grad, state in pairs]
+
+    def _surprise(self, grad: np.ndarray, state: dict[str, Any]) -> float:
+        arrays = self._arrays(state)
+        return float(surprise(_real(grad.astype(state["mu_g"].dtype)), arrays, self._rule.variance_scales(self.hyper)).mean())
 
     def _arrays(self, state: dict[str, Any]) -> tuple[np.ndarray, ...]:
         return tuple(_real(state[name]) for name in self._rule.state_names)

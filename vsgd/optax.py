@@ -414,7 +414,7 @@ def surprise(
 
     Returns:
         A tree like the gradients' with the mean of each one's squared standardized innovations, 0-d arrays; near 1 where the
-        model fits.
+        model fits. Of a parameter that is masked out it has the `optax.MaskedNode`.
 
     Raises:
         ValueError: there is no state of VSGD.

@@ -53,9 +53,13 @@ def surprises(rules: Rules, grads: Any, opt_state: Any, scales: Scales) -> Any:
         return mean
 
     means = _map_states(rules, opt_state, of_leaf)
-    return jax.tree.map(
-        lambda grad, mean: None if grad is None else mean(grad), grads, means, is_leaf=lambda leaf: leaf is None
-    )
+
+    def told(grad: Any, mean: Any) -> Any:
+        if isinstance(mean, optax.MaskedNode):
+            return mean
+        return None if grad is None else mean(grad)
+
+    return jax.tree.map(told, grads, means, is_leaf=lambda leaf: leaf is None)
 
 
 def _is_scale(node: Any) -> bool:

@@ -81,8 +81,8 @@ def predicted_variance(state: core.State, scales: Sequence[Array]) -> Array:
         An array of the state's shape and dtype.
     """
     drift_variance, noise_variance = state[1] * scales[0], state[-1] * scales[1]
-    innovation_variance = drift_variance + noise_variance
-    return innovation_variance + drift_variance * noise_variance / innovation_variance
+    # The quotient first, for a product of variances overflows.
+    return drift_variance + noise_variance + drift_variance / (drift_variance + noise_variance) * noise_variance
 
 
 def surprise(grad: Array, state: core.State, scales: Sequence[Array]) -> Array:
