@@ -7,33 +7,20 @@ drop of the noise, with state rounded at random, to the nearest, and not at all.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from benchmarks.quickstart import load
 from benchmarks.report import replace_section, table
 from vsgd.torch import VSGD
 
-_QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(VSGD, state_dtype="bfloat16")}
 _STEPS, _DROP = 3000, 1000
-
-
-def _quickstart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart", _QUICKSTART)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
@@ -43,7 +30,7 @@ def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
         seeds: how many.
         epochs: passes over the training data.
     """
-    quickstart = _quickstart()
+    quickstart = load()
     quickstart.OPTIMIZERS.update(_STATES)
     data = quickstart.load_data()
     with quickstart.tqdm(total=len(_STATES) * seeds * epochs * (len(data.train_x) // quickstart.BATCH_SIZE)) as bar:

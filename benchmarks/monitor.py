@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from benchmarks.quickstart import load
 from benchmarks.timing import Limits, interleave, paired_ratio, spread, taken
 from vsgd.monitor import Monitor
 from vsgd.torch import VSGD
@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from quickstart import conv_mixer  # type: ignore[import-not-found]
-
+    conv_mixer = load().conv_mixer
     torch.set_num_threads(1)  # as the quickstart
     with tempfile.TemporaryDirectory() as folder:
         monitors = {

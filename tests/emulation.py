@@ -7,6 +7,13 @@ from test_rounding import ROUND, WORD
 
 from vsgd import core, rounding
 
+#: What is refused, and the message.
+BAD_STORAGE = [
+    ({"state_dtype": "float16"}, "Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')"),
+    ({"seed": 0.5}, "Invalid seed value: 0.5 (seed must be an integer)"),
+    ({"seed": None}, "Invalid seed value: None (seed must be an integer)"),
+]
+
 
 def words(seed: int, number: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
     # Flat, for a number of no dimension does not stay int32 in NumPy 1, and warns where it wraps around.

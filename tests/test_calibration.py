@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from scripts import loaded
 
 import vsgd.numpy
 from vsgd import core
@@ -126,10 +126,8 @@ def test_the_command_writes_its_table_and_figure(tmp_path: Path) -> None:
 
 def test_the_script_measures_coverage() -> None:
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("calibration", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    track = script.follow("Constant VSGD", script.REGIMES["fast drift"], steps=300, elements=2000)
+    with loaded(SCRIPT) as script:
+        track = script.follow("Constant VSGD", script.REGIMES["fast drift"], steps=300, elements=2000)
     gain = 1 / 4
     ratio = ((1 - gain) ** 2 + gain**2) / (gain * (1 - gain) * (1 + 2 * gain))
     np.testing.assert_allclose(track.coverage[:, -100:].mean(axis=1), covered(ratio), atol=0.03)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -16,17 +15,17 @@ torch = pytest.importorskip("torch")
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
+from scripts import loaded  # noqa: E402
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "choose_batch_size.py"
 
 
 @pytest.fixture
 def example() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("choose_batch_size", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield module
+    with loaded(EXAMPLE) as module:
+        yield module
     torch.set_num_threads(threads)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulation import emulate_step, round_all, steps_apart, words
+from emulation import BAD_STORAGE, emulate_step, round_all, steps_apart, words
 from engines import x64
 
 jax = pytest.importorskip("jax")
@@ -376,14 +376,7 @@ def test_float32_parameters_are_not_rounded(make: Callable[..., Any]) -> None:
 # --- Bad input. ---
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"state_dtype": "float16"}, "Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')"),
-        ({"seed": 0.5}, "Invalid seed value: 0.5 (seed must be an integer)"),
-        ({"seed": None}, "Invalid seed value: None (seed must be an integer)"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), BAD_STORAGE)
 @solvers
 def test_a_bad_argument_is_named(make: Callable[..., Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:

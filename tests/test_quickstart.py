@@ -1,6 +1,5 @@
 """The main demonstration, run for real."""
 
-import importlib.util
 import math
 import os
 import re
@@ -17,17 +16,15 @@ torch = pytest.importorskip("torch")
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
+from scripts import loaded  # noqa: E402
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
 def quickstart() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded(EXAMPLE) as module:
+        yield module
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vsgd import core
-from vsgd.outliers import rule_of
+from vsgd.outliers import guarded
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
 __all__ = ["VSGD", "ConstantVSGD"]
@@ -32,9 +32,7 @@ class _RuleOptimizer:
     def __init__(
         self, params: Iterable[np.ndarray], lr: float, weight_decay: float, hyper: Any, outlier_threshold: float | None
     ) -> None:
-        self._rule = rule_of(self._kind, outlier_threshold)
-        if outlier_threshold is not None:
-            hyper = self._rule.hyperparameters(*hyper, outlier_threshold)
+        self._rule, hyper = guarded(self._kind, hyper, outlier_threshold)
         core.validate(lr=lr, weight_decay=weight_decay, **hyper._asdict())
         self.params = [_checked_param(index, param) for index, param in enumerate(params)]
         self.lr = lr

@@ -14,7 +14,8 @@ except ImportError as error:
     raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
 
 from vsgd import core, optax_posterior, rounding
-from vsgd.outliers import rule_of
+from vsgd.optax_numbers import arithmetic_dtype, join, parts
+from vsgd.outliers import guarded
 from vsgd.posterior import NoiseScales
 
 __all__ = [
@@ -483,9 +484,7 @@ def _scale_by_rule(
     rule: core.Rule, hyper: Any, make_state: Callable[..., Any], state_dtype: str, seed: Any, outlier_threshold: Any
 ) -> optax.GradientTransformationExtraArgs:
     """What VSGD and Constant VSGD share: everything but the rule, its hyperparameters and its state's type."""
-    rule = rule_of(rule, outlier_threshold)
-    if outlier_threshold is not None:
-        hyper = rule.hyperparameters(*hyper, *_known(outlier_threshold))
+    rule, hyper = guarded(rule, hyper, *_known(outlier_threshold))
     core.validate(**hyper._asdict(), seed=seed)
     core.validate_state_dtype(state_dtype)
     update_real = rule.make_update(jnp)
@@ -493,11 +492,11 @@ def _scale_by_rule(
 
     def init(params: optax.Params) -> Any:
         def full(param: Any, index: int) -> jax.Array:
-            dtype = _arithmetic_dtype(_dtype(param))
+            dtype = arithmetic_dtype(_dtype(param))
             real = jnp.finfo(dtype).dtype
             value = jnp.asarray(rule.initial_state(_in_dtype(hyper, real))[index], real)
             stored = state_dtype if dtype == jnp.float32 else dtype
-            return jnp.full_like(param, _join(value, value) if dtype != real else value, dtype=stored)
+            return jnp.full_like(param, join(value, value) if dtype != real else value, dtype=stored)
 
         trees = (jax.tree.map(functools.partial(full, index=i), params) for i in range(len(rule.state_names)))
         return make_state(jnp.zeros([], jnp.int32), *trees)
@@ -516,15 +515,15 @@ def _scale_by_rule(
                 return None, *arrays
             _check_gradient(path, grad)
             stored = arrays[0].dtype
-            dtype = _arithmetic_dtype(stored)
+            dtype = arithmetic_dtype(stored)
             c = coefficients(jnp.finfo(dtype).dtype)
-            wide = (_parts(array.astype(dtype)) for array in arrays)
-            parts = zip(_parts(jnp.asarray(grad, dtype)), zip(*wide, strict=True), strict=True)
-            direction, new_arrays = jax.tree.map(_join, *(update_real(part, of_state, c) for part, of_state in parts))
+            wide = (parts(array.astype(dtype)) for array in arrays)
+            pairs = zip(parts(jnp.asarray(grad, dtype)), zip(*wide, strict=True), strict=True)
+            direction, new_arrays = jax.tree.map(join, *(update_real(part, of_state, c) for part, of_state in pairs))
             if stored == jnp.bfloat16:
                 words = make_words(number, count, arrays[0].shape)
-                pairs = zip(new_arrays, rounding.MULTIPLIERS, strict=False)
-                new_arrays = [_to_bfloat16(array, words, multiplier).astype(stored) for array, multiplier in pairs]
+                factors = zip(new_arrays, rounding.MULTIPLIERS, strict=False)
+                new_arrays = [_to_bfloat16(array, words, multiplier).astype(stored) for array, multiplier in factors]
             return direction.astype(_dtype(grad)), *new_arrays
 
         treedef: Any
@@ -576,16 +575,6 @@ def _numbers(tree: Any) -> Any:
     return jax.tree.unflatten(structure, range(len(leaves)))
 
 
-def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
-    """The real arrays that are updated: a complex one is two."""
-    return (jnp.real(array), jnp.imag(array)) if jnp.iscomplexobj(array) else (array,)
-
-
-def _join(*parts: jax.Array) -> jax.Array:
-    """The array of these parts."""
-    return jax.lax.complex(*parts) if len(parts) == 2 else parts[0]
-
-
 def _dtype(array: Any) -> Any:
     """The dtype of an array, of what only describes one, or of a number."""
     return array.dtype if hasattr(array, "dtype") else jnp.result_type(array)
@@ -609,15 +598,6 @@ def _array_in_dtype(name: str, value: Any, dtype: Any) -> jax.Array:
         # `inject_hyperparams` rounds to the parameters' dtype: 1e-8 to 0, at which all is NaN.
         return jnp.maximum(value.astype(dtype), float(jnp.finfo(value.dtype).smallest_subnormal))
     return value.astype(dtype)
-
-
-def _arithmetic_dtype(dtype: Any) -> Any:
-    """Half precision holds neither b_g (it falls to 1e-8) nor its small changes: the arithmetic is in float32 or more."""
-    # Not `promote_types`, which knows no common type of float32 and the 8-bit floats.
-    double = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits == 64
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.dtype(jnp.complex128 if double else jnp.complex64)
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def _check_gradient(path: Any, grad: Any) -> None:

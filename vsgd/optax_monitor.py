@@ -14,7 +14,8 @@ from vsgd import core
 from vsgd.monitor import Arrays, Block, Look, digest
 from vsgd.monitor import summarize as _summarize
 from vsgd.optax import _RULES, _scales_of
-from vsgd.optax_posterior import _arithmetic, _map_states, _parts
+from vsgd.optax_numbers import arithmetic_dtype, parts
+from vsgd.optax_posterior import map_states
 
 __all__ = ["summarize"]
 
@@ -89,7 +90,7 @@ def summarize(
 
 def _kinds(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, _State, Any]]]:
     """The parameters by rule, dtype, and whether they have a gradient: names, states and gradients."""
-    states = _map_states(_RULES, opt_state, lambda rule, arrays: _State(rule, arrays))
+    states = map_states(_RULES, opt_state, lambda rule, arrays: _State(rule, arrays))
     of_path = {path: jnp.asarray(grad) for path, grad in jax.tree.leaves_with_path(grads)}
     kinds: dict[Any, list[tuple[str, _State, Any]]] = {}
     for path, state in jax.tree.leaves_with_path(states, is_leaf=lambda node: isinstance(node, _State)):
@@ -103,7 +104,7 @@ def _kinds(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, _State, Any]
 @jax.jit
 def _flat(arrays: tuple[jax.Array, ...]) -> jax.Array:
     """One vector of real numbers."""
-    return jnp.concatenate([jnp.ravel(part) for array in arrays for part in _parts(array.astype(_arithmetic(array)))])
+    return jnp.concatenate([jnp.ravel(part) for array in arrays for part in parts(array.astype(arithmetic_dtype(array.dtype)))])
 
 
 @partial(jax.jit, static_argnames="sizes")

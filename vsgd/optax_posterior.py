@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from vsgd import core
+from vsgd.optax_numbers import arithmetic_dtype, join, parts
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
 #: By the type of its state.
@@ -23,10 +24,10 @@ def posteriors(rules: Rules, opt_state: Any, scales: Scales) -> Any:
     """A tree with the posterior of each parameter."""
 
     def of_leaf(rule: core.Rule, arrays: tuple[jax.Array, ...]) -> Posterior:
-        known = [posterior(part, scales(rule)) for part in _parts_of(arrays)]
-        return Posterior(*(jax.lax.complex(*parts) if len(parts) == 2 else parts[0] for parts in zip(*known, strict=True)))
+        known = [posterior(part, scales(rule)) for part in parts_of(arrays)]
+        return Posterior(*(join(*each) for each in zip(*known, strict=True)))
 
-    return _map_states(rules, opt_state, of_leaf)
+    return map_states(rules, opt_state, of_leaf)
 
 
 def noise_scales(rules: Rules, opt_state: Any, scales: Scales, batch_size: Any) -> NoiseScales:
@@ -34,10 +35,10 @@ def noise_scales(rules: Rules, opt_state: Any, scales: Scales, batch_size: Any) 
     core.validate(batch_size=batch_size)
 
     def of_leaf(rule: core.Rule, arrays: tuple[jax.Array, ...]) -> NoiseScale:
-        parts = (posterior(part, scales(rule)) for part in _parts_of(arrays))
-        return functools.reduce(operator.add, (noise_scale(part, batch_size, jnp.sum) for part in parts))
+        known = (posterior(part, scales(rule)) for part in parts_of(arrays))
+        return functools.reduce(operator.add, (noise_scale(part, batch_size, jnp.sum) for part in known))
 
-    tensors = _map_states(rules, opt_state, of_leaf)
+    tensors = map_states(rules, opt_state, of_leaf)
     each = [leaf for leaf in jax.tree.leaves(tensors, is_leaf=_is_scale) if _is_scale(leaf)]
     return NoiseScales(functools.reduce(operator.add, each, NoiseScale(jnp.zeros([]), jnp.zeros([]))), tensors)
 
@@ -47,12 +48,12 @@ def surprises(rules: Rules, grads: Any, opt_state: Any, scales: Scales) -> Any:
 
     def of_leaf(rule: core.Rule, arrays: tuple[jax.Array, ...]) -> Callable[[Any], Any]:
         def mean(grad: Any) -> jax.Array:
-            parts = zip(_parts(jnp.asarray(grad, _arithmetic(arrays[0]))), _parts_of(arrays), strict=True)
-            return jnp.mean(jnp.stack([surprise(part, state, scales(rule)).mean() for part, state in parts]))
+            pairs = zip(parts(jnp.asarray(grad, arithmetic_dtype(arrays[0].dtype))), parts_of(arrays), strict=True)
+            return jnp.mean(jnp.stack([surprise(part, state, scales(rule)).mean() for part, state in pairs]))
 
         return mean
 
-    means = _map_states(rules, opt_state, of_leaf)
+    means = map_states(rules, opt_state, of_leaf)
 
     def told(grad: Any, mean: Any) -> Any:
         if isinstance(mean, optax.MaskedNode):
@@ -66,7 +67,7 @@ def _is_scale(node: Any) -> bool:
     return isinstance(node, NoiseScale)
 
 
-def _map_states(rules: Rules, opt_state: Any, of_leaf: Callable[[core.Rule, tuple[jax.Array, ...]], Any]) -> Any:
+def map_states(rules: Rules, opt_state: Any, of_leaf: Callable[[core.Rule, tuple[jax.Array, ...]], Any]) -> Any:
     """A function of each parameter's state, in a tree like the parameters'."""
     kinds = tuple(rules)
     states = [
@@ -96,14 +97,6 @@ class _Leaf:
         self.value = value
 
 
-def _arithmetic(array: jax.Array) -> Any:
-    return jnp.float32 if array.dtype == jnp.bfloat16 else array.dtype
-
-
-def _parts_of(arrays: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
+def parts_of(arrays: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
     """The state of the real arrays: a complex one is two."""
-    return list(zip(*(_parts(array.astype(_arithmetic(array))) for array in arrays), strict=True))
-
-
-def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
-    return (jnp.real(array), jnp.imag(array)) if jnp.iscomplexobj(array) else (array,)
+    return list(zip(*(parts(array.astype(arithmetic_dtype(array.dtype))) for array in arrays), strict=True))

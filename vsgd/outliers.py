@@ -15,21 +15,20 @@ from vsgd import core
 from vsgd.posterior import predicted_variance
 
 
-def _extended(plain: type[Any], name: str, **added: Any) -> type[Any]:
-    """A type of named tuples with more fields."""
-    fields = (*plain._fields, *added)
-    return namedtuple(name, fields, defaults=(*plain._field_defaults.values(), *added.values()), module=__name__)
+def _extended(plain: type[Any], name: str, *added: str, **defaults: Any) -> type[Any]:
+    """A type of named tuples with more fields, the last ones with defaults."""
+    values = (*plain._field_defaults.values(), *defaults.values())
+    return namedtuple(name, (*plain._fields, *added, *defaults), defaults=values, module=__name__)
 
+
+#: What a step needs besides.
+_LIMITS = ("outlier_threshold", "drift_scale", "noise_scale")
 
 # By name, for what holds one is pickled with it.
 RobustHyperparameters = _extended(core.Hyperparameters, "RobustHyperparameters", outlier_threshold=5.0)
 RobustConstantHyperparameters = _extended(core.ConstantHyperparameters, "RobustConstantHyperparameters", outlier_threshold=5.0)
-RobustCoefficients = _extended(
-    core.Coefficients, "RobustCoefficients", outlier_threshold=5.0, drift_scale=None, noise_scale=None
-)
-RobustConstantCoefficients = _extended(
-    core.ConstantCoefficients, "RobustConstantCoefficients", outlier_threshold=5.0, drift_scale=None, noise_scale=None
-)
+RobustCoefficients = _extended(core.Coefficients, "RobustCoefficients", *_LIMITS)
+RobustConstantCoefficients = _extended(core.ConstantCoefficients, "RobustConstantCoefficients", *_LIMITS)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +71,12 @@ ROBUST = {
     core.VSGD: _robust(core.VSGD, RobustHyperparameters, RobustCoefficients),
     core.CONSTANT_VSGD: _robust(core.CONSTANT_VSGD, RobustConstantHyperparameters, RobustConstantCoefficients),
 }
+
+
+def guarded(rule: core.Rule, hyper: Any, outlier_threshold: Any) -> tuple[core.Rule, Any]:
+    """The rule that runs, and its hyperparameters from the plain rule's: see `rule_of`."""
+    rule = rule_of(rule, outlier_threshold)
+    return rule, hyper if outlier_threshold is None else rule.hyperparameters(*hyper, outlier_threshold)
 
 
 def rule_of(rule: core.Rule, outlier_threshold: Any) -> core.Rule:

@@ -46,7 +46,7 @@ _ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "ou
 class _RuleOptimizer(Optimizer):
     """What VSGD and ConstantVSGD share: everything but the rule and its hyperparameters."""
 
-    _rule: ClassVar[core.Rule]
+    _kind: ClassVar[core.Rule]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -73,7 +73,7 @@ class _RuleOptimizer(Optimizer):
                 raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
     def _rule_of(self, group: dict[str, Any]) -> core.Rule:
-        return rule_of(self._rule, group["outlier_threshold"])
+        return rule_of(self._kind, group["outlier_threshold"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -121,7 +121,7 @@ class _RuleOptimizer(Optimizer):
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What to load, or an error, before anything has changed."""
-        state_dict = hide_tensors(checkpoints.translate(state_dict), self.param_groups, self._rule, type(self).__name__)
+        state_dict = hide_tensors(checkpoints.translate(state_dict), self.param_groups, self._kind, type(self).__name__)
         for group in state_dict["param_groups"]:
             self._check_group({**self.defaults, **group})
         return state_dict
@@ -148,7 +148,7 @@ class _RuleOptimizer(Optimizer):
             params.append(param)
             grads.append(param.grad)
             steps.append(state["step"])
-            for name, tensors in zip(self._rule.state_names, states, strict=True):
+            for name, tensors in zip(self._kind.state_names, states, strict=True):
                 tensors.append(state[name])
 
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
@@ -158,8 +158,8 @@ class _RuleOptimizer(Optimizer):
                 f"`fused=True` requires all the params to be on supported devices: {[*FUSED]} but one is on {device}"
             )
         state["step"] = self._step_count(group, param, 0.0)
-        initial = self._rule.initial_state(hyperparameters(self._rule, group))
-        for name, value in zip(self._rule.state_names, initial, strict=True):
+        initial = self._kind.initial_state(hyperparameters(self._kind, group))
+        for name, value in zip(self._kind.state_names, initial, strict=True):
             fill = complex(value, value) if param.is_complex() else value
             state[name] = torch.full_like(
                 param,
@@ -195,7 +195,7 @@ class _RuleOptimizer(Optimizer):
             params: list[Tensor] = []
             grads: list[Tensor] = []
             steps: list[Tensor] = []
-            states: list[list[Tensor]] = [[] for _ in self._rule.state_names]
+            states: list[list[Tensor]] = [[] for _ in self._kind.state_names]
             self._init_group(group if plan is None else {**group, "params": plan.others}, params, grads, steps, *states)
             if plan is not None:
                 step_batch(self._rule_of(group), group, plan.batch)
@@ -215,7 +215,7 @@ class _RuleOptimizer(Optimizer):
         Raises:
             ValueError: the parameter is not this optimizer's, or has no state yet.
         """
-        return torch_posterior.posterior_of(self._rule, self.param_groups, self.state, param)
+        return torch_posterior.posterior_of(self._kind, self.param_groups, self.state, param)
 
     def noise_scale(self, *, batch_size: float) -> NoiseScales:
         """The gradient noise scale (arXiv 1812.06162) of all parameters that have been stepped.
@@ -232,7 +232,7 @@ class _RuleOptimizer(Optimizer):
         Raises:
             ValueError: `batch_size` is out of its range, or no parameter has been stepped.
         """
-        return torch_posterior.noise_scales(self._rule, self.param_groups, self.state, batch_size)
+        return torch_posterior.noise_scales(self._kind, self.param_groups, self.state, batch_size)
 
     def surprise(self) -> dict[Tensor, Tensor]:
         """How unexpected the gradients are that the next step will take, averaged over each parameter: see `vsgd.posterior`.
@@ -241,7 +241,7 @@ class _RuleOptimizer(Optimizer):
             For each parameter with a gradient and state the mean of its squared standardized innovations, a 0-d tensor; near
             1 where the model fits, large at a spike of the loss.
         """
-        return torch_posterior.surprises(self._rule, self.param_groups, self.state)
+        return torch_posterior.surprises(self._kind, self.param_groups, self.state)
 
     def _valid_plan(self, index: int, group: dict[str, Any]) -> Any:
         """How to step again what was stepped fused the last time, where that may be done."""
@@ -304,7 +304,7 @@ class _RuleOptimizer(Optimizer):
             step_batch(self._rule_of(group), group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
             if self._plans.pop(_plan_key(index, group), None) is None:
-                plan = fused.make_plan(batch, group["params"], *zip(*own, strict=True), self._rule.state_names)
+                plan = fused.make_plan(batch, group["params"], *zip(*own, strict=True), self._kind.state_names)
                 self._plans[_plan_key(index, group)] = plan
         if views:  # made anew in each step
             step_batch(self._rule_of(group), group, fused.Batch(*zip(*views, strict=True)))
@@ -388,7 +388,7 @@ class VSGD(_RuleOptimizer):
         True
     """
 
-    _rule = core.VSGD
+    _kind = core.VSGD
 
     def __init__(
         self,
@@ -461,7 +461,7 @@ class ConstantVSGD(_RuleOptimizer):
         ['b', 'mu_g', 'step']
     """
 
-    _rule = core.CONSTANT_VSGD
+    _kind = core.CONSTANT_VSGD
 
     def __init__(
         self,

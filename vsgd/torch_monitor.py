@@ -11,8 +11,9 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from vsgd import core
-from vsgd.backends.torch_engines import hyperparameters
 from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
+from vsgd.torch import _RuleOptimizer
+from vsgd.torch_posterior import scales_of
 
 __all__ = ["watch"]
 
@@ -66,7 +67,7 @@ def watch(
         >>> looks[0].step, list(looks[0].tensors)
         (2, ['weight'])
     """
-    if not hasattr(optimizer, "_rule"):
+    if not isinstance(optimizer, _RuleOptimizer):
         raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
     core.validate(batch_size=batch_size)
     names = {param: name for name, param in named_parameters}
@@ -117,7 +118,7 @@ def _cut(members: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]
 
 
 def _block(optimizer: Any, group: dict[str, Any], members: list[tuple[str, Tensor]]) -> Block:
-    rule = optimizer._rule
+    rule = optimizer._kind
     params = [param for _, param in members]
     states = [optimizer.state[param] for param in params]
     arrays = tuple(_flat([state[name] for state in states]) for name in rule.state_names)
@@ -127,7 +128,7 @@ def _block(optimizer: Any, group: dict[str, Any], members: list[tuple[str, Tenso
         names=[name for name, _ in members],
         sizes=tuple(param.numel() * (2 if param.is_complex() else 1) for param in params),
         state=arrays,
-        scales=rule.variance_scales(hyperparameters(rule, group)),
+        scales=scales_of(rule, group),
         grads=-flat if flat is not None and group["maximize"] else flat,
     )
 

@@ -56,7 +56,7 @@ def noise_scales(rule: core.Rule, groups: Groups, states: States, batch_size: fl
 def surprises(rule: core.Rule, groups: Groups, states: States) -> dict[Tensor, Tensor]:
     """The mean surprise of each parameter that has state and a gradient."""
     return {
-        param: _sum(surprise(_gradient(group, param), _real_state(rule, state), _scales(rule, group))) / _count(param)
+        param: _sum(surprise(_gradient(group, param), _real_state(rule, state), scales_of(rule, group))) / _count(param)
         for group, param, state in _stepped(groups, states)
         if param.grad is not None
     }
@@ -67,10 +67,11 @@ def _stepped(groups: Groups, states: States) -> Iterator[tuple[dict[str, Any], T
 
 
 def _real_posterior(rule: core.Rule, group: dict[str, Any], state: dict[str, Tensor]) -> Posterior:
-    return posterior(_real_state(rule, state), _scales(rule, group))
+    return posterior(_real_state(rule, state), scales_of(rule, group))
 
 
-def _scales(rule: core.Rule, group: dict[str, Any]) -> tuple[Any, Any]:
+def scales_of(rule: core.Rule, group: dict[str, Any]) -> tuple[Any, Any]:
+    """`rule.variance_scales` of a group's hyperparameters."""
     return rule.variance_scales(hyperparameters(rule, group))
 
 

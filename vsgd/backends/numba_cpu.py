@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, overload
 
 from vsgd import core, outliers, posterior, rounding
 from vsgd.backends import numba_arrays, numba_integers
 from vsgd.backends.chunks import chunks as cut
+from vsgd.backends.numba_arrays import OPTIONS, inline
 
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
 
 #: Elements in a chunk, the unit of work of a thread: the six arrays of a float32 chunk fit a second-level cache.
 CHUNK = 16384
-
-_OPTIONS = numba_arrays.OPTIONS
 
 # Numba's workqueue layer aborts the process when two threads start parallel loops at once.
 _lock = threading.Lock()
@@ -49,15 +48,15 @@ def _pointer(typing_context, address, like):
     return pointer(address, like), codegen
 
 
-_word = register_jitable(**_OPTIONS)(rounding.make_word(numba_integers))
-_to_bfloat16 = register_jitable(**_OPTIONS)(rounding.make_round(numba_integers))
+_word = inline(rounding.make_word(numba_integers))
+_to_bfloat16 = inline(rounding.make_round(numba_integers))
 
 
 def _get(array, i):
     """Element `i`, as a number to compute with. bfloat16, which NumPy lacks, comes as uint16: the upper half of a float32."""
 
 
-@overload(_get, jit_options=_OPTIONS)
+@overload(_get, jit_options=OPTIONS)
 def _(array, i):
     if array.dtype is types.uint16:
         return lambda array, i: numba_integers.floats(np.int32(np.int32(array[i]) << 16))
@@ -68,7 +67,7 @@ def _put(array, i, value, rounder, word):
     """Set element `i`: bfloat16 with the noise that the factor `rounder` makes of `word`, to the nearest where it is None."""
 
 
-@overload(_put, jit_options=_OPTIONS)
+@overload(_put, jit_options=OPTIONS)
 def _(array, i, value, rounder, word):
     if array.dtype is not types.uint16:
 
@@ -116,7 +115,7 @@ def _load(arrays, i):
     """Element `i` of each array."""
 
 
-@overload(_load, jit_options=_OPTIONS)
+@overload(_load, jit_options=OPTIONS)
 def _(arrays, i):
     if len(arrays) == 0:
         return lambda arrays, i: ()
@@ -127,7 +126,7 @@ def _store(arrays, i, values, rounders, word):
     """Set element `i` of each array to its value."""
 
 
-@overload(_store, jit_options=_OPTIONS)
+@overload(_store, jit_options=OPTIONS)
 def _(arrays, i, values, rounders, word):
     if len(arrays) == 0:
         return lambda arrays, i, values, rounders, word: None
@@ -189,12 +188,12 @@ def _kernel_of(rule: core.Rule, indices: Callable[[int], Any], round_params: boo
     # the serial kernel in place of the parallel one.
     sources = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, numba_arrays, numba_integers)))
     version = hashlib.sha256(sources.encode()).hexdigest()
-    update = numba_arrays.inline(rule.make_update(numba_arrays))
-    descend = numba_arrays.inline(core.descend)
+    update = inline(rule.make_update(numba_arrays))
+    descend = inline(core.descend)
     n_state = len(rule.state_names)
     of_state, of_param = rounding.MULTIPLIERS[:n_state], rounding.MULTIPLIERS[n_state] if round_params else None
 
-    @register_jitable(**_OPTIONS)
+    @inline
     def step_block(param, grad, state, c, lr, decay, sign, key, place):
         for i in range(param.shape[0]):
             word = _word(np.int32(place + np.int32(i)), key)
@@ -222,9 +221,9 @@ def _count(addresses, counts, one):
 
 def _jit(function: Callable[..., None], **options: Any) -> Callable[..., None]:
     try:
-        return numba.njit(cache=True, nogil=True, **_OPTIONS, **options)(function)
+        return numba.njit(cache=True, nogil=True, **OPTIONS, **options)(function)
     except RuntimeError:  # there is no place to write the cache to
-        return numba.njit(nogil=True, **_OPTIONS, **options)(function)
+        return numba.njit(nogil=True, **OPTIONS, **options)(function)
 
 
 @functools.cache

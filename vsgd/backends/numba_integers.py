@@ -6,6 +6,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
+from vsgd import rounding
+
 
 @intrinsic
 def _seen_as(typing_context, value, like):
@@ -39,10 +41,8 @@ def wrap(i):
     return np.int32(i)
 
 
-@register_jitable
-def shift(i, places):
-    """The bits moved down by so many places, at least one."""
-    return (i >> places) & (0xFFFFFFFF >> places)
+#: The bits moved down by so many places, at least one.
+shift = register_jitable(rounding.Wrapping.shift)
 
 
 @register_jitable

@@ -1,0 +1,21 @@
+"""The quickstart's model, data and training, for what is measured on them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+_EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+def load() -> ModuleType:
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("quickstart", _EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
