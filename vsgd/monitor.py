@@ -117,24 +117,21 @@ class Monitor:
         TypeError: nothing can be written to a sink.
 
     Example:
-        >>> import torch
-        >>> from vsgd.monitor import Monitor
-        >>> from vsgd.torch import VSGD
-        >>> from vsgd.torch_monitor import watch
-        >>> model = torch.nn.Linear(3, 1)
-        >>> optimizer = VSGD(model.parameters())
         >>> looks = []
-        >>> with watch(optimizer, Monitor(looks, every=5), model.named_parameters(), batch_size=8):
-        ...     for _ in range(11):
-        ...         optimizer.zero_grad()
-        ...         model(torch.randn(8, 3)).square().mean().backward()
-        ...         optimizer.step()
+        >>> monitor = Monitor(looks, every=5, smoothing=0.75)
+        >>> seen = {
+        ...     5: Summary(0.5, 0.1, 1.0, 3.0, noise_trace=8.0, noise_squared_norm=4.0, surprise=1.0),
+        ...     10: Summary(0.2, 0.1, 0.9, 2.0, noise_trace=8.0, noise_squared_norm=0.5, surprise=1.1),
+        ... }
+        >>> for step in range(12):
+        ...     if monitor.due(step):
+        ...         look = monitor.record(Look(step, overall=seen[step], tensors={}))
         >>> [look.step for look in looks]
         [5, 10]
-        >>> sorted(looks[0].tensors)
-        ['bias', 'weight']
-        >>> 0 < looks[0].overall.momentum < 1
-        True
+        >>> [look.overall.gain for look in looks]
+        [0.5, 0.2]
+        >>> [look.overall.noise_scale for look in looks]
+        [2.0, 4.0]
     """
 
     def __init__(self, *sinks: Any, every: int = 10, smoothing: float = 0.9) -> None:
