@@ -1,0 +1,67 @@
+"""How far what ran in several processes, on several devices or for long strayed from one plain run: the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class Row(NamedTuple):
+    """What ran, where, and how far it strayed, with the bound that the test asserts."""
+
+    what: str
+    where: str
+    strayed: float
+    bound: float
+
+
+_rows = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scaling", type=Path, help="write the table of what was run, and how far it strayed, to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_rows] = []
+
+
+@pytest.fixture
+def agreed(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Assert that a run strayed no further than a bound, and note it for the table."""
+
+    def note(what: str, where: str, strayed: float, bound: float = 0.0) -> None:
+        assert strayed <= bound, f"{what}, {where}: strayed by {strayed:.1e}, and {bound:.1e} is allowed"
+        request.config.stash[_rows].append(Row(what, where, strayed, bound))
+
+    return note
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table, in the order of what ran; of rows that differ in nothing but how far they strayed, the farthest."""
+    farthest: dict[tuple[str, str, float], float] = {}
+    for row in sorted(rows):
+        key = (row.what, row.where, row.bound)
+        farthest[key] = max(farthest.get(key, 0.0), row.strayed)
+    lines = ["| what ran | where | strayed by | bound |", "| --- | --- | --- | --- |"]
+    for (what, where, bound), strayed in farthest.items():
+        lines.append(f"| {what} | {where} | {_figure(strayed)} | {_figure(bound)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(strayed: float) -> str:
+    return f"{strayed:.1e}" if strayed else "0, bit for bit"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.stash[_rows]:
+        return
+    terminalreporter.section("scaling")
+    terminalreporter.write_line(table(config.stash[_rows]))
+    path = config.getoption("--scaling", None)
+    if path is not None:
+        path.write_text(table(config.stash[_rows]), encoding="utf-8")
+        terminalreporter.write_line(f"written to {path}")
