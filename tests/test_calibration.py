@@ -103,6 +103,18 @@ def test_a_vsgd_that_learned_a_gradient_that_stands_still_covers_too_much(gain: 
     assert abs(found.squared_norm) < 0.05 * found.error
 
 
+@pytest.mark.parametrize("ratio", [3.0, 30.0])
+def test_the_surprise_of_noise_alone_is_below_one_by_what_the_mean_adds(ratio: float) -> None:
+    rng, gain = np.random.default_rng(5), 1 / (1 + ratio)
+    optimizer = vsgd.numpy.ConstantVSGD([np.zeros(5000)], lr=0.0, variance_ratio=ratio)
+    surprises = []
+    for _ in range(1500):
+        grad = rng.standard_normal(5000)
+        surprises.append(optimizer.surprise([grad])[0])
+        optimizer.step([grad])
+    assert np.mean(surprises[-500:]) == pytest.approx(1 / (1 + gain * (1 - gain)), rel=0.01)
+
+
 def test_where_the_model_holds_the_mean_field_covers_too_little() -> None:
     # The gradient drifts by just the variance that the state says: the posterior takes the mean before for exact.
     gain = 1 / 31

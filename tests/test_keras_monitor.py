@@ -60,6 +60,17 @@ def test_watching_changes_nothing() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulating"])
+def test_it_counts_on_from_the_steps_that_were_taken(options: dict[str, Any]) -> None:
+    model = linear_model(make("VSGD", **options))
+    looks: list[Look] = []
+    model.fit(X, Y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)  # 4 batches, not watched
+    for _ in range(2):
+        callback = MonitorCallback(Monitor(looks, every=3), batch_size=BATCH)
+        model.fit(X, Y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0, callbacks=[callback])
+    assert [look.step for look in looks] == [6, 9, 12]
+
+
 def test_it_counts_in_executions_of_several_steps() -> None:
     if BACKEND == "torch":
         pytest.skip("Keras has no steps_per_execution on PyTorch")

@@ -7,7 +7,7 @@ import csv
 import io
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,15 @@ def test_on_the_other_steps_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> 
     assert reads == [5, 10, 15]
 
 
+def test_where_no_tensor_has_elements_there_is_nothing_to_see() -> None:
+    optimizer, _, step = problem("VSGD", shapes=((0,),))
+    looks: list[Look] = []
+    with watch(optimizer, Monitor(looks, every=1)):
+        for _ in range(3):
+            step()
+    assert not looks
+
+
 def test_the_hook_ends_when_removed_and_is_in_no_copy() -> None:
     torch = pytest.importorskip("torch")
     optimizer, _, step = problem("VSGD")
@@ -413,18 +422,42 @@ def ours_posterior() -> type:
     return Posterior
 
 
+def test_an_optax_state_in_bfloat16_is_surprised_by_the_gradient_as_it_is() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    pytest.importorskip("optax")
+    import vsgd.optax as ours
+    from vsgd.optax_monitor import summarize
+
+    solver = ours.scale_by_constant_vsgd(state_dtype="bfloat16")
+    # Not a number of bfloat16: rounded, it would be off by much of its distance to the mean.
+    grads = {"a": jnp.full(5, 1.001, jnp.float32)}
+    state = solver.init(grads)
+    for _ in range(30):
+        _, state = solver.update(grads, state)
+    expected = float(ours.surprise(grads, state)["a"])
+    assert summarize(30, state, grads).tensors["a"].surprise == pytest.approx(expected, rel=1e-5)
+
+
 # The plots.
 
 
-def test_the_plots_show_what_was_seen() -> None:
+@pytest.fixture
+def panels() -> Iterator[Any]:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(1, 3)
+    yield axes
+    figure.draw_without_rendering()  # what is drawn warns of nothing
+    plt.close(figure)
+
+
+def test_the_plots_show_what_was_seen(panels: Any) -> None:
     from vsgd.monitor_plots import draw_heat_map, draw_momenta, draw_noise_scale
 
     looks = [look(10), look(20, norm=-1.0), look(30, norm=2.0)]
-    figure, (heat, scale, momenta) = plt.subplots(1, 3)
+    heat, scale, momenta = panels
     draw_heat_map(heat, looks, "gain")
     assert np.asarray(heat.collections[0].get_array()).ravel().tolist() == [0.5, 0.5, 0.5]
     assert [label.get_text() for label in heat.get_yticklabels()] == ["a/b"]
@@ -435,8 +468,51 @@ def test_the_plots_show_what_was_seen() -> None:
     ]  # fmt: skip
     draw_momenta(momenta, {"layer": np.geomspace(0.01, 0.5, 100)})
     assert {"0.99", "0.9"} <= {label.get_text() for label in momenta.get_xticklabels()}
-    plt.close(figure)
     with pytest.raises(ValueError, match="quantity is 'loss'"):
         draw_heat_map(heat, looks, "loss")
     with pytest.raises(ValueError, match="looks is empty"):
         draw_noise_scale(scale, [])
+
+
+def test_heat_maps_that_share_their_axis_have_the_first_tensor_above(panels: Any) -> None:
+    from vsgd.monitor_plots import draw_heat_map
+
+    panels[1].sharey(panels[0])
+    for axes in panels[:2]:
+        draw_heat_map(axes, [look(10), look(20)], "gain")
+        bottom, top = axes.get_ylim()
+        assert bottom > top
+
+
+def test_a_heat_map_has_no_colours_for_rounding(panels: Any) -> None:
+    from vsgd.monitor_plots import draw_heat_map
+
+    looks = [look(10), look(20)]
+    looks[0].tensors["a/b"] = looks[0].tensors["a/b"]._replace(gain=0.5 + 1e-7)  # type: ignore[index]
+    draw_heat_map(panels[0], looks, "gain")
+    mesh = panels[0].collections[0]
+    colours = mesh.norm(np.asarray(mesh.get_array())).ravel()
+    assert colours[0] == pytest.approx(colours[1], abs=1e-3)
+
+
+def test_a_heat_map_says_what_no_look_tells(panels: Any) -> None:
+    from vsgd.monitor_plots import draw_heat_map
+
+    with pytest.raises(ValueError, match="looks tell no surprise"):
+        draw_heat_map(panels[0], [look(10)], "surprise")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.25, 0.25, ["0.755", "0.75", "0.745"]),  # Constant VSGD's
+        (0.3, 0.45, ["0.7", "0.65", "0.6", "0.55"]),
+        (1e-3, 0.2, ["0.999", "0.997", "0.99", "0.97", "0.9"]),
+        (1e-7, 1.0, ["$1 - 10^{-7}$", "$1 - 10^{-5}$", "0.999", "0.9"]),
+    ],
+)
+def test_momenta_have_a_few_round_labels(panels: Any, low: float, high: float, labels: list[str]) -> None:
+    from vsgd.monitor_plots import draw_momenta
+
+    draw_momenta(panels[0], {"layer": np.geomspace(low, high, 50)})
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == labels

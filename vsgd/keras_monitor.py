@@ -26,7 +26,8 @@ class MonitorCallback(keras.callbacks.Callback):
 
     A callback sees no gradients, so the surprise is not known; in a training loop of your own, `optimizer.surprise(grads)`
     tells it. With `steps_per_execution` it looks after the execution in which a look was due. Steps are counted in batches,
-    also where gradients are accumulated; a second `fit` goes on counting.
+    also where gradients are accumulated, on from those that the optimizer has taken: so a second `fit` goes on counting, and a
+    loaded model.
 
     Args:
         monitor: says when to look and writes what is seen.
@@ -57,7 +58,7 @@ class MonitorCallback(keras.callbacks.Callback):
         self._last_batch = -1
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Refuse a model whose optimizer is another.
+        """Refuse a model whose optimizer is another, and count on from its steps.
 
         Args:
             logs: unused.
@@ -65,7 +66,8 @@ class MonitorCallback(keras.callbacks.Callback):
         Raises:
             TypeError: the model's optimizer is of another class.
         """
-        self._optimizer()
+        # Not `iterations`, which counts updates where gradients are accumulated.
+        self._step = max(self._step, int(ops.convert_to_numpy(self._optimizer()._iterations)))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Count the batches from 0.

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,12 +64,13 @@ class Summary(NamedTuple):
 
     def quantities(self) -> dict[str, float]:
         """All that is known, by name, in the order in which it is written."""
-        return {name: value for name in _QUANTITIES if (value := getattr(self, name)) is not None}
+        return {name: value for name, value in zip(_QUANTITIES, _values(self), strict=True) if value is not None}
 
 
 _QUANTITIES = (
     "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "surprise",
 )  # fmt: skip
+_values = attrgetter(*_QUANTITIES)
 
 
 class Look(NamedTuple):
@@ -202,7 +204,7 @@ class CsvFile:
         >>> CsvFile(path).append(Look(10, Summary(0.5, 1.0, 2.0, 3.0, 8.0, 4.0, None), {}))
         >>> print(path.read_text().strip())
         step,tensor,gain,momentum,snr_10,snr_50,snr_90,noise_trace,noise_squared_norm,noise_scale,surprise
-        10,overall,0.5,0.5,1.0,2.0,3.0,8.0,4.0,2.0,
+        10,overall,0.5,0.5,1,2,3,8,4,2,
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -218,7 +220,11 @@ class CsvFile:
             table = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
                 table.writerow(("step", "tensor", *_QUANTITIES))
-            table.writerows((look.step, name, *(getattr(each, key) for key in _QUANTITIES)) for name, each in look.rows())
+            # With what digits float32 has: all those of a Python float take several times as long.
+            table.writerows(
+                (look.step, name, *("" if value is None else f"{value:.9g}" for value in _values(each)))
+                for name, each in look.rows()
+            )
 
 
 class Arrays(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,12 @@ __all__ = ["draw_heat_map", "draw_momenta", "draw_noise_scale"]
 
 _LABELS = {
     "gain": "median gain",
-    "momentum": "median effective momentum, 1 - gain",
     "snr_10": "signal to noise $\\mu^2 / \\sigma^2$, 10 % quantile",
     "snr_50": "median signal to noise $\\mu^2 / \\sigma^2$",
     "snr_90": "signal to noise $\\mu^2 / \\sigma^2$, 90 % quantile",
     "surprise": "surprise, 1 where the model fits",
 }
+_MOST_TICKS = 6
 
 
 def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
@@ -28,10 +29,10 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
     Args:
         axes: matplotlib's, to draw into.
         looks: what a monitor saw.
-        quantity: "gain", "momentum", "snr_10", "snr_50", "snr_90" or "surprise".
+        quantity: "gain", "snr_10", "snr_50", "snr_90" or "surprise".
 
     Raises:
-        ValueError: it is another quantity, or there are no looks.
+        ValueError: it is another quantity, there are no looks, or none of them tells it, as Keras' tell no surprise.
     """
     if quantity not in _LABELS:
         raise ValueError(f"quantity is {quantity!r}, but must be one of {', '.join(_LABELS)}")
@@ -42,11 +43,15 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
         for row, name in enumerate(names):
             value = getattr(look.tensors[name], quantity) if name in look.tensors else None
             values[row, column] = np.nan if value is None or value <= 0 else value
+    if np.isnan(values).all():
+        raise ValueError(f"looks tell no {quantity}, but at least one must tell a positive one")
     # The edges between looks: half way to the neighbours.
     middles = (steps[1:] + steps[:-1]) / 2
     first, last = (middles[0] - steps[0], steps[-1] - middles[-1]) if len(steps) > 1 else (0.5, 0.5)
     edges = np.concatenate([[steps[0] - first], middles, [steps[-1] + last]])
     low, high = np.nanmin(values), np.nanmax(values)
+    if high < 1.02 * low:  # rounding is not to be seen
+        low, high = 0.9 * low, 1.1 * high
     mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), values, norm="log", vmin=low, vmax=high, cmap="viridis")
     bar = axes.figure.colorbar(mesh, ax=axes, label=_LABELS[quantity])
     if high < 20 * low:  # too little for powers of ten
@@ -54,8 +59,8 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
         bar.ax.yaxis.set_minor_formatter("{x:.3g}")
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="small")
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.set(xlabel="step", ylabel="tensor, in the optimizer's order")
+    # Not `invert_yaxis`, which of panels that share their axis would turn it back.
+    axes.set(xlabel="step", ylabel="tensor, in the optimizer's order", ylim=(len(names), 0))
 
 
 def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None = None) -> None:
@@ -78,7 +83,7 @@ def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None 
         axes.plot([], [], " ", label=f"{share:.0%} of the looks found no gradient in the noise")
     if batch_size is not None:
         axes.axhline(batch_size, color="C1", linestyle="--", label=f"batch size, {batch_size:g}")
-    axes.set(yscale="log", xlabel="step", ylabel="examples", xlim=(0, steps[-1]))
+    axes.set(yscale="log", xlabel="step", ylabel="noise scale, examples", xlim=(0, steps[-1]))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 
@@ -97,14 +102,32 @@ def draw_momenta(axes: Any, gains: Mapping[str, Array], bins: int = 60) -> None:
     for name, gain in flat.items():
         axes.hist(gain, edges, weights=np.full(gain.size, 100 / gain.size), histtype="step", linewidth=1.5, label=name)
     # Momenta close to 1 differ in how far from it they are: the axis is that of the gain, told as momenta.
-    few = edges[-1] > 10 * edges[0]
-    ticks = [digit * 10.0**-power for power in range(1, 9) for digit in ((1, 3) if few else range(1, 10))]
-    shown = [gain for gain in ticks if edges[0] <= gain <= edges[-1]]
     axes.set(xscale="log", xlim=(edges[-1], edges[0]))
-    axes.set_xticks(shown, [f"{1 - gain:.9g}" for gain in shown])
+    ticks = _ticks(edges[0], edges[-1])
+    axes.set_xticks(ticks, [_momentum(gain) for gain in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlabel="effective momentum, 1 - gain", ylabel="share of the elements, %")
     axes.legend(frameon=False)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round gains within these, a few, spread over a logarithmic axis."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), 1)]
+    for digits in ((1, 2, 3, 5), (1, 3), (1,)):
+        ticks = [digit * power for power in powers for digit in digits if low <= digit * power <= high]
+        if len(ticks) <= _MOST_TICKS:
+            break
+    if len(ticks) < 3:  # within a factor of a few: as on a linear axis
+        from matplotlib.ticker import MaxNLocator
+
+        return [gain for gain in MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high) if low <= gain <= high]
+    return ticks[:: -(-len(ticks) // _MOST_TICKS)]
+
+
+def _momentum(gain: float) -> str:
+    """As a label: 0.9, 0.99 and so on, shorter where there would be many digits."""
+    power = math.log10(gain)
+    return f"$1 - 10^{{{power:.0f}}}$" if power < -4.5 and math.isclose(power, round(power)) else f"{1 - gain:.9g}"
 
 
 def _steps(looks: Sequence[Look]) -> Any:

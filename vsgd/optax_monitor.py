@@ -77,7 +77,7 @@ def summarize(
             sizes=tuple(state.arrays[0].size * (2 if jnp.iscomplexobj(state.arrays[0]) else 1) for _, state, _ in members),
             state=tuple(_flat(arrays) for arrays in zip(*(state.arrays for _, state, _ in members), strict=True)),
             scales=scales(rule),
-            grads=_flat(tuple(grad.astype(state.arrays[0].dtype) for _, state, grad in members)) if known else None,
+            grads=_flat(tuple(grad for _, _, grad in members)) if known else None,
         )
         for (rule, _, known), members in _kinds(opt_state, grads).items()
     ]
@@ -91,11 +91,13 @@ def summarize(
 def _kinds(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, _State, Any]]]:
     """The parameters by rule, dtype, and whether they have a gradient: names, states and gradients."""
     states = map_states(_RULES, opt_state, lambda rule, arrays: _State(rule, arrays))
-    of_path = {path: jnp.asarray(grad) for path, grad in jax.tree.leaves_with_path(grads)}
+    of_path = dict(jax.tree.leaves_with_path(grads))
     kinds: dict[Any, list[tuple[str, _State, Any]]] = {}
     for path, state in jax.tree.leaves_with_path(states, is_leaf=lambda node: isinstance(node, _State)):
         if state.arrays[0].size:
             grad = of_path.get(path)
+            if grad is not None:
+                grad = jnp.asarray(grad, arithmetic_dtype(state.arrays[0].dtype))
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
             kinds.setdefault((state.rule, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))
     return kinds

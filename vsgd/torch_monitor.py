@@ -38,7 +38,8 @@ def watch(
     comparison more, and no device is waited for. A look reads back once for each device, group and dtype. Sharded tensors are
     gathered: all processes must watch. A step in a CUDA graph calls no hooks.
 
-    The hook is in no checkpoint and no copy of the optimizer.
+    The hook is in no checkpoint and no copy of the optimizer. Steps are counted on from those that the state has when watching
+    begins: load a checkpoint before.
 
     Args:
         optimizer: `vsgd.torch.VSGD` or `ConstantVSGD`.
@@ -80,8 +81,8 @@ def watch(
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal step
-        if monitor.due(step) and optimizer.state:
-            monitor.record(summarize(step, list(_blocks(optimizer, names)), look, batch_size))
+        if monitor.due(step) and (blocks := list(_blocks(optimizer, names))):
+            monitor.record(summarize(step, blocks, look, batch_size))
         step += 1
 
     return optimizer.register_step_pre_hook(before_step)
