@@ -1,9 +1,9 @@
 """The noise scale that the state tells, beside the two-batch-size estimator and the truth, over a training.
 
-Trains an MLP on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download) and writes the table
-`noise_scale.txt` for `docs/uncertainty.md`:
+Trains an MLP on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download) and writes the tables
+`noise_scale.txt` and, of gradients that are clipped, `noise_scale_clipped.txt` for `docs/uncertainty.md`:
 
-    pip install 'vsgd[examples]' mnist1d
+    pip install 'vsgd[examples]'
     python docs/uncertainty/noise_scale.py
 """
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,8 @@ PAIRS = 100  # of batches that the paper's estimator averages over, at each look
 WINDOW = 100  # steps that numerators and denominators are averaged over
 HELD = 500  # steps with the weights held still; the first window of them is left out
 LOOKS = 5  # at the training data in a window
+CLIPS = (math.inf, 1.0, 0.5, 0.1)  # norms that gradients are clipped to, in medians of a batch's
+CLIPPED_AT = (100, 300)  # the steps at which that is tried
 PROBES = (100, 300, 1000, 4000)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -50,8 +53,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def mnist_1d() -> tuple[Tensor, Tensor]:
     """The 4000 training signals of 40 samples."""
-    from mnist1d.data import get_dataset_args, make_dataset
-
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ImportError as error:
+        raise SystemExit("MNIST-1D needs mnist1d: pip install 'vsgd[examples]', or choose --data digits") from error
     made = make_dataset(get_dataset_args())
     return torch.tensor(made["x"], dtype=torch.float32), torch.tensor(made["y"])
 
@@ -119,22 +124,30 @@ def batches(n: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=generator).split(BATCH_SIZE)[: n // BATCH_SIZE]
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> NoiseScale:
-    """Take a step, and tell the noise scale of the state."""
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, clip: float = math.inf) -> NoiseScale:
+    """Take a step, its gradient clipped to a norm, and tell the noise scale of the state."""
     optimizer.zero_grad()
     functional.cross_entropy(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return optimizer.noise_scale(batch_size=BATCH_SIZE).overall
+    return optimizer.noise_scale(batch_size=len(x)).overall
 
 
-def held_still(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> NoiseScale:
+def held_still(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    batch_size: int = BATCH_SIZE,
+    clip: float = math.inf,
+) -> NoiseScale:
     """What Constant VSGD tells of weights that it leaves as they are, with next to no prior, of batches drawn independently."""
     model = copy.deepcopy(model)
     optimizer = ConstantVSGD(model.parameters(), lr=0.0, prior_strength=1e-20)
     found = []
     for _ in range(HELD):
-        batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
-        found.append(learn(model, optimizer, x[batch], y[batch]))
+        batch = torch.randint(len(x), (batch_size,), generator=generator)
+        found.append(learn(model, optimizer, x[batch], y[batch], clip))
     return mean(found[WINDOW:])
 
 
@@ -176,18 +189,53 @@ def table(found: dict[tuple[str, str], list[Row]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def clipped(name: str, x: Tensor, y: Tensor, steps: Sequence[int]) -> Iterator[tuple[int, float, NoiseScale, NoiseScale]]:
+    """Step, clip, truth and what is told, the weights held still, of gradients that are clipped."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = make_model(x.shape[1])
+    optimizer = OPTIMIZERS[name](model.parameters())
+    for step, batch in enumerate(islice(batches(len(x), generator), max(steps)), start=1):
+        learn(model, optimizer, x[batch], y[batch])
+        if step in steps:
+            grads = per_example(model, x, y)
+            picks = torch.randint(len(x), (PAIRS, BATCH_SIZE), generator=generator)
+            norm = torch.stack([grads[pick].mean(0).norm() for pick in picks]).median().item()
+            for clip in CLIPS:
+                yield step, clip, truth(grads), held_still(model, x, y, generator, clip=clip * norm)
+
+
+def clipped_table(data: Mapping[str, tuple[Tensor, Tensor]], steps: Sequence[int]) -> str:
+    """One row for each clip, in Markdown."""
+    lines = ["| data | step | clipped to, median norms | trace / truth | squared norm / truth | scale / truth |"]
+    lines.append("|---|" + "---:|" * 5)
+    for name, examples in data.items():
+        for step, clip, exact, found in clipped("Constant VSGD, lr 0.001", *examples, steps):
+            parts = (*(ours / true for ours, true in zip(found, exact, strict=True)), found.scale / exact.scale)
+            limit = "not" if clip == math.inf else f"{clip:g}"
+            lines.append(f"| {name} | {step} | {limit} | {' | '.join(f'{part.item():.2g}' for part in parts)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Make the table from the command line."""
+    """Make the tables from the command line."""
     parser = argparse.ArgumentParser(description="The noise scale that the state tells, beside the truth.")
-    parser.add_argument("--probes", type=int, nargs="+", default=PROBES, help="the steps that are looked at")
+    parser.add_argument(
+        "--probes", type=int, nargs="+", default=PROBES, help="the steps that are looked at (default: %(default)s)"
+    )
+    clipping = "steps at which clipping is tried (default: %(default)s)"
+    parser.add_argument("--clipped-at", type=int, nargs="+", default=CLIPPED_AT, help=clipping)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="what is trained on (default: both)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder (default: this file's)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second thread gains nothing on so small a model
     probes = tuple(sorted(arguments.probes))
-    found = {(data, name): follow(name, *DATA[data](), probes) for data in arguments.data for name in OPTIMIZERS}
-    (arguments.output / "noise_scale.txt").write_text(table(found), encoding="utf-8")
-    print(table(found), end="")
+    data = {name: DATA[name]() for name in arguments.data}  # first of all, for what is missing is to be told at once
+    found = {(of, name): follow(name, *examples, probes) for of, examples in data.items() for name in OPTIMIZERS}
+    tables = {"noise_scale.txt": table(found), "noise_scale_clipped.txt": clipped_table(data, arguments.clipped_at)}
+    for name, text in tables.items():
+        (arguments.output / name).write_text(text, encoding="utf-8")
+    print("\n".join(tables.values()), end="")
 
 
 if __name__ == "__main__":
