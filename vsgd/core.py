@@ -66,7 +66,7 @@ STATE_DTYPES = ("float32", "bfloat16")
 def validate(**values: Any) -> None:
     """Check hyperparameters given as Python numbers.
 
-    Arrays, tensors and tracers (anything with a `dtype` that is no Python number) pass, since their value may not be known yet.
+    Arrays, tensors and tracers of one number pass, since their value may not be known yet.
 
     Args:
         **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, and those of `Hyperparameters`
@@ -83,8 +83,40 @@ def validate(**values: Any) -> None:
     """
     for name, value in values.items():
         label, allowed, holds = _RANGES[name]
-        if not (holds(value) if isinstance(value, Real) else hasattr(value, "dtype")):
+        if not (_holds(holds, value) if isinstance(value, Real) else _is_one_number(value)):
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
+
+
+def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
+    # NumPy's float32 would overflow on comparing it with Python's largest number.
+    return holds(float(value) if hasattr(value, "dtype") and not isinstance(value, Integral) else value)
+
+
+def _is_one_number(array: Any) -> bool:
+    # Complex too: `optax.inject_hyperparams` makes all numbers so, where there are complex parameters.
+    is_number = any(kind in str(getattr(array, "dtype", "")) for kind in ("float", "int", "complex"))
+    return is_number and {*getattr(array, "shape", ())} <= {1}
+
+
+def validate_flags(**flags: Any) -> None:
+    """Check switches, for which None may stand.
+
+    Args:
+        **flags: switches by name.
+
+    Raises:
+        ValueError: a value is none of True, False and None.
+
+    Example:
+        >>> validate_flags(foreach=None, maximize=True)
+        >>> validate_flags(foreach="no")
+        Traceback (most recent call last):
+        ValueError: Invalid foreach value: 'no' (foreach must be True, False or None)
+    """
+    for name, value in flags.items():
+        # By equality, so that NumPy's booleans are some too.
+        if getattr(value, "shape", ()) != () or (value is not None and value not in (True, False)):
+            raise ValueError(f"Invalid {name} value: {value!r} ({name} must be True, False or None)")
 
 
 def validate_state_dtype(state_dtype: Any) -> None:
@@ -101,7 +133,7 @@ def validate_state_dtype(state_dtype: Any) -> None:
         Traceback (most recent call last):
         ValueError: Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')
     """
-    if state_dtype not in STATE_DTYPES:
+    if not isinstance(state_dtype, str) or state_dtype not in STATE_DTYPES:
         allowed = " or ".join(map(repr, STATE_DTYPES))
         raise ValueError(f"Invalid state_dtype value: {state_dtype!r} (state_dtype must be {allowed})")
 

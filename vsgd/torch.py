@@ -35,7 +35,7 @@ from vsgd.backends.torch_engines import (
 )
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScales, Posterior
-from vsgd.torch_loading import hide_tensors, show_tensors
+from vsgd.torch_loading import check_form, hide_tensors, show_tensors
 
 __all__ = ["VSGD", "ConstantVSGD"]
 
@@ -61,6 +61,7 @@ class _RuleOptimizer(Optimizer):
                 raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
             if lr.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
+        core.validate_flags(**{name: group[name] for name in (*FLAGS, "stochastic_rounding") if name in group})
         names = ("lr", "weight_decay", "seed", *self._rule_of(group).hyperparameters._fields)
         core.validate(**{name: group[name] for name in names})
         core.validate_state_dtype(group["state_dtype"])
@@ -107,8 +108,11 @@ class _RuleOptimizer(Optimizer):
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: it has other groups, or the state of another optimizer.
+            ValueError: it is none, has other groups or parameters, or the state of another optimizer. Nothing was changed. The
+                arrays' values are not looked at.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict is {type(state_dict).__name__}, but must be a dict with state and param_groups")
         # The base class casts every tensor it sees to the parameter's dtype: show it none. As hooks, so that a user's hooks
         # before and after see the plain state.
         before = self.register_load_state_dict_pre_hook(lambda _, loaded: self._before_loading(loaded))
@@ -121,6 +125,7 @@ class _RuleOptimizer(Optimizer):
 
     def _before_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What to load, or an error, before anything has changed."""
+        check_form(state_dict, self.param_groups)
         state_dict = hide_tensors(checkpoints.translate(state_dict), self.param_groups, self._kind, type(self).__name__)
         for group in state_dict["param_groups"]:
             self._check_group({**self.defaults, **group})

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,15 +52,80 @@ def hide_tensors(
     return {**state_dict, "state": {**state_dict["state"], **hidden}}
 
 
+def check_form(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]]) -> None:
+    """Check that this is some optimizer's state, for as many parameters.
+
+    Args:
+        state_dict: what is to be loaded.
+        param_groups: the optimizer's.
+
+    Raises:
+        ValueError: it is none.
+    """
+    for name, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), kind):
+            raise ValueError(f"state_dict has {name} of {_type_of(state_dict, name)}, but it must be a {kind.__name__}")
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(param_groups):
+        raise ValueError(f"state_dict has {len(saved_groups)} param_groups, but the optimizer has {len(param_groups)}")
+    for number, (saved, group) in enumerate(zip(saved_groups, param_groups, strict=True)):
+        _check_group_form(f"param_groups[{number}]", saved, len(group["params"]))
+    indices = [index for saved in saved_groups for index in saved["params"]]
+    repeated = {index for index in indices if indices.count(index) > 1} if len({*indices}) < len(indices) else set()
+    if repeated:
+        raise ValueError(f"state_dict's param_groups name parameter {repeated.pop()} twice, but each must stand once")
+    for index, state in state_dict["state"].items():
+        if isinstance(index, int) and index not in indices:
+            raise ValueError(f"state_dict has state of parameter {index}, but its param_groups name no such parameter")
+        if not isinstance(state, dict):
+            raise ValueError(f"the state of {index} is {type(state).__name__}, but must be a dict")
+
+
+def _check_group_form(where: str, saved: Any, number: int) -> None:
+    if not isinstance(saved, dict):
+        raise ValueError(f"{where} is {type(saved).__name__}, but must be a dict")
+    if not isinstance(saved.get("params"), list) or not all(isinstance(index, int | str) for index in saved["params"]):
+        raise ValueError(f"{where} has params of {_type_of(saved, 'params')}, but must have a list of parameters' indices")
+    if len(saved["params"]) != number:
+        raise ValueError(f"{where} has {len(saved['params'])} params, but the optimizer's group has {number}")
+
+
+def _type_of(holder: dict[str, Any], name: str) -> str:
+    return type(holder[name]).__name__ if name in holder else "nothing"
+
+
 def _hide_state(
     kind: str, names: Sequence[str], index: Any, param: Tensor, wanted: str, state: dict[str, Any]
 ) -> dict[str, Any]:
     _check_present(kind, state, ("step", *names), f"the state of parameter {index}")
+    unknown = [str(name) for name in state if name not in ("step", *names)]
+    if unknown:
+        raise ValueError(f"state_dict is not of a {kind}: the state of parameter {index} has {', '.join(unknown)} too")
+    _check_step(index, state["step"])
     for name in names:
-        shape = getattr(state[name], "shape", None)
-        if shape != param.shape:
-            raise ValueError(f"{name} of parameter {index} has shape {shape}, but the parameter has {tuple(param.shape)}")
+        _check_array(f"{name} of parameter {index}", state[name], param)
     return {**state, **{name: _Hidden(_state_like(param, wanted, state[name])) for name in names}}
+
+
+def _check_step(index: Any, step: Any) -> None:
+    if isinstance(step, Tensor):
+        holds = step.numel() == 1 and not step.is_complex()
+        # What lies on an accelerator is not read back.
+        holds = holds and (step.device.type != "cpu" or 0 <= step.item() < math.inf)
+    else:
+        holds = isinstance(step, int | float) and 0 <= step <= sys.float_info.max
+    if not holds:
+        raise ValueError(f"step of parameter {index} is {step!r}, but must be a finite number >= 0")
+
+
+def _check_array(what: str, value: Any, param: Tensor) -> None:
+    shape = getattr(value, "shape", None)
+    if shape != param.shape:
+        raise ValueError(f"{what} has shape {shape}, but the parameter has {tuple(param.shape)}")
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        raise ValueError(f"{what} is {type(value).__name__}, but must be a dense tensor")
+    if not (value.is_floating_point() or (value.is_complex() and param.is_complex())):
+        raise ValueError(f"{what} is of {value.dtype}, but must be of numbers that fit the parameter's {param.dtype}")
 
 
 def _check_present(kind: str, given: dict[str, Any], names: Iterable[str], where: str) -> None:
@@ -71,10 +138,24 @@ def _check_present(kind: str, given: dict[str, Any], names: Iterable[str], where
 
 def _state_like(param: Tensor, wanted: str, saved: Tensor) -> Tensor:
     """A saved state array where and how the parameter lies, in the precision that its group wants."""
+    is_so, must_be = _sharding(saved), _sharding(param)
+    if is_so != must_be:
+        raise ValueError(
+            f"state of a parameter of shape {tuple(param.shape)} is {is_so}, but the parameter is {must_be}: "
+            "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
     tensor = saved.to(device=param.device, dtype=state_dtype(param, wanted))
     if is_plain(tensor) and tensor.stride() != param.stride():
         return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
     return tensor
+
+
+def _sharding(tensor: Any) -> str:
+    """How a tensor is shared among processes, in words."""
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return "a plain tensor"
+    return f"placed as {tuple(placements)} on {' x '.join(map(str, tensor.device_mesh.shape))} processes"
 
 
 def show_tensors(optimizer: Optimizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,18 @@ DEVICE_BLOCK_BYTES = 2**22
 SMALL = 4096
 
 
+class Part(NamedTuple):
+    """Where the elements of a shard are in the whole tensor.
+
+    Attributes:
+        first: the place of its first element.
+        strides: for each dimension, from the outermost in memory, how far apart neighbours are here, and in the whole tensor.
+    """
+
+    first: int
+    strides: tuple[tuple[int, int], ...]
+
+
 class Noise(NamedTuple):
     """What a leaf's new values are rounded to bfloat16 with.
 
@@ -24,11 +35,13 @@ class Noise(NamedTuple):
         key: the parameter's `rounding.base_key`, or what `rounding.host_key` makes of it at a step (then maybe a 0-d tensor).
         origin: the place 0 in the storage of the state arrays; negative for a shard that begins later.
         of_param: whether the parameter is rounded so too, and not to the nearest.
+        part: of the whole tensor, for a shard that is no contiguous piece of it; None for all others.
     """
 
     key: int | Tensor
     origin: int
     of_param: bool
+    part: Part | None = None
 
 
 class Leaf(NamedTuple):
@@ -83,9 +96,9 @@ def leaf_of(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = Non
         key: its `rounding.base_key`, where the group rounds at random.
         round_param: whether a parameter in bfloat16 is to be rounded so, too.
     """
-    shard_start = 0
+    part = Part(0, ())
     if not is_plain(param) and hasattr(param, "to_local"):
-        shard_start = _shard_start(param) if key is not None else 0
+        part = _part(state[0]) if key is not None else part
         if getattr(grad, "placements", None) != param.placements:
             grad = grad.redistribute(param.device_mesh, param.placements)
         param, grad, *parts = (tensor.to_local() for tensor in (param, grad, *state))
@@ -97,18 +110,22 @@ def leaf_of(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = Non
     of_param = round_param and param.dtype is torch.bfloat16
     noise = None
     if key is not None and (of_param or state[0].dtype is torch.bfloat16):
-        noise = Noise(key, state[0].storage_offset() - shard_start, of_param)
+        origin = state[0].storage_offset()
+        noise = Noise(key, origin, of_param, part) if part.strides else Noise(key, origin - part.first, of_param)
     return Leaf(param, grad, state, noise)
 
 
-def _shard_start(param: Any) -> int:
-    """The place of a shard's first element in the whole tensor."""
+def _part(array: Any) -> Part:
+    """Where a shard is in the whole tensor; without strides where it is a contiguous piece of it."""
     # Here, for a build of torch may lack it.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    strides = (math.prod(param.shape[dim + 1 :]) for dim in range(param.dim()))
-    return sum(start * stride for start, stride in zip(offset, strides, strict=True))
+    shape, offset = compute_local_shape_and_global_offset(array.shape, array.device_mesh, array.placements)
+    first = sum(start * stride for start, stride in zip(offset, array.stride(), strict=True))
+    sizes_and_strides = zip(shape, array.to_local().stride(), array.stride(), strict=True)
+    strides = sorted(((here, there) for size, here, there in sizes_and_strides if size != 1), reverse=True)
+    contiguous = all(here == there for here, there in strides) or 0 in shape
+    return Part(first, () if contiguous else tuple(strides))
 
 
 def block_size(leaf: Leaf) -> int:

@@ -28,8 +28,10 @@ _grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 
 def accepts(leaf: Leaf, step: Tensor) -> bool:
     """Whether the kernel can run on the leaf: dense tensors of one layout and of dtypes that it knows, in CPU memory."""
-    param, grad, state, _ = leaf
+    param, grad, state, noise = leaf
     dtype, stored, shape = param.dtype, state[0].dtype, param.shape
+    if noise is not None and noise.part is not None:  # the kernel counts places one by one
+        return False
     if dtype not in _DTYPES or not is_plain(param) or not is_plain(grad) or grad.dtype is not dtype:
         return False
     if stored is not dtype and {dtype, stored} != {torch.float32, torch.bfloat16}:

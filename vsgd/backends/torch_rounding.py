@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vsgd import rounding
-from vsgd.backends.torch_blocks import Leaf, Noise, is_plain
+from vsgd.backends.torch_blocks import Leaf, Noise, Part, is_plain
 
 
 class _Namespace(rounding.Wrapping):
@@ -64,7 +64,7 @@ def leaves_at(leaves: Sequence[Leaf], steps: Tensor) -> Sequence[Leaf]:
 
 
 def _places(leaf: Leaf, noise: Noise) -> Tensor:
-    """Each element's place in the memory of its state array, int32."""
+    """Each element's place in the memory of its state array, the whole one where it is a shard, int32."""
     array = leaf.state[0]
     if not is_plain(array):
         return torch.arange(array.numel(), dtype=torch.int32, device=array.device).view(array.shape)
@@ -74,7 +74,17 @@ def _places(leaf: Leaf, noise: Noise) -> Tensor:
         for dim, (size, stride) in enumerate(zip(array.shape, array.stride(), strict=True))
     ]
     first = torch.tensor(array.storage_offset() - noise.origin, device=array.device)
-    return functools.reduce(torch.add, ranges, first).to(torch.int32)
+    places = functools.reduce(torch.add, ranges, first)
+    return (places if noise.part is None else _in_whole(places, noise.part)).to(torch.int32)
+
+
+def _in_whole(places: Tensor, part: Part) -> Tensor:
+    """Places in a shard's memory as places in the whole tensor's."""
+    result = torch.full_like(places, part.first)
+    for here, there in part.strides:
+        result += places // here * there
+        places = places % here
+    return result
 
 
 def rounded(leaf: Leaf, state: Sequence[Tensor], param: Tensor) -> tuple[Sequence[Tensor], Tensor]:

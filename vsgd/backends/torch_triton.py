@@ -280,7 +280,7 @@ def accepts(leaf: Leaf) -> bool:
         return False
     if not is_plain(param) or not is_plain(grad) or any(tensor.dtype is not stored for tensor in state):
         return False
-    if param.device.type not in _DEVICES:
+    if param.device.type not in _DEVICES or (noise is not None and noise.part is not None):  # it counts places one by one
         return False
     for tensor in leaf.tensors:
         if tensor.dtype not in _TYPES or tensor.shape != param.shape or tensor.device != param.device or tensor.is_neg():
