@@ -50,6 +50,7 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         options = {name: arguments.pop(name) for name in _OPTIONS}
         core.validate(**hyper, seed=options["seed"])
         core.validate_state_dtype(options["state_dtype"])
+        core.validate_flags(stochastic_rounding=options["stochastic_rounding"])
         if isinstance(arguments["learning_rate"], Real):
             core.validate(learning_rate=arguments["learning_rate"])
         if arguments["weight_decay"] is not None:
@@ -294,6 +295,48 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         for each, value in zip((variable, *states), values, strict=True):
             self.assign(each, value)
 
+    def load_own_variables(self, store: Any) -> None:
+        """Load what `save_own_variables` saved: all of it or nothing.
+
+        As in Keras, another number of variables is not loaded, with a warning. Values are not looked at.
+
+        Args:
+            store: arrays by "0", "1", ... in the order of `variables`.
+
+        Raises:
+            ValueError: the store does not fit the optimizer's variables. Nothing was changed.
+        """
+        names = [str(i) for i in range(len(self.variables))]
+        if len(store.keys()) != len(names):
+            super().load_own_variables(store)
+            return
+        missing = [name for name in names if name not in store.keys()]  # noqa: SIM118  # a store of HDF5 is no mapping
+        if missing:
+            raise ValueError(f"store lacks {', '.join(missing)}, but must have arrays for all variables, named by number")
+        # Read whole first, for a damaged file may fail at any array.
+        self._assign_all("store", [store[name] for name in names])
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set the values of all variables, or of none.
+
+        Args:
+            weights: arrays in the order of `variables`.
+
+        Raises:
+            ValueError: the optimizer is not built, or the arrays do not fit its variables. Nothing was changed.
+        """
+        if not self.built:
+            super().set_weights(weights)  # which says so
+        if len(weights) != len(self.variables):
+            raise ValueError(f"weights has {len(weights)} arrays, but the optimizer has {len(self.variables)} variables")
+        self._assign_all("weights", weights)
+
+    def _assign_all(self, where: str, values: Sequence[Any]) -> None:
+        pairs = list(zip(self.variables, values, strict=True))
+        arrays = [_checked(f"{where}[{number}]", variable, value) for number, (variable, value) in enumerate(pairs)]
+        for variable, array in zip(self.variables, arrays, strict=True):
+            variable.assign(array)
+
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from which `from_config` makes an equal optimizer.
 
@@ -301,6 +344,21 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
             The arguments by name, serializable.
         """
         return {**super().get_config(), **{name: getattr(self, name) for name in (*self._hyperparameter_names(), *_OPTIONS)}}
+
+
+def _checked(what: str, variable: Any, value: Any) -> Any:
+    """A value that is to be assigned, as an array of the backend's in the variable's dtype."""
+    try:
+        array = keras.ops.convert_to_numpy(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is {type(value).__name__}, but must be an array") from error
+    if array.shape != tuple(variable.shape):
+        raise ValueError(f"{what} has shape {array.shape}, but {variable.path} has {tuple(variable.shape)}")
+    is_complex = keras.backend.standardize_dtype(variable.dtype).startswith("complex")
+    # Of the name: bfloat16 is of no kind.
+    if not any(kind in array.dtype.name for kind in ("float", "int", *(["complex"] if is_complex else []))):
+        raise ValueError(f"{what} is of {array.dtype}, but must be of numbers that fit {variable.path} of {variable.dtype}")
+    return ops.convert_to_tensor(array, dtype=variable.dtype)
 
 
 class _Integers(rounding.Wrapping):

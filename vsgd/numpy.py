@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,10 +35,13 @@ class _RuleOptimizer:
     ) -> None:
         self._rule, hyper = guarded(self._kind, hyper, outlier_threshold)
         core.validate(lr=lr, weight_decay=weight_decay, **hyper._asdict())
+        if not isinstance(params, Iterable):
+            raise ValueError(f"params is {type(params).__name__}, but must be a list of arrays")
         self.params = [_checked_param(index, param) for index, param in enumerate(params)]
         self.lr = lr
         self.weight_decay = weight_decay
-        self.hyper = hyper
+        # As Python's own: a power of NumPy's integers fails, and its float64 would widen the arithmetic.
+        self.hyper = type(hyper)(*(float(value) if isinstance(value, Real) else value for value in hyper))
         self.state = [self._initial_state(param) for param in self.params]
 
     def _initial_state(self, param: np.ndarray) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 # Not `from __future__ import annotations`: optax's own tests look whether `learning_rate` is annotated as a schedule.
 import functools
+import sys
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -255,6 +256,7 @@ def vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
+    core.validate_flags(stochastic_rounding=stochastic_rounding)
     storage: dict[str, Any] = {"state_dtype": state_dtype, "seed": seed, "outlier_threshold": outlier_threshold}
     scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, **storage)
     solver = _descend(scaling, learning_rate, weight_decay, mask)
@@ -327,6 +329,7 @@ def constant_vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
+    core.validate_flags(stochastic_rounding=stochastic_rounding)
     storage: dict[str, Any] = {"state_dtype": state_dtype, "seed": seed, "outlier_threshold": outlier_threshold}
     scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, **storage)
     solver = _descend(scaling, learning_rate, weight_decay, mask)
@@ -513,7 +516,7 @@ def _scale_by_rule(
         def update_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> tuple[Any, ...]:
             if grad is None:
                 return None, *arrays
-            _check_gradient(path, grad)
+            _check_gradient(path, grad, {jnp.shape(array) for array in arrays})
             stored = arrays[0].dtype
             dtype = arithmetic_dtype(stored)
             c = coefficients(jnp.finfo(dtype).dtype)
@@ -581,8 +584,12 @@ def _dtype(array: Any) -> Any:
 
 
 def _known(*values: Any) -> tuple[Any, ...]:
-    """Numbers as Python's own, which take on an array's dtype; NumPy's would widen it."""
-    return tuple(float(value) if isinstance(value, Real) and hasattr(value, "dtype") else value for value in values)
+    """Numbers as Python's own floats, which take on an array's dtype; NumPy's would widen it, and a large integer overflow."""
+    return tuple(float(value) if isinstance(value, Real) and _is_foreign(value) else value for value in values)
+
+
+def _is_foreign(value: Any) -> bool:
+    return hasattr(value, "dtype") or (isinstance(value, int) and 2**31 <= abs(value) <= sys.float_info.max)
 
 
 def _in_dtype(hyper: Any, dtype: Any) -> Any:
@@ -600,7 +607,9 @@ def _array_in_dtype(name: str, value: Any, dtype: Any) -> jax.Array:
     return value.astype(dtype)
 
 
-def _check_gradient(path: Any, grad: Any) -> None:
+def _check_gradient(path: Any, grad: Any, shapes: set[tuple[int, ...]]) -> None:
+    where = f" at {jax.tree_util.keystr(path)}" if path else ""
+    if shapes != {jnp.shape(grad)}:  # it would broadcast
+        raise ValueError(f"state has arrays of shapes {sorted(shapes)}{where}, but updates has {jnp.shape(grad)}")
     if not jnp.issubdtype(_dtype(grad), jnp.inexact):
-        where = f" at {jax.tree_util.keystr(path)}" if path else ""
         raise ValueError(f"updates has an array of {_dtype(grad)}{where}, but must have floating or complex numbers")

@@ -1,0 +1,233 @@
+"""Bad arguments and damaged state, for all adapters: a sentence, and nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import HAS_OPTAX, HAS_TORCH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vsgd.numpy
+
+HAS_KERAS = find_spec("keras") is not None and "KERAS_BACKEND" in os.environ
+
+
+def make_numpy(kind: str, **arguments: Any) -> Callable[[], None]:
+    """An optimizer, or an error; what is returned takes a step."""
+    optimizer = getattr(vsgd.numpy, kind)([np.ones(3, np.float32)], **arguments)
+    return lambda: optimizer.step([np.ones(3, np.float32)])
+
+
+def make_torch(kind: str, **arguments: Any) -> Callable[[], None]:
+    import torch
+
+    import vsgd.torch
+
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = getattr(vsgd.torch, kind)([param], **{"foreach": False, **arguments})
+    param.grad = torch.ones(3)
+    return lambda: optimizer.step()
+
+
+def make_optax(kind: str, **arguments: Any) -> Callable[[], None]:
+    import jax.numpy as jnp
+
+    import vsgd.optax
+
+    make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]
+    solver = make(arguments.pop("lr", 0.01), **arguments)
+    return lambda: solver.update(jnp.ones(3), solver.init(jnp.ones(3)), jnp.ones(3)) and None
+
+
+def make_keras(kind: str, **arguments: Any) -> Callable[[], None]:
+    import keras
+    from keras_problems import make
+
+    optimizer = make(kind, **arguments)
+    return lambda: optimizer.apply([keras.ops.ones(3)], [keras.Variable(np.ones(3, np.float32), name="p")])
+
+
+MAKERS = {
+    "numpy": make_numpy,
+    **({"torch": make_torch} if HAS_TORCH else {}),
+    **({"optax": make_optax} if HAS_OPTAX else {}),
+    **({"keras": make_keras} if HAS_KERAS else {}),
+}
+COMMON = ["lr", "variance_ratio", "prior_strength", "eps", "weight_decay", "outlier_threshold"]
+STORAGE = ["state_dtype", "seed", "stochastic_rounding"]
+ARGUMENTS = {
+    "VSGD": [*COMMON, "kappa1", "kappa2"],
+    "ConstantVSGD": [*COMMON, "kappa"],
+}
+KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
+#: What no argument can be.
+JUNK = ["text", b"bytes", [], [0.5], {}, (), {"a": 1}, 1j, object(), np.str_("x"), np.ones(2), np.array("x"), np.array(None)]
+
+
+def call(adapter: str, kind: str, arguments: dict[str, Any]) -> None:
+    """Make an optimizer and take a step, or get an error that names an argument."""
+    step, text = None, ""
+    try:
+        step = MAKERS[adapter](kind, **arguments)
+    except (ValueError, TypeError) as error:
+        text = str(error)
+    if step is None:
+        assert any(name in text for given in arguments for name in (given, KERAS_NAMES.get(given, given))), text
+    else:
+        step()
+
+
+@pytest.mark.parametrize("adapter", MAKERS)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_any_number_is_taken_or_refused_by_name(adapter: str, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(ARGUMENTS)))
+    # Beyond, a step overflows in float32.
+    values = (
+        st.floats(-1e15, 1e15)
+        | st.sampled_from([np.nan, np.inf])
+        | st.integers(-(2**31), 2**31 - 1)
+        | st.booleans()
+        | st.sampled_from([np.float32(0.6), np.int64(1), 0.6, 10**400])
+    )
+    names = [*ARGUMENTS[kind], *(["seed"] if adapter != "numpy" else [])]
+    call(adapter, kind, data.draw(st.dictionaries(st.sampled_from(names), values, max_size=3)))
+
+
+@pytest.mark.parametrize("adapter", MAKERS)
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_what_is_no_number_is_refused_by_name(adapter: str, kind: str) -> None:
+    for name in [*ARGUMENTS[kind], *(STORAGE if adapter != "numpy" else [])]:
+        for value in JUNK:
+            with pytest.raises((ValueError, TypeError), match=f"{name}|{KERAS_NAMES.get(name, name)}"):
+                MAKERS[adapter](kind, **{name: value})
+
+
+@pytest.mark.parametrize("params", [5, None, 0.5], ids=repr)
+def test_parameters_that_are_no_list_are_named(params: Any) -> None:
+    with pytest.raises(ValueError, match=r"params is .*, but must be a list of arrays"):
+        vsgd.numpy.VSGD(params)
+
+
+# --- Keras: what is saved by number. ---
+
+
+def keras_optimizer(kind: str = "VSGD") -> tuple[Any, list[Any]]:
+    pytest.importorskip("keras")
+    from keras_problems import make, tensors, variables_of
+
+    variables = variables_of([np.ones((2, 3), np.float32), np.ones(4, np.float32)])
+    optimizer = make(kind, lr=0.125)
+    for scale in (1.0, -0.5, 2.0):
+        optimizer.apply(tensors([np.full((2, 3), scale, np.float32), np.full(4, scale, np.float32)]), variables)
+    return optimizer, variables
+
+
+def values_of(optimizer: Any) -> list[np.ndarray]:
+    from keras_problems import to_numpy
+
+    return [to_numpy(each) for each in optimizer.variables]
+
+
+class Unreadable(dict[str, Any]):
+    """A store whose last array cannot be read, as in a file that is cut off."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name == list(self)[-1]:
+            raise OSError("cut off")
+        return super().__getitem__(name)
+
+
+BAD_ARRAYS = {
+    "shape": (np.ones(9, np.float32), r"has shape \(9,\), but .* has \(4,\)"),
+    "text": (np.array(["a", "b", "c", "d"]), "is of <U1, but must be of numbers"),
+    "complex": (np.ones(4, np.complex64), "is of complex64, but must be of numbers"),
+    "booleans": (np.ones(4, bool), "is of bool, but must be of numbers"),
+}
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+@pytest.mark.parametrize("bad", BAD_ARRAYS)
+@pytest.mark.parametrize("way", ["load_own_variables", "set_weights"])
+def test_keras_variables_that_do_not_fit_change_nothing(way: str, bad: str) -> None:
+    optimizer, _ = keras_optimizer()
+    before = values_of(optimizer)
+    arrays = [*(each + 1 for each in before[:-1]), BAD_ARRAYS[bad][0]]
+    given_ = arrays if way == "set_weights" else {str(i): array for i, array in enumerate(arrays)}
+    with pytest.raises(ValueError, match=rf"(weights|store)\[7\] {BAD_ARRAYS[bad][1]}"):
+        getattr(optimizer, way)(given_)
+    for ours, expected in zip(values_of(optimizer), before, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+def test_keras_stores_that_lack_or_fail_change_nothing() -> None:
+    optimizer, _ = keras_optimizer()
+    before = values_of(optimizer)
+    store = {str(i): each + 1 for i, each in enumerate(before)}
+    misnamed = {("x" if name == "3" else name): array for name, array in store.items()}
+    with pytest.raises(ValueError, match="store lacks 3, but must have arrays for all variables"):
+        optimizer.load_own_variables(misnamed)
+    with pytest.raises(OSError, match="cut off"):
+        optimizer.load_own_variables(Unreadable(store))
+    with pytest.raises(ValueError, match="weights has 7 arrays, but the optimizer has 8 variables"):
+        optimizer.set_weights([each + 1 for each in before[:-1]])
+    other, _ = keras_optimizer("ConstantVSGD")
+    fewer = {str(i): each for i, each in enumerate(values_of(other))}
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        optimizer.load_own_variables(fewer)
+    for ours, expected in zip(values_of(optimizer), before, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+# --- Optax: state is a tree of the user's. ---
+
+
+@pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_optax_state_of_other_shapes_is_refused(kind: str) -> None:
+    import jax.numpy as jnp
+
+    import vsgd.optax
+
+    scale = {"VSGD": vsgd.optax.scale_by_vsgd, "ConstantVSGD": vsgd.optax.scale_by_constant_vsgd}[kind]()
+    grads = {"w": jnp.ones((2, 3))}
+    state = scale.init(grads)
+    # These would broadcast, and the state would change its shape in silence.
+    for shape in ((3,), (1, 3), ()):
+        with pytest.raises(ValueError, match=r"state has arrays of shapes .* at \['w'\], but updates has \(2, 3\)"):
+            scale.update(grads, state._replace(mu_g={"w": jnp.zeros(shape)}))
+
+
+@pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_damaged_flax_bytes_load_whole_or_raise(data: st.DataObject) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    serialization = pytest.importorskip("flax.serialization")
+    import vsgd.optax
+
+    solver = vsgd.optax.vsgd(0.1)
+    params = {"w": jnp.ones((2, 3))}
+    _, state = solver.update(params, solver.init(params), params)
+    content = bytearray(serialization.to_bytes(state))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:at]
+    else:
+        content[at] ^= data.draw(st.integers(1, 255))
+    # What msgpack and flax raise is of many types.
+    with contextlib.suppress(Exception):
+        solver.update(params, serialization.from_bytes(state, bytes(content)), params)
+    # The good state serves as before.
+    updates, _ = solver.update(params, state, params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
