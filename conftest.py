@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 collect_ignore_glob: list[str] = []
 if find_spec("torch") is None:
-    collect_ignore_glob += ["vsgd/torch*.py", "vsgd/backends/torch_*.py", "tests/torch_*.py"]
+    collect_ignore_glob += ["vsgd/torch*.py", "vsgd/backends/torch_*.py", "tests/torch_*.py", "tests/scaling/torch_*.py"]
 if find_spec("numba") is None:
     collect_ignore_glob += ["vsgd/backends/numba_*.py", "vsgd/backends/torch_fused.py"]
 if find_spec("triton") is None:

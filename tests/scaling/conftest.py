@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from scaling.ranks import Ranks
 
 
 class Row(NamedTuple):
@@ -38,6 +40,22 @@ def agreed(request: pytest.FixtureRequest) -> Callable[..., None]:
         request.config.stash[_rows].append(Row(what, where, strayed, bound))
 
     return note
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """The pool of so many ranks of torch.distributed, one for all tests."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("no torch")
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo")
+    pools: dict[int, Ranks] = {}
+    folder = tmp_path_factory.mktemp("ranks")
+    yield lambda size: pools.setdefault(size, Ranks(size, folder))
+    for pool in pools.values():
+        pool.stop()
 
 
 def table(rows: list[Row]) -> str:

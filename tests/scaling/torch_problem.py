@@ -1,0 +1,123 @@
+"""A small network, trained by several ranks, and by one process on the mean of the ranks' gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from vsgd import torch as vsgd_torch
+
+STEPS = 4
+
+
+class Case(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        options: the optimizer's.
+        kind: its class.
+        dtype: of the parameters.
+        computed_in: of the forward and backward pass, where it is another.
+        device: where.
+    """
+
+    options: dict[str, Any]
+    kind: str = "VSGD"
+    dtype: torch.dtype = torch.float32
+    computed_in: torch.dtype | None = None
+    device: str = "cpu"
+
+    def optimizer(self, params: Iterable[Any]) -> Any:
+        return getattr(vsgd_torch, self.kind)(params, weight_decay=0.1, **self.options)
+
+
+class Trained(NamedTuple):
+    """A model and its optimizer."""
+
+    model: nn.Module
+    optimizer: Any
+
+
+def network(case: Case) -> nn.Sequential:
+    """Rows of weights that 2 ranks can share evenly, unevenly, and not at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    return model.to(case.device, case.dtype)
+
+
+def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int, case: Case) -> Tensor:
+    """The loss on the examples that a rank has at a step."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 1, generator=generator)
+    return (model(x.to(case.device, case.dtype)).double() - y.to(case.device)).square().mean()
+
+
+def train(model: Callable[[Tensor], Tensor], optimizer: Any, case: Case) -> None:
+    """This rank's part of a training: what wraps the model is to make the gradients those of all ranks."""
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step, dist.get_rank(), case).backward()
+        optimizer.step()
+
+
+def reference(case: Case, ranks: int) -> Trained:
+    """The same training in one process."""
+    model = network(case)
+    optimizer = case.optimizer(model.parameters())
+    for step in range(STEPS):
+        parts = [_gradients(model, case, step, rank) for rank in range(ranks)]
+        for param, *grads in zip(model.parameters(), *parts, strict=True):
+            param.grad = _mean([grad.to(param.dtype) for grad in grads])
+        optimizer.step()
+    return Trained(model, optimizer)
+
+
+def _gradients(model: nn.Module, case: Case, step: int, rank: int) -> list[Tensor]:
+    case = case._replace(dtype=case.computed_in or case.dtype)
+    computing = network(case)
+    computing.load_state_dict(model.state_dict())
+    loss_of(computing, step, rank, case).backward()
+    return [param.grad for param in computing.parameters()]
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """In the order in which a mesh of pairs sums, so that no bit differs."""
+    sums = list(parts)
+    while len(sums) > 1:
+        sums = [one + other for one, other in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0] / len(parts)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor, gathered where it is sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def strayed(one: Trained, other: Trained) -> float:
+    """The largest difference of any parameter, state array or step count."""
+    farthest = 0.0
+    for param, same in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        state, same_state = one.optimizer.state[param], other.optimizer.state[same]
+        assert sorted(state) == sorted(same_state)
+        farthest = max(farthest, apart(param, same), *(apart(state[name], same_state[name]) for name in state))
+    return farthest
+
+
+def apart(one: Any, other: Any) -> float:
+    """The largest difference of two tensors; infinite where one is no number, or of another shape or dtype."""
+    one, other = whole(one), whole(other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return math.inf
+    difference = (one.double() - other.double()).abs().max().item()
+    return difference if difference == difference else math.inf
+
+
+def mesh_of(*shape: int, device: str = "cpu") -> DeviceMesh:
+    """All ranks, in rows and columns where two numbers are given."""
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
