@@ -76,6 +76,14 @@ def test_fsdp2_on_gpus(dtype: str, options: dict[str, Any], gpu_ranks: Ranks, ag
 
 
 @engines
+@pytest.mark.parametrize("options", [{}, COMPACT], ids=["float32 state", "bfloat16 state"])
+def test_a_step_communicates_nothing(options: dict[str, Any], engine: str, ranks: Pools) -> None:
+    for counts in ranks(2).run(torch_sharded.communication, Case({**ENGINES[engine], **options})):
+        assert counts["norm"] > 0
+        assert counts["step"] == 0
+
+
+@engines
 @pytest.mark.parametrize("rounded", ["state", "state and parameters"])
 def test_fsdp2_rounds_as_one_process_does(rounded: str, engine: str, ranks: Pools, agreed: Agreed) -> None:
     options = {**ENGINES[engine], **COMPACT, "stochastic_rounding": rounded != "state"}

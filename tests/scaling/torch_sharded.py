@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from scaling.torch_problem import Case, Trained, apart, mesh_of, network, reference, strayed, train, whole
+from scaling.torch_problem import Case, Trained, apart, loss_of, mesh_of, network, reference, strayed, train, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -177,6 +178,19 @@ def gradients_placed_otherwise() -> list[float]:
         VSGD([param], lr=0.1).step()
         farthest.append(apart(param, plain))
     return farthest
+
+
+def communication(case: Case) -> dict[str, int]:
+    """How many collectives a step has, and, so that some are seen, the norm of its gradients."""
+    model, optimizer = train_fsdp(case, dist.get_world_size())
+    loss_of(model, 0, dist.get_rank(), case).backward()
+    grads = [param.grad for param in model.parameters()]
+    counts = {}
+    for name, call in (("step", optimizer.step), ("norm", lambda: nn.utils.get_total_norm(grads).full_tensor())):
+        with CommDebugMode() as seen:
+            call()
+        counts[name] = seen.get_total_counts()
+    return counts
 
 
 def steps_counted_at_lr_0() -> list[float]:
