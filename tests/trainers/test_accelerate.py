@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -65,7 +66,9 @@ def test_the_recipe(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> N
     for _ in range(5):
         torch_plain.train(ended, loss_of, batches, accumulate=2, clip=torch_plain.to_norm_1, schedulers=[warm_up])
     assert strayed(Trained(model, optimizer), ended) == 0
-    assert float(capsys.readouterr().out.split()[-1]) < 0.1
+    said = re.findall(r"epoch (\d): loss ([\d.]+)", capsys.readouterr().out)
+    assert [epoch for epoch, _ in said] == ["1", "2", "3", "4", "5"]
+    assert float(said[-1][1]) < 0.1
 
 
 class Prepared(NamedTuple):
@@ -144,3 +147,10 @@ def test_resumed_from_a_saved_state(recipe: ModuleType, tmp_path: Path) -> None:
     assert strayed(resumed.trained, uninterrupted.trained) == 0
     assert {state["step"].item() for state in resumed.optimizer.state.values()} == {29.0}
     assert resumed.warm_up.state_dict() == uninterrupted.warm_up.state_dict()
+
+
+def test_two_processes(two_processes: Callable[[str], list[dict[str, Any]]]) -> None:
+    one, other = two_processes("accelerate")
+    assert one["processes"] == 2
+    assert one == other
+    assert one["strayed"] == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,3 +134,10 @@ def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Pat
     assert {state["step"].item() for state in resumed.optimizer.optimizer.state.values()} == {40.0}
     schedules = [trainer.lr_scheduler.state_dict() for trainer in (resumed, uninterrupted)]
     assert schedules[0] == schedules[1]
+
+
+def test_two_processes(two_processes: Callable[[str], list[dict[str, Any]]]) -> None:
+    one, other = two_processes("transformers")
+    assert one["processes"] == 2
+    assert one == other
+    assert one["strayed"] == 0

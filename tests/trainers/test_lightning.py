@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -175,3 +175,16 @@ def test_resumed_from_a_checkpoint(recipe: ModuleType, tmp_path: Path) -> None:
     assert strayed(trained_by(resumed), trained_by(uninterrupted)) == 0
     schedules = [trainer.lr_scheduler_configs[0].scheduler.state_dict() for trainer in (resumed, uninterrupted)]
     assert schedules[0] == schedules[1]
+
+
+def test_two_processes_by_ddp(two_processes: Callable[[str], list[dict[str, Any]]]) -> None:
+    one, other = two_processes("lightning, DDP")
+    assert one["processes"] == 2
+    assert one == other
+    assert one["strayed"] == 0
+
+
+def test_two_processes_by_fsdp2_resumed(two_processes: Callable[[str], list[dict[str, Any]]]) -> None:
+    for seen in two_processes("lightning, FSDP2"):
+        assert seen["here"] == 0.5
+        assert seen["strayed"] == 0
