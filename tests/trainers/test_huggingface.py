@@ -122,6 +122,17 @@ def test_accumulated_clipped_and_in_bfloat16(
     assert strayed(trained_by(trainer), ended) == 0
 
 
+def test_the_trainer_decays_layer_scales_too(recipe: ModuleType, tmp_path: Path) -> None:
+    model = recipe.small_convnext()
+    names = {param: name for name, param in model.named_parameters()}
+    with loaded(RECIPE.with_name("torch_groups.py")) as groups:
+        matrices, _ = groups.decay_matrices_alone(model, 0.01)
+    decayed = set(trainer_of(recipe, tmp_path).get_decay_parameter_names(model))
+    scales = {name for name in names.values() if name.endswith("layer_scale_parameter")}
+    assert len(scales) == 2
+    assert decayed == scales.union(names[param] for param in matrices["params"])
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Path) -> None:
     # Amid the second of two epochs, and amid a warm-up.
