@@ -1,7 +1,9 @@
 """VSGD in JAX with weight decay for matrices alone, on scikit-learn's handwritten digits (8x8 pixels, no download).
 
-pip install 'vsgd[optax]' scikit-learn
-python docs/recipes/optax_groups.py
+To run it:
+
+    pip install 'vsgd[optax]' scikit-learn
+    python docs/recipes/optax_groups.py
 """
 
 from __future__ import annotations

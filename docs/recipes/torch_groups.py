@@ -1,7 +1,9 @@
 """VSGD with weight decay for matrices alone, on scikit-learn's handwritten digits (8x8 pixels, no download).
 
-pip install 'vsgd[fused]' scikit-learn
-python docs/recipes/torch_groups.py
+To run it:
+
+    pip install 'vsgd[fused]' scikit-learn
+    python docs/recipes/torch_groups.py
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """VSGD with Accelerate: a small network on scikit-learn's handwritten digits (8x8 pixels, no download).
 
-pip install 'vsgd[fused]' accelerate scikit-learn
-python docs/recipes/with_accelerate.py
-torchrun --standalone --nproc-per-node 2 docs/recipes/with_accelerate.py
+To run it:
+
+    pip install 'vsgd[fused]' accelerate scikit-learn
+    python docs/recipes/with_accelerate.py
+    torchrun --standalone --nproc-per-node 2 docs/recipes/with_accelerate.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """VSGD with DeepSpeed: a small network on scikit-learn's handwritten digits (8x8 pixels, no download).
 
-pip install 'vsgd[fused]' deepspeed scikit-learn
-torchrun --standalone --nproc-per-node 2 docs/recipes/with_deepspeed.py
+To run it:
+
+    pip install 'vsgd[fused]' deepspeed scikit-learn
+    torchrun --standalone --nproc-per-node 2 docs/recipes/with_deepspeed.py
 """
 
 from __future__ import annotations

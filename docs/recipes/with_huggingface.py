@@ -1,7 +1,9 @@
 """VSGD with Hugging Face's Trainer: a small ConvNeXt on scikit-learn's handwritten digits (no download).
 
-pip install 'vsgd[fused]' transformers accelerate scikit-learn
-python docs/recipes/with_huggingface.py
+To run it:
+
+    pip install 'vsgd[fused]' transformers accelerate scikit-learn
+    python docs/recipes/with_huggingface.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """VSGD with Lightning: a small network on scikit-learn's handwritten digits (8x8 pixels, no download).
 
-pip install 'vsgd[fused]' lightning scikit-learn
-python docs/recipes/with_lightning.py
+To run it:
+
+    pip install 'vsgd[fused]' lightning scikit-learn
+    python docs/recipes/with_lightning.py
 """
 
 from __future__ import annotations
@@ -49,9 +51,7 @@ def batches() -> DataLoader[Any]:
 def main() -> lightning.Trainer:
     """Train; each step on the mean of two batches, its gradient cut to a norm of 1."""
     lightning.seed_everything(0)
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=5, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False
-    )
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=5, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False)
     trainer.fit(Digits(), batches())
     print(f"loss {trainer.callback_metrics['loss']:.3f} after {trainer.global_step} steps")
     return trainer

@@ -103,9 +103,7 @@ def huggingface(folder: Path) -> Seen:
         )
         transformers.set_seed(0)
         kind = (VSGD, {"lr": 0.01})
-        trainer = transformers.Trainer(
-            recipe.small_convnext(), arguments, train_dataset=data, optimizer_cls_and_kwargs=kind
-        )
+        trainer = transformers.Trainer(recipe.small_convnext(), arguments, train_dataset=data, optimizer_cls_and_kwargs=kind)
         trainer.train()
         transformers.set_seed(0)
         network = recipe.small_convnext()
