@@ -1,0 +1,154 @@
+"""Hugging Face's Trainer, on the recipe of the documentation: each training ends where a plain loop ends, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in ("transformers", "accelerate", "sklearn"):
+    pytest.importorskip(package)
+
+import transformers  # noqa: E402
+from scaling.torch_problem import Trained, strayed  # noqa: E402
+from scripts import loaded  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.optim.lr_scheduler import LinearLR  # noqa: E402
+from trainers import torch_plain  # noqa: E402
+
+from vsgd.torch import VSGD  # noqa: E402
+
+RECIPE = Path(__file__).parents[2] / "docs" / "recipes" / "with_huggingface.py"
+
+
+@pytest.fixture
+def recipe() -> Iterator[ModuleType]:
+    with loaded(RECIPE) as module:
+        yield module
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def loss_in_bfloat16(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss_of(model, batch)
+
+
+def grouped(model: nn.Module) -> VSGD:
+    """No decay of biases and of what normalizes."""
+    groups: dict[float, list[nn.Parameter]] = {0.01: [], 0.0: []}
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            groups[0.0 if name == "bias" or isinstance(module, nn.LayerNorm) else 0.01].append(param)
+    return VSGD([{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=0.01)
+
+
+def epochs(trainer: transformers.Trainer, number: int) -> Iterator[Any]:
+    """The batches of each epoch."""
+    transformers.set_seed(trainer.args.seed)  # as the Trainer does, which is what orders the batches
+    loader = trainer.get_train_dataloader()
+    for epoch in range(number):
+        loader.set_epoch(epoch)
+        yield loader
+
+
+def fresh(recipe: ModuleType) -> nn.Module:
+    transformers.set_seed(0)
+    return recipe.small_convnext()
+
+
+def trained_by(trainer: transformers.Trainer) -> Trained:
+    return Trained(trainer.model, trainer.optimizer.optimizer)
+
+
+def losses(trainer: transformers.Trainer) -> list[float]:
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_recipe_with_the_trainers_groups(recipe: ModuleType, tmp_path: Path) -> None:
+    trainer = recipe.with_the_trainers_groups(str(tmp_path))
+    model = fresh(recipe)
+    ended = Trained(model, grouped(model))
+    schedule = transformers.get_cosine_schedule_with_warmup(ended.optimizer, 10, 116)
+    for batches in epochs(trainer, 4):
+        torch_plain.train(ended, loss_of, batches, clip=torch_plain.to_norm_1, schedulers=[schedule])
+    assert strayed(trained_by(trainer), ended) == 0
+    assert losses(trainer)[-1] < 0.5 < losses(trainer)[0]
+
+
+def test_the_recipe_with_an_own_schedule(recipe: ModuleType, tmp_path: Path) -> None:
+    trainer = recipe.with_an_own_schedule(str(tmp_path))
+    model = fresh(recipe)
+    ended = Trained(model, VSGD(model.parameters(), lr=0.01))
+    warm_up = LinearLR(ended.optimizer, start_factor=0.1, total_iters=10)
+    for batches in epochs(trainer, 4):
+        torch_plain.train(ended, loss_of, batches, clip=torch_plain.to_norm_1, schedulers=[warm_up])
+    assert strayed(trained_by(trainer), ended) == 0
+    assert losses(trainer)[-1] < 0.5 < losses(trainer)[0]
+
+
+def trainer_of(recipe: ModuleType, folder: Path, **options: Any) -> transformers.Trainer:
+    """As in the recipe, for ten steps of a constant learning rate."""
+    given = {"max_steps": 10, "weight_decay": 0.01, "lr_scheduler_type": "constant", **options}
+    arguments = recipe.arguments(str(folder), **given)
+    kind = (VSGD, {"lr": 0.01})
+    return transformers.Trainer(fresh(recipe), arguments, train_dataset=recipe.digits(), optimizer_cls_and_kwargs=kind)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("norm", [0.0, 1.0])
+def test_accumulated_clipped_and_in_bfloat16(
+    norm: float, accumulate: int, bf16: bool, recipe: ModuleType, tmp_path: Path
+) -> None:
+    trainer = trainer_of(recipe, tmp_path, max_grad_norm=norm, gradient_accumulation_steps=accumulate, bf16=bf16)
+    trainer.train()
+    model = fresh(recipe)
+    ended = Trained(model, grouped(model))
+    batches = list(next(epochs(trainer, 1)))[: 10 * accumulate]
+    torch_plain.train(
+        ended,
+        loss_in_bfloat16 if bf16 else loss_of,
+        batches,
+        accumulate=accumulate,
+        clip=torch_plain.to_norm_1 if norm else torch_plain.untouched,
+    )
+    assert strayed(trained_by(trainer), ended) == 0
+
+
+def test_the_trainer_decays_layer_scales_too(recipe: ModuleType, tmp_path: Path) -> None:
+    model = recipe.small_convnext()
+    names = {param: name for name, param in model.named_parameters()}
+    with loaded(RECIPE.with_name("torch_groups.py")) as groups:
+        matrices, _ = groups.decay_matrices_alone(model, 0.01)
+    decayed = set(trainer_of(recipe, tmp_path).get_decay_parameter_names(model))
+    scales = {name for name in names.values() if name.endswith("layer_scale_parameter")}
+    assert len(scales) == 2
+    assert decayed == scales.union(names[param] for param in matrices["params"])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Path) -> None:
+    # Amid the second of two epochs, and amid a warm-up.
+    options = {"max_steps": 40, "save_steps": 35, "warmup_steps": 38, "lr_scheduler_type": "linear", "bf16": bf16}
+    uninterrupted = trainer_of(recipe, tmp_path, **options)
+    uninterrupted.train()
+    resumed = trainer_of(recipe, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-35"))
+    assert strayed(trained_by(resumed), trained_by(uninterrupted)) == 0
+    assert {state["step"].item() for state in resumed.optimizer.optimizer.state.values()} == {40.0}
+    schedules = [trainer.lr_scheduler.state_dict() for trainer in (resumed, uninterrupted)]
+    assert schedules[0] == schedules[1]
+
+
+def test_two_processes(two_processes: Callable[[str], list[dict[str, Any]]]) -> None:
+    one, other = two_processes("transformers")
+    assert one["processes"] == 2
+    assert one == other
+    assert one["strayed"] == 0

@@ -1,0 +1,220 @@
+"""What two processes run, by torchrun: trainings of each trainer, and how far they strayed from a plain loop in one.
+
+The plain loop takes the mean gradient of two batches at a step, those that the two processes have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from scaling.torch_problem import Trained, apart, strayed, whole
+from scripts import loaded
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from trainers import torch_plain
+
+from vsgd.torch import VSGD
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+STEPS = 12
+
+Seen = dict[str, Any]
+
+
+def some(digits: Any) -> Any:
+    """As many as two processes see in so many steps."""
+    return Subset(digits, range(2 * 64 * STEPS))
+
+
+def in_turn(data: Any, epochs: int) -> Iterator[Iterable[Any]]:
+    """What the processes see in each epoch: a batch of one, a batch of the other."""
+    for epoch in range(epochs):
+        shares = []
+        for rank in range(2):
+            sampler = DistributedSampler(data, num_replicas=2, rank=rank)
+            sampler.set_epoch(epoch)
+            shares.append(DataLoader(data, batch_size=64, sampler=sampler))
+        yield chain.from_iterable(zip(*shares, strict=True))
+
+
+def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    images, labels = batch
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+def plain(recipe: ModuleType | None = None) -> tuple[Trained, LinearLR]:
+    """What the recipes train, that for Lightning where it is given."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)) if recipe is None else recipe.Digits().network
+    optimizer = VSGD(network.parameters(), weight_decay=0.01)
+    return Trained(network, optimizer), LinearLR(optimizer, start_factor=0.1, total_iters=20)
+
+
+def seen(processes: int, trained: Trained, ended: Trained) -> Seen:
+    """How far a training strayed, and a digest of every bit of this process's replica."""
+    bits = hashlib.sha256()
+    for param in trained.model.parameters():
+        for value in (param, *trained.optimizer.state[param].values()):
+            bits.update(whole(value).numpy().tobytes())
+    return {"processes": processes, "strayed": strayed(trained, ended), "digest": bits.hexdigest()}
+
+
+def accelerate(folder: Path) -> Seen:
+    """Each process has every second batch."""
+    from accelerate import Accelerator
+
+    with loaded(RECIPES / "with_accelerate.py") as recipe:
+        batches = DataLoader(some(recipe.batches().dataset), batch_size=64)
+    accelerator = Accelerator(cpu=True)
+    trained, schedule = plain()
+    network, optimizer, schedule, share = accelerator.prepare(*trained, schedule, batches)
+    for batch in share:
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(network, batch))
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    ended, warm_up = plain()
+    # Accelerate steps a schedule once for each process.
+    schedulers = [warm_up, warm_up]
+    torch_plain.train(ended, loss_of, batches, accumulate=2, clip=torch_plain.to_norm_1, schedulers=schedulers)
+    return seen(accelerator.num_processes, trained, ended)
+
+
+def huggingface(folder: Path) -> Seen:
+    """Each process has every second batch; a schedule counts its steps."""
+    import transformers
+
+    with loaded(RECIPES / "with_huggingface.py") as recipe:
+        data = some(recipe.digits())
+        schedule = {"warmup_steps": 20, "lr_scheduler_type": "constant_with_warmup"}
+        arguments = recipe.arguments(
+            str(folder), max_steps=STEPS, train_sampling_strategy="sequential", disable_tqdm=True, **schedule
+        )
+        transformers.set_seed(0)
+        kind = (VSGD, {"lr": 0.01})
+        trainer = transformers.Trainer(recipe.small_convnext(), arguments, train_dataset=data, optimizer_cls_and_kwargs=kind)
+        trainer.train()
+        transformers.set_seed(0)
+        network = recipe.small_convnext()
+    ended = Trained(network, VSGD(network.parameters()))
+    torch_plain.train(
+        ended,
+        lambda model, batch: model(**batch).loss,
+        DataLoader(data, batch_size=64),
+        accumulate=2,
+        clip=torch_plain.to_norm_1,
+        schedulers=[transformers.get_constant_schedule_with_warmup(ended.optimizer, 20)],
+    )
+    return seen(arguments.world_size, Trained(trainer.model, trainer.optimizer.optimizer), ended)
+
+
+def lightning_fit(recipe: ModuleType, model: Any, strategy: Any, options: dict[str, Any], **fitting: Any) -> Any:
+    import lightning
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, **quiet, **options)
+    # Lightning shares it out in a new order in each epoch, though it says nothing of an order.
+    trainer.fit(model, DataLoader(some(recipe.batches().dataset), batch_size=64), **fitting)
+    return trainer
+
+
+def lightning_seen(recipe: ModuleType, trainer: Any, clip: torch_plain.Clip) -> Seen:
+    ended, warm_up = plain(recipe)
+    for batches in in_turn(some(recipe.batches().dataset), trainer.current_epoch):
+        torch_plain.train(ended, loss_of, batches, accumulate=2, clip=clip, schedulers=[warm_up])
+    return seen(trainer.world_size, Trained(trainer.lightning_module.network, trainer.optimizers[0]), ended)
+
+
+def lightning_ddp(folder: Path) -> Seen:
+    """Replicas, their gradients cut."""
+    with loaded(RECIPES / "with_lightning.py") as recipe:
+        torch.manual_seed(0)
+        trainer = lightning_fit(recipe, recipe.Digits(), "ddp", {"max_epochs": 1, "gradient_clip_val": 1.0})
+        return lightning_seen(recipe, trainer, torch_plain.to_norm_1)
+
+
+def lightning_fsdp2(folder: Path) -> Seen:
+    """Parameters and state sharded; saved after one of two epochs, and resumed."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    with loaded(RECIPES / "with_lightning.py") as recipe:
+
+        class Sharded(recipe.Digits):
+            def configure_model(self) -> None:
+                fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
+        def fit(epochs: int, **fitting: Any) -> Any:
+            torch.manual_seed(0)
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            return lightning_fit(recipe, Sharded(), strategy, {"max_epochs": epochs}, **fitting)
+
+        fit(1).save_checkpoint(folder / "sharded")
+        resumed = fit(2, ckpt_path=folder / "sharded")
+        params = list(resumed.lightning_module.parameters())
+        here = sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params)
+        return {**lightning_seen(recipe, resumed, torch_plain.untouched), "here": here}
+
+
+def deepspeed_zero(folder: Path) -> Seen:
+    """The recipe; and each stage of ZeRO, saved after one of two epochs, and resumed."""
+    import deepspeed
+
+    # It would be compiled now, for inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with loaded(RECIPES / "with_deepspeed.py") as recipe:
+        engine, data = recipe.main(), recipe.batches().dataset
+        strayed_by = {"recipe": gathered_apart(engine, data, 5)}
+        for stage in range(4):
+            config = {**recipe.CONFIG, "zero_optimization": {"stage": stage}}
+            first = recipe.prepared(config)
+            recipe.train(first, recipe.batches(), 0)
+            first.save_checkpoint(str(folder / f"stage-{stage}"))
+            resumed = recipe.prepared(config)
+            resumed.load_checkpoint(str(folder / f"stage-{stage}"))
+            recipe.train(resumed, recipe.batches(), 1)
+            strayed_by[f"stage {stage}"] = gathered_apart(resumed, data, 2)
+    return {"processes": engine.world_size, "strayed by": strayed_by}
+
+
+def gathered_apart(engine: Any, data: Any, epochs: int) -> float:
+    """How far the parameters of either process strayed, gathered where they are shared out."""
+    import deepspeed
+
+    ended, warm_up = plain()
+    for batches in in_turn(data, epochs):
+        torch_plain.train(ended, loss_of, batches, accumulate=2, schedulers=[warm_up])
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return max(apart(*pair) for pair in zip(engine.module.parameters(), ended.model.parameters(), strict=True))
+
+
+#: By the package that each needs.
+RUNS: dict[str, dict[str, Callable[[Path], Seen]]] = {
+    "accelerate": {"accelerate": accelerate},
+    "transformers": {"transformers": huggingface},
+    "lightning": {"lightning, DDP": lightning_ddp, "lightning, FSDP2": lightning_fsdp2},
+    "deepspeed": {"deepspeed": deepspeed_zero},
+}
+
+
+def main() -> None:
+    """`python torch_two_processes.py FOLDER PACKAGE...`, by torchrun: leaves in FOLDER what each process saw."""
+    folder, *packages = sys.argv[1:]
+    torch.set_num_threads(1)
+    results = {name: run(Path(folder)) for package in packages for name, run in RUNS[package].items()}
+    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
