@@ -21,6 +21,7 @@ from scaling.keras_network import (
     fit,
     gradients,
     noise_scale,
+    optimizer_of,
 )
 
 Copies = tuple[set[int], set[int]]
@@ -98,16 +99,22 @@ def _clipped(
 
 def refused() -> dict[str, str]:
     """What is said of each training that does not run under a strategy."""
+    outside = optimizer_of("VSGD")
     return {
         "jit_compile": _said(lambda: fit(_made(jit_compile=True))),
         "gradient accumulation": _said(lambda: fit(_made(gradient_accumulation_steps=2))),
         "overwriting by the average": _said(lambda: fit(_made(use_ema=True, ema_overwrite_frequency=2))),
+        "built outside": _said(lambda: (model := _made()).optimizer.build(model.trainable_variables)),
+        "made outside": _said(lambda: fit(_made(outside))),
     }
 
 
-def _made(**options: Any) -> Any:
+def _made(optimizer: Any = None, **options: Any) -> Any:
     with STRATEGY.scope():
-        return compiled("VSGD", **options)
+        model = compiled("VSGD", **options)
+        if optimizer is not None:
+            model.compile(optimizer=optimizer, loss="mse")
+    return model
 
 
 def _said(run: Callable[[], Any]) -> str:

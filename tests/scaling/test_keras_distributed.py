@@ -119,6 +119,9 @@ def test_what_does_not_run_under_a_strategy_says_so(on: On) -> None:
     assert "Trying to access resource" in said["jit_compile"]
     for what in ("gradient accumulation", "overwriting by the average"):
         assert "`merge_call` called while defining a new graph" in said[what]
+    # State that is on one device would be stepped once for each.
+    assert 'Need to be inside "with strategy.scope()"' in said["built outside"]
+    assert "Mixing different tf.distribute.Strategy objects" in said["made outside"]
 
 
 # --- torch: DDP around the model. ---
