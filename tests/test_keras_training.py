@@ -118,6 +118,37 @@ def test_frozen_layers_stay_and_have_no_state() -> None:
     assert all("second" in name for name in states)
 
 
+def zero_gradient_steps(model: Any, steps: int) -> list[np.ndarray]:
+    """By what each variable was multiplied when its gradient was zero, and the step so its decay alone."""
+    before = model.get_weights()
+    for _ in range(steps):
+        model.optimizer.apply([keras.ops.zeros(each.shape) for each in model.trainable_variables], model.trainable_variables)
+    return [after / start for after, start in zip(model.get_weights(), before, strict=True)]
+
+
+def test_biases_and_normalizations_do_not_decay_where_they_are_excluded(tmp_path: Path) -> None:
+    layers = [keras.layers.Dense(8, name="first"), keras.layers.LayerNormalization(name="norm"), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.layers.Input((X.shape[1],)), *layers])
+    model.set_weights([weight + 1 for weight in model.get_weights()])  # biases start at zero
+    optimizer = VSGD(learning_rate=0.125, weight_decay=0.25)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    model.compile(optimizer=optimizer, loss="mse")
+    kernel, spared = (1 - 0.125 * 0.25) ** 3, 1.0
+
+    def assert_factors(factors: list[np.ndarray], expected: list[float]) -> None:
+        for factor, value in zip(factors, expected, strict=True):
+            np.testing.assert_allclose(factor, np.full_like(factor, value), rtol=1e-6 if value == kernel else 0)
+
+    as_told = [kernel, spared, spared, spared, kernel, spared]
+    assert_factors(zero_gradient_steps(model, 3), as_told)
+    # Keras' files do not say what is excluded.
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_factors(zero_gradient_steps(loaded, 3), [kernel] * 6)
+    loaded.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    assert_factors(zero_gradient_steps(loaded, 3), as_told)
+
+
 def test_accumulation_over_all_batches_equals_one_large_batch() -> None:
     small = linear_model(make("VSGD", lr=0.05, gradient_accumulation_steps=4))
     fit(small, epochs=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -103,14 +104,23 @@ class _RuleOptimizer(keras.optimizers.Optimizer):
         label = getattr(variable, "path", variable.name).replace("/", "_").replace(":", "_")
         dtype = _state_dtype(variable, self.state_dtype)
         fill = complex(value, value) if dtype.startswith("complex") else value
-        return self.add_variable(
-            shape=variable.shape,
-            # Of NumPy: Keras takes a Python float through float32 on TensorFlow.
-            initializer=keras.initializers.Constant(np.asarray(fill)[()]),
-            dtype=dtype,
-            layout=getattr(variable, "_layout", None),
-            name=f"{label}_{name}",
-        )
+        with self._beside(variable):
+            return self.add_variable(
+                shape=variable.shape,
+                # Of NumPy: Keras takes a Python float through float32 on TensorFlow.
+                initializer=keras.initializers.Constant(np.asarray(fill)[()]),
+                dtype=dtype,
+                layout=getattr(variable, "_layout", None),
+                name=f"{label}_{name}",
+            )
+
+    def _beside(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
+        """Where TensorFlow makes state on each device that the variable is on, or refuses to."""
+        if keras.backend.backend() != "tensorflow":
+            return contextlib.nullcontext()
+        value = variable.value if isinstance(variable, keras.Variable) else variable
+        beside: contextlib.AbstractContextManager[Any] = self._distribution_strategy.extended.colocate_vars_with(value)
+        return beside
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         # What is rounded stochastically decays in the update: here it would be rounded to the nearest, and the decay lost.

@@ -1,0 +1,122 @@
+"""What a process runs that has a Keras backend and several devices: trainings, checkpoints, and how far they strayed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import keras
+import numpy as np
+from scaling.keras_network import apart, arrays, compiled, fit, spare
+
+
+def _mirrored_strategy() -> Any:
+    """Over all GPUs, or over two halves of the CPU, which must be made before TensorFlow runs anything."""
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        return tf.distribute.MirroredStrategy()
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+STRATEGY = _mirrored_strategy() if keras.backend.backend() == "tensorflow" else None
+
+
+def gpus() -> int:
+    """How many GPUs this process has."""
+    if keras.backend.backend() == "torch":
+        return int(keras.ops.zeros(1).is_cuda)
+    return sum(not each.startswith("cpu") for each in keras.distribution.list_devices())
+
+
+def model_parallel() -> Any:
+    """Batches over the rows of a mesh, kernels and a bias over its columns, of which there are two where devices allow it."""
+    devices = keras.distribution.list_devices()
+    columns = 2 if len(devices) % 2 == 0 else 1
+    mesh = keras.distribution.DeviceMesh((len(devices) // columns, columns), ["batch", "model"], devices)
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*first/kernel"] = (None, "model")
+    layouts[".*first/bias"] = ("model",)
+    layouts[".*second/kernel"] = ("model", None)
+    return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+
+
+def scope(how: str) -> contextlib.AbstractContextManager[Any]:
+    """Where models are made and trained."""
+    if how == "alone":
+        return contextlib.nullcontext()
+    if how == "MirroredStrategy":
+        return STRATEGY.scope()
+    return {"DataParallel": keras.distribution.DataParallel, "ModelParallel": model_parallel}[how]().scope()
+
+
+@functools.cache
+def alone(case: str) -> list[np.ndarray]:
+    """What the training leaves on one device."""
+    model = fit(compiled(case))
+    return arrays(model)
+
+
+def trained(case: str, how: str) -> tuple[Any, float]:
+    """The model, and how far it strayed from one device."""
+    with scope(how):
+        model = fit(compiled(case))
+    return model, apart(arrays(model), alone(case))
+
+
+def strayed(case: str, how: str) -> float:
+    return trained(case, how)[1]
+
+
+def undistributed() -> tuple[float, int] | None:
+    """How far a training strayed that Keras took to be distributed, and on how many devices its variables are."""
+    try:
+        distribution = keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"])
+    except AttributeError:  # an older Keras, which does not take it
+        return None
+    with distribution.scope():
+        model = fit(compiled("VSGD"))
+    devices = {str(each.value.device) for each in [*model.weights, *model.optimizer.variables]}
+    return apart(arrays(model), alone("VSGD")), len(devices)
+
+
+def save(case: str, how: str, path: str) -> None:
+    """Save a model in training, with its arrays beside it, and those after training on."""
+    with scope(how):
+        model = fit(compiled(case))
+        write(model, path)
+        write_later(fit(model), path)
+
+
+def write(model: Any, path: str) -> None:
+    model.save(f"{path}.keras")
+    np.savez(f"{path}.npz", *arrays(model))
+
+
+def write_later(model: Any, path: str) -> None:
+    np.savez(f"{path}-goes-on.npz", *arrays(model))
+
+
+def load(how: str, path: str) -> tuple[float, float]:
+    """How far a model strayed where it was loaded, and some steps later."""
+    with scope(how):
+        model = loaded(path)
+        strayed_so_far = apart(arrays(model), _read(f"{path}.npz"))
+        return strayed_so_far, apart(arrays(fit(model)), _read(f"{path}-goes-on.npz"))
+
+
+def loaded(path: str) -> Any:
+    """A saved model, told what its file does not say."""
+    model = keras.saving.load_model(f"{path}.keras")
+    spare(model.optimizer)
+    # The file has what "auto" chose where it was saved; a strategy refuses it, and torch would call its compiler.
+    model.jit_compile = keras.backend.backend() == "jax"
+    return model
+
+
+def _read(path: str) -> list[np.ndarray]:
+    with np.load(path) as saved:
+        return list(saved.values())

@@ -1,0 +1,112 @@
+"""A small network with a normalization, trained by Keras, and how far two trainings are apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras_problems import to_numpy
+
+from vsgd import keras as vsgd_keras
+
+FEATURES, HIDDEN, OUTPUTS = 6, 8, 2
+SAMPLES, BATCH, EPOCHS = 64, 16, 2  # 8 steps
+_rng = np.random.default_rng(0)
+X = _rng.standard_normal((SAMPLES, FEATURES)).astype(np.float32)
+Y = _rng.standard_normal((SAMPLES, OUTPUTS)).astype(np.float32)
+
+
+class Case(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        kind: the optimizer's class.
+        policy: of the layers' dtypes.
+        options: the optimizer's.
+    """
+
+    kind: str
+    policy: str
+    options: dict[str, Any]
+
+
+CASES = {
+    "VSGD": Case("VSGD", "float32", {}),
+    "ConstantVSGD": Case("ConstantVSGD", "float32", {}),
+    "average of the weights": Case("VSGD", "float32", {"use_ema": True, "ema_momentum": 0.5}),
+    "mixed precision": Case("VSGD", "mixed_bfloat16", {}),
+    "bfloat16 state and variables": Case("VSGD", "bfloat16", {"state_dtype": "bfloat16", "stochastic_rounding": True}),
+}
+
+
+def optimizer_of(case: str, **options: Any) -> Any:
+    """The case's optimizer; weights decay, biases and normalizations do not."""
+    optimizer = getattr(vsgd_keras, CASES[case].kind)(
+        learning_rate=0.05, weight_decay=0.1, **{**CASES[case].options, **options}
+    )
+    spare(optimizer)
+    return optimizer
+
+
+def spare(optimizer: Any) -> None:
+    """Biases and normalizations; no file says so, and what is loaded must be told again."""
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+
+
+def network(case: str) -> Any:
+    keras.utils.set_random_seed(0)
+    policy = CASES[case].policy
+    layers = [
+        keras.layers.Dense(HIDDEN, activation="tanh", name="first", dtype=policy),
+        keras.layers.LayerNormalization(name="norm", dtype=policy),
+        keras.layers.Dense(OUTPUTS, name="second", dtype=policy),
+    ]
+    return keras.Sequential([keras.Input((FEATURES,)), *layers], name="net")
+
+
+def compiled(case: str, jit_compile: Any = "auto", **options: Any) -> Any:
+    """The network with its optimizer and loss."""
+    model = network(case)
+    model.compile(optimizer=optimizer_of(case, **options), loss="mse", jit_compile=jit_compile)
+    return model
+
+
+def fit(model: Any) -> Any:
+    """The model, trained on batches in order."""
+    model.fit(X, Y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0)
+    return model
+
+
+def gradients() -> list[list[np.ndarray]]:
+    """Gradients for some steps: multiples of 1/8, whose parts have exact sums in bfloat16 too."""
+    rng = np.random.default_rng(1)
+    shapes = ((FEATURES, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,), (HIDDEN, OUTPUTS), (OUTPUTS,))
+    return [[np.round(8 * rng.standard_normal(shape)).astype(np.float32) / 8 for shape in shapes] for _ in range(4)]
+
+
+def arrays(model: Any) -> list[np.ndarray]:
+    """All that a training leaves: weights and the optimizer's variables. Not by path, for a loaded model's are others."""
+    return [to_numpy(each) for each in [*model.weights, *model.optimizer.variables]]
+
+
+def noise_scale(model: Any) -> list[np.ndarray]:
+    """What the optimizer's state says of all gradients together."""
+    return [to_numpy(each) for each in model.optimizer.noise_scale(batch_size=BATCH).overall]
+
+
+def apart(some: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """The largest difference of any array, relative to the array's largest value; infinite where one is no number."""
+    return max(_apart(one, other) for one, other in zip(some, others, strict=True))
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+    assert one.shape == other.shape
+    # Keras counts steps in int64 on TensorFlow, in int32 elsewhere.
+    assert one.dtype == other.dtype or one.dtype.kind == other.dtype.kind == "i"
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    difference = float(np.abs(one - other).max())
+    if difference == 0:
+        return 0.0
+    return difference / float(np.abs(other).max()) if math.isfinite(difference) else math.inf
