@@ -1,4 +1,4 @@
-"""A pool of processes that are the ranks of one process group, kept for many tests."""
+"""A pool of processes that join one group, kept for many tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+#: Makes of a new process, told its rank, how many there are and a file in which they may find each other, one of the group.
+Join = Callable[[int, int, str], None]
+
 _PATIENCE = 120  # seconds, for the slowest call on a busy machine
+
+
+def torch_group(backend: str, rank: int, size: int, store: str) -> None:
+    """Join a process group of torch; where its backend is not gloo alone, each rank has the GPU of its number."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if backend != "gloo":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size)
+
+
+GLOO = partial(torch_group, "gloo")
 
 
 class Ranks:
@@ -20,12 +38,12 @@ class Ranks:
     Args:
         size: how many.
         folder: for the file in which they find each other.
-        backend: of the process group; where it is not gloo alone, each rank has the GPU of its number.
+        join: how each joins the others.
     """
 
-    def __init__(self, size: int, folder: Path, backend: str = "gloo") -> None:
+    def __init__(self, size: int, folder: Path, join: Join = GLOO) -> None:
         self.size = size
-        self._backend = backend
+        self._join = join
         self._folder = folder
         self._starts = 0
         self._processes: list[Any] = []
@@ -79,7 +97,7 @@ class Ranks:
         for rank in range(self.size):
             ours, theirs = spawn.Pipe()
             store = self._folder / f"store-{self.size}-{self._starts}"
-            process = spawn.Process(target=_serve, args=(rank, self.size, self._backend, str(store), theirs), daemon=True)
+            process = spawn.Process(target=_serve, args=(self._join, rank, self.size, str(store), theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -95,14 +113,8 @@ class Ranks:
         self._processes, self._connections = [], []
 
 
-def _serve(rank: int, size: int, backend: str, store: str, connection: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    if backend != "gloo":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size)
+def _serve(join: Join, rank: int, size: int, store: str, connection: Any) -> None:
+    join(rank, size, store)
     while True:
         try:
             function, args, kwargs = pickle.loads(connection.recv_bytes())

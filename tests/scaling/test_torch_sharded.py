@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ if not torch.distributed.is_available():
 
 from engines import HAS_NUMBA  # noqa: E402
 from scaling import torch_sharded  # noqa: E402
-from scaling.ranks import Ranks  # noqa: E402
+from scaling.ranks import Ranks, torch_group  # noqa: E402
 from scaling.torch_problem import Case  # noqa: E402
 
 TWO, FOUR = "torch, 2 processes", "torch, 4 processes"
@@ -42,7 +43,9 @@ SHARDS = [[12, 2, 8, 2, 3, 1], [12, 2, 4, 1, 0, 0]]
 @pytest.fixture(scope="module")
 def gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """One rank where there is one GPU, two where there are more: sums of two have but one order."""
-    pool = Ranks(min(torch.cuda.device_count(), 2), tmp_path_factory.mktemp("ranks"), "cuda:nccl,cpu:gloo")
+    pool = Ranks(
+        min(torch.cuda.device_count(), 2), tmp_path_factory.mktemp("ranks"), partial(torch_group, "cuda:nccl,cpu:gloo")
+    )
     yield pool
     pool.stop()
 
