@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -184,52 +180,6 @@ def test_a_run_continues_from_its_saved_state(make: Callable[..., Any]) -> None:
     for grad in grads[5:]:
         params, state = step(params, state, grad)
     assert_same((params, state), train(solver(), ones(jnp.bfloat16), grads))
-
-
-def test_sharded_equals_whole_without_communication() -> None:
-    script = """
-        import re
-        import numpy as np
-        import jax, jax.numpy as jnp
-        from jax.sharding import NamedSharding, PartitionSpec
-        import optax
-        from vsgd.optax import constant_vsgd, vsgd
-
-        mesh = jax.make_mesh((4, 2), ("x", "y"))
-        specs = {"matrix": PartitionSpec("x", "y"), "rows": PartitionSpec("y"), "deep": PartitionSpec(None, "y", "x")}
-        shapes = {"matrix": (16, 8), "rows": (6, 5), "deep": (3, 4, 8)}
-        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-        rng = np.random.default_rng(0)
-        grads = [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(10)]
-
-        def run(solver, place):
-            def step(params, state, grads):
-                updates, state = solver.update(grads, state, params)
-                return optax.apply_updates(params, updates), state
-
-            params = place({name: jnp.ones(shape, jnp.bfloat16) for name, shape in shapes.items()})
-            state = solver.init(params)
-            compiled = jax.jit(step).lower(params, state, place(grads[0])).compile()
-            for grad in grads:
-                params, state = compiled(params, state, place(grad))
-            return (params, state), compiled.as_text()
-
-        for make in (vsgd, constant_vsgd):
-            solver = make(0.1, weight_decay=0.1, state_dtype="bfloat16", stochastic_rounding=True)
-            whole, _ = run(solver, lambda tree: tree)
-            sharded, text = run(solver, lambda tree: jax.device_put(tree, shardings))
-            assert not re.findall(r" (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)[(]", text)
-            for name, sharding in shardings.items():
-                assert all(tree[name].sharding.is_equivalent_to(sharding, len(shapes[name])) for tree in sharded[1][0][1:])
-            for ours, theirs in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole), strict=True):
-                assert ours.dtype == theirs.dtype and (np.asarray(ours) == np.asarray(theirs)).all()
-        print("done")
-    """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **flags})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "done"
 
 
 # --- What it is for. ---

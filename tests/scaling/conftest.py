@@ -58,6 +58,36 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
         pool.stop()
 
 
+@pytest.fixture(scope="session")
+def jax_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ranks]]:
+    """The pool of processes of JAX that has the devices of this name, one for all tests."""
+    from scaling import jax_devices
+
+    pools: dict[str, Ranks] = {}
+
+    def pool(name: str) -> Ranks:
+        if why := jax_devices.why_not(name):
+            pytest.skip(why)
+        if name not in pools:
+            pools[name] = jax_devices.pool(name, tmp_path_factory.mktemp(name))
+        return pools[name]
+
+    yield pool
+    for each in pools.values():
+        each.stop()
+
+
+@pytest.fixture(scope="session")
+def jax_gpus(jax_pool: Callable[[str], Ranks]) -> tuple[Ranks, int]:
+    """The process of JAX that has all GPUs, and how many they are."""
+    from scaling import jax_devices
+
+    (number,) = jax_pool("gpus").run(jax_devices.number, "gpu")
+    if number == 0:
+        pytest.skip("this JAX has no GPU")
+    return jax_pool("gpus"), number
+
+
 def table(rows: list[Row]) -> str:
     """A Markdown table, in the order of what ran; of rows that differ in nothing but how far they strayed, the farthest."""
     farthest: dict[tuple[str, str, float], float] = {}

@@ -1,0 +1,201 @@
+"""A small network, trained on a mesh of devices, and on one device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vsgd.optax
+
+STEPS = 4
+#: Where 4 devices share 12 numbers, each has 3.
+SHAPES = {"rows": (8, 12), "bias": (12,), "mix": (12, 3, 8), "out": (8, 6), "shift": (6,)}
+#: Sharded by both axes of the mesh, by one, in one dimension by both, and not at all.
+SPECS = {"rows": P("data", "model"), "bias": P("model"), "mix": P("model", None, "data"), "out": P(("data", "model"))}
+SPECS |= {"shift": P()}
+
+#: Ten times how far one device ends from itself if each gradient of one run is the next larger number, by `Case.gradients`.
+BOUND = {
+    "given": {"float32": 5e-6, "float64": 1e-14},
+    "summed": {"float32": 1.5e-5, "float64": 2e-14},
+}
+
+
+class Case(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        kind: the function that makes the optimizer.
+        dtype: of the parameters.
+        compact: whether state and parameters, where they can, are rounded stochastically to bfloat16.
+        gradients: where they come from, by name.
+    """
+
+    kind: str = "vsgd"
+    dtype: str = "float32"
+    compact: bool = False
+    gradients: str = "exact"
+
+    def solver(self, **options: Any) -> Any:
+        compact = {"state_dtype": "bfloat16", "stochastic_rounding": True} if self.compact else {}
+        return getattr(vsgd.optax, self.kind)(0.05, weight_decay=0.1, **compact, **options)
+
+
+class Trained(NamedTuple):
+    """Parameters, and the optimizer's state."""
+
+    params: dict[str, jax.Array]
+    state: Any
+
+
+class Layout(NamedTuple):
+    """Where parameters lie."""
+
+    mesh: Mesh
+    specs: dict[str, P] = SPECS
+
+    def shardings(self, specs: Any) -> Any:
+        return jax.tree.map(partial(NamedSharding, self.mesh), specs, is_leaf=lambda leaf: isinstance(leaf, P))
+
+    @property
+    def explicit(self) -> bool:
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def entered(self) -> AbstractContextManager[Any]:
+        return jax.set_mesh(self.mesh) if self.explicit else nullcontext()
+
+
+def layout_of(*shape: int, types: str = "Auto", specs: dict[str, P] = SPECS) -> Layout:
+    """A mesh of rows and columns; without them, of all devices, in pairs where they can be."""
+    if not shape:
+        count = jax.device_count()
+        shape = (count // 2, 2) if count % 2 == 0 else (count, 1)
+    devices = jax.devices()[: math.prod(shape)]
+    return Layout(jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType[types],) * 2, devices=devices), specs)
+
+
+def loss(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(x @ params["rows"] + params["bias"])
+    outputs = jnp.einsum("bi,ijk->bk", hidden, params["mix"]) @ params["out"]
+    return ((outputs + params["shift"] - y) ** 2).mean(0).sum()
+
+
+def exactly(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """At weights of few digits: in float64 all sums of their products are exact, in whatever order."""
+
+    def exact(params: Any, data: Any) -> Any:
+        return gradient(jax.tree.map(lambda param: jnp.round(param.astype(jnp.float64) * 8) / 8, params), data)
+
+    return exact
+
+
+def of_batch(params: Any, data: Any) -> Any:
+    return jax.grad(loss)(params, *data)
+
+
+#: From parameters and what is placed on the devices at a step.
+GRADIENTS: dict[str, Callable[..., Any]] = {
+    "exact": exactly(of_batch),
+    "summed": of_batch,
+    "given": lambda params, data: data,
+}
+
+
+def data_of(case: Case, seed: int) -> Any:
+    """What a step sees: small integers, numbers that are rounded, or the gradients themselves."""
+    rng = np.random.default_rng(seed + 1)
+    if case.gradients == "given":
+        return {name: _normal(rng, shape, case.dtype) for name, shape in SHAPES.items()}
+    if case.gradients == "summed":
+        return _normal(rng, (16, 8), case.dtype), _normal(rng, (16, 6), case.dtype)
+    return rng.integers(-2, 3, (16, 8)).astype(np.float64), rng.integers(-2, 3, (16, 6)).astype(np.float64)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    real, imaginary = rng.standard_normal((2, *shape))
+    return (real + 1j * imaginary if dtype.startswith("complex") else real).astype(dtype)
+
+
+def place(tree: Any, layout: Layout | None, specs: Any) -> Any:
+    return jax.tree.map(jnp.asarray, tree) if layout is None else jax.device_put(tree, layout.shardings(specs))
+
+
+def fresh_params(layout: Layout | None, case: Case) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    values = {name: _normal(rng, shape, case.dtype) / np.asarray(2, case.dtype) for name, shape in SHAPES.items()}
+    return place(values, layout, layout and layout.specs)
+
+
+def state_shardings(solver: Any, params: Any, shardings: Any, whole: Any) -> Any:
+    """For each array of the state what its parameter has, and for the count what lies on all devices."""
+
+    def of_param(_: Any, sharding: Any) -> Any:
+        return sharding
+
+    state = jax.eval_shape(solver.init, params)
+    return optax.tree_utils.tree_map_params(solver, of_param, state, shardings, transform_non_params=lambda _: whole)
+
+
+def make_step(solver: Any, gradient: Callable[..., Any], **options: Any) -> Any:
+    @partial(jax.jit, **options)
+    def step(params: Any, state: Any, data: Any) -> Trained:
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), gradient(params, data), params)
+        updates, state = solver.update(grads, state, params)
+        return Trained(optax.apply_updates(params, updates), state)
+
+    return step
+
+
+def gradient_of(case: Case, layout: Layout | None) -> Callable[..., Any]:
+    """Gradients that lie as the parameters do; where types say how arrays are sharded, the sums are left to the compiler."""
+    gradient = GRADIENTS[case.gradients]
+    if layout is None or not layout.explicit or case.gradients == "given":
+        return gradient
+    return jax.sharding.auto_axes(gradient, axes=layout.mesh.axis_names, out_sharding=layout.shardings(layout.specs))
+
+
+def advance(step: Any, trained: Trained, case: Case, layout: Layout | None, seeds: Iterable[int] = range(STEPS)) -> Trained:
+    for seed in seeds:
+        specs = layout and (layout.specs if case.gradients == "given" else P("data"))
+        trained = step(*trained, place(data_of(case, seed), layout, specs))
+    return trained
+
+
+@cache
+def reference(case: Case, steps: int = STEPS) -> Trained:
+    """The same training on one device."""
+    with jax.default_device(jax.local_devices()[0]):
+        if steps == 0:
+            params = fresh_params(None, case)
+            return Trained(params, case.solver().init(params))
+        return advance(_step_on_one(case), reference(case, steps - 1), case, None, [steps - 1])
+
+
+@cache
+def _step_on_one(case: Case) -> Any:
+    return make_step(case.solver(), gradient_of(case, None))
+
+
+def strayed(one: Any, other: Any) -> float:
+    """The largest difference of a shard from its part of a whole array, relative to the array's largest value."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    return max(map(_apart, jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
+def _apart(sharded: jax.Array, whole: jax.Array) -> float:
+    if sharded.shape != whole.shape or sharded.dtype != whole.dtype:
+        return math.inf
+    values = np.asarray(whole).astype(np.complex128)
+    parts = [(np.asarray(shard.data).astype(np.complex128), values[shard.index]) for shard in sharded.addressable_shards]
+    difference = max(float(np.abs(part - same).max()) for part, same in parts) / (float(np.abs(values).max()) or 1.0)
+    return difference if difference == difference else math.inf
