@@ -11,14 +11,16 @@ if find_spec("numba") is None:
 if find_spec("triton") is None:
     collect_ignore_glob += ["vsgd/backends/torch_triton.py", "tests/torch_interpreted.py"]
 if find_spec("jax") is None or find_spec("optax") is None:
-    collect_ignore_glob += ["vsgd/optax*.py"]
+    collect_ignore_glob += ["vsgd/optax*.py", "tests/scaling/jax_*.py"]
 if any(find_spec(name) is None for name in ("jax", "optax", "absl")):
     collect_ignore_glob += ["tests/optax_*.py"]
 
 # Where the user names none: the first that is installed, in the order of how little else it loads.
 _keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
 if find_spec("keras") is None or not _keras_backends:
-    collect_ignore_glob += ["vsgd/keras*.py", "tests/keras_*.py"]
+    collect_ignore_glob += ["vsgd/keras*.py", "tests/keras_*.py", "tests/scaling/keras_*.py"]
 else:
     os.environ.setdefault("KERAS_BACKEND", _keras_backends[0])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _others = {"torch", "jax", "tensorflow"} - {os.environ["KERAS_BACKEND"]}
+    collect_ignore_glob += [f"tests/scaling/keras_on_{name}.py" for name in _others]
