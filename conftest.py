@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 
-collect_ignore_glob: list[str] = []
+collect_ignore_glob: list[str] = ["tests/scaling/keras_*.py"]  # each of a process with its own Keras backend
 if find_spec("torch") is None:
     collect_ignore_glob += ["vsgd/torch*.py", "vsgd/backends/torch_*.py", "tests/torch_*.py", "tests/scaling/torch_*.py"]
 if find_spec("numba") is None:
@@ -18,9 +18,7 @@ if any(find_spec(name) is None for name in ("jax", "optax", "absl")):
 # Where the user names none: the first that is installed, in the order of how little else it loads.
 _keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
 if find_spec("keras") is None or not _keras_backends:
-    collect_ignore_glob += ["vsgd/keras*.py", "tests/keras_*.py", "tests/scaling/keras_*.py"]
+    collect_ignore_glob += ["vsgd/keras*.py", "tests/keras_*.py"]
 else:
     os.environ.setdefault("KERAS_BACKEND", _keras_backends[0])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    _others = {"torch", "jax", "tensorflow"} - {os.environ["KERAS_BACKEND"]}
-    collect_ignore_glob += [f"tests/scaling/keras_on_{name}.py" for name in _others]
