@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -234,14 +234,17 @@ class Comparison:
         complete = [each for each in found if each is not None]
         return complete if len(complete) == len(found) else None
 
-    def sensitivity(self, entrant: str, schedule: str) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Learning rates, and the mean validation metric of each, to be low; None where a run is missing.
+    def tried(self, entrant: str) -> tuple[list[float], list[float]] | None:
+        """Learning rates, and the mean validation metric of each with the schedule that was chosen, to be low.
+
+        None while it is not tuned.
 
         Args:
             entrant: by name.
-            schedule: by name.
         """
-        rates = ENTRANTS[entrant].base.learning_rates(10)
-        scores = [self.validation(entrant, Trial(rate, schedule)) for rate in rates]
-        values = [score[0] for score in scores if score is not None]
-        return (rates, values) if len(values) == len(rates) else None
+        best = self.chosen(entrant, WIDEST)
+        if best is None:
+            return None
+        trials = [each for each in ARMS[WIDEST](ENTRANTS[entrant]) if each.schedule == best.schedule]
+        scores = [self.validation(entrant, each) for each in trials]
+        return [each.learning_rate for each in trials], [score[0] for score in scores if score is not None]

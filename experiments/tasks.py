@@ -100,7 +100,7 @@ def _labelled(splits: Mapping[str, Split], batch_size: int) -> Data:
 
 
 #: Eigenvalues of the quadratic's Hessian, and the variances of its gradients' noise in their directions.
-CURVATURES: NDArray[np.float32] = 1 / np.arange(1, 101, dtype=np.float32)
+CURVATURES = (1 / np.arange(1, 101)).astype(np.float32)
 
 
 @functools.cache
@@ -175,11 +175,20 @@ _WINDOWS = {"train": 256, "validation": 64, "test": 256}  # that are evaluated; 
 
 @functools.cache
 def text() -> str:
-    """The topics of Python's own help, which differ between Python's versions; paragraphs that come again are left out."""
+    """The topics of Python's own help, which differ between Python's versions.
+
+    Lines of ten characters and more that come again are left out: topics repeat one another, and what is tested must not have
+    been trained on.
+    """
     from pydoc_data.topics import topics
 
-    paragraphs = (paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
-    return "\n\n".join(dict.fromkeys(paragraphs))
+    lines, known = [], set[str]()
+    for line in "\n".join(topics[name] for name in sorted(topics)).splitlines():
+        told = line.strip()
+        if len(told) < 10 or told not in known:
+            lines.append(line)
+        known.add(told)
+    return "\n".join(lines)
 
 
 @functools.cache
