@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 
 
@@ -24,14 +23,12 @@ class Images(NamedTuple):
         train_y: the number of the class of each.
         test_x: likewise, the part that is only looked at.
         test_y: likewise.
-        digest: of the archive that they come from.
     """
 
     train_x: np.ndarray
     train_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Source:
         side: height and width of an image.
         mean: of each channel, where white is 1.
         deviation: likewise the standard deviation.
-        read: what makes arrays of the archive's path: those of `Images`.
+        read: what reads the archive.
     """
 
     title: str
@@ -60,7 +57,7 @@ class Source:
     side: int
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
-    read: Callable[[Path], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+    read: Callable[[Path], Images]
 
 
 class _ArraysAlone(pickle.Unpickler):
@@ -74,7 +71,7 @@ class _ArraysAlone(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, where only NumPy's arrays may be")
 
 
-def _read_cifar100(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _read_cifar100(path: Path) -> Images:
     found = []
     with tarfile.open(path) as archive:
         for part in ("train", "test"):
@@ -83,11 +80,10 @@ def _read_cifar100(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
             # Stored channel by channel.
             found.append(np.ascontiguousarray(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
             found.append(np.asarray(batch[b"fine_labels"], np.int32))
-    train_x, train_y, test_x, test_y = found
-    return train_x, train_y, test_x, test_y
+    return Images(*found)
 
 
-def _read_tiny_imagenet(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _read_tiny_imagenet(path: Path) -> Images:
     with zipfile.ZipFile(path) as archive:
         top = "tiny-imagenet-200"
         wnids = sorted(archive.read(f"{top}/wnids.txt").decode().split())
@@ -100,8 +96,7 @@ def _read_tiny_imagenet(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray,
         lines = archive.read(f"{top}/val/val_annotations.txt").decode().splitlines()
         # The file, its class, and a box.
         test = [(f"{top}/val/images/{file}", number[wnid]) for file, wnid, *_ in (line.split("\t") for line in lines)]
-        (train_x, train_y), (test_x, test_y) = (_decoded(archive, part) for part in (train, test))
-    return train_x, train_y, test_x, test_y
+        return Images(*_decoded(archive, train), *_decoded(archive, test))
 
 
 def _decoded(archive: zipfile.ZipFile, labelled: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,8 +139,46 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def load(name: str, data_dir: Path | None = None) -> Images:
-    """A data set, from a folder or, without one, from where it is published.
+class Archive(NamedTuple):
+    """An archive that is there.
+
+    Attributes:
+        source: what it is.
+        path: where it is.
+        digest: what it is for certain.
+    """
+
+    source: Source
+    path: Path
+    digest: str
+
+    def read(self) -> Images:
+        """The images.
+
+        Raises:
+            ValueError: it is no archive of this data set.
+        """
+        what = f"{self.path} must be {self.source.title}'s archive from {self.source.url}"
+        try:
+            images = self.source.read(self.path)
+        except (
+            EOFError,
+            LookupError,
+            OSError,
+            ValueError,
+            pickle.UnpicklingError,
+            tarfile.TarError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise ValueError(f"{what}, but cannot be read: {error}") from error
+        for labels in (images.train_y, images.test_y):
+            if not labels.size or labels.min() < 0 or labels.max() >= self.source.classes:
+                raise ValueError(f"{what}, but lacks images of classes 0 to {self.source.classes - 1} or has others")
+        return images
+
+
+def find(name: str, data_dir: Path | None = None) -> Archive:
+    """The archive of a data set, in a folder or, without one, from where it is published.
 
     What is downloaded is checked and kept as Keras keeps its data sets: in `~/.keras/datasets`, or under `$KERAS_HOME`.
 
@@ -154,31 +187,22 @@ def load(name: str, data_dir: Path | None = None) -> Images:
         data_dir: the folder that holds the archive as it was published.
 
     Raises:
-        ValueError: the data cannot be had, or are none of this data set; the sentence says what to place where.
+        ValueError: it cannot be had; the sentence says what to place where.
     """
     source = SOURCES[name]
     path = _download(source) if data_dir is None else data_dir / source.file
     if not path.is_file():
         raise ValueError(f"--data-dir is {data_dir}, but must be a folder with {source.file}, which {source.url} offers")
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, source.algorithm).hexdigest()
-    try:
-        images = Images(*source.read(path), digest)
-    except (EOFError, LookupError, OSError, ValueError, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} must be {source.title}'s archive from {source.url}, but cannot be read: {error}") from error
-    for labels in (images.train_y, images.test_y):
-        if not labels.size or labels.min() < 0 or labels.max() >= source.classes:
-            raise ValueError(
-                f"{path} must have images of classes 0 to {source.classes - 1} to train and test on, but has others"
-            )
-    return images
+        return Archive(source, path, hashlib.file_digest(file, source.algorithm).hexdigest())
 
 
 def _download(source: Source) -> Path:
+    import keras
+
     what = {"fname": source.file, "origin": source.url, "file_hash": source.digest, "hash_algorithm": source.algorithm}
     try:
         return Path(keras.utils.get_file(**what))
     except Exception as error:  # Keras raises no narrower one
-        raise ValueError(
-            f"{source.title} cannot be downloaded ({error}): place {source.file} in a folder, and name that folder by --data-dir"
-        ) from error
+        where = f"place {source.file} in a folder, and name that folder by --data-dir"
+        raise ValueError(f"{source.title} cannot be downloaded ({error}): {where}") from error

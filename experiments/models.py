@@ -81,12 +81,12 @@ def _convmixer(x: Any, classes: int, width: int = 256, depth: int = 8, kernel: i
     return _head(x, classes, **uniform(width, "kernel", "bias"))
 
 
-#: What each network makes of an image, and what it is called.
-MODELS: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
-    "vgg16": ("VGG-16-BN", _vgg16),
-    "vgg19": ("VGG-19-BN", _vgg19),
-    "resnext": ("ResNeXt-18", _resnext),
-    "convmixer": ("ConvMixer-256/8", _convmixer),
+#: What each network makes of normalised images and a number of classes; `paper.MODELS` has their titles.
+MODELS: dict[str, Callable[[Any, int], Any]] = {
+    "vgg16": _vgg16,
+    "vgg19": _vgg19,
+    "resnext": _resnext,
+    "convmixer": _convmixer,
 }
 
 
@@ -100,8 +100,7 @@ def build(name: str, side: int, classes: int, mean: Sequence[float], deviation: 
         mean: of each channel over the images, where white is 1.
         deviation: likewise the standard deviation.
     """
-    _, network = MODELS[name]
     inputs = keras.Input((side, side, 3), dtype="uint8")
     scale = [1 / (255 * each) for each in deviation]
     offset = [-middle / each for middle, each in zip(mean, deviation, strict=True)]
-    return keras.Model(inputs, network(layers.Rescaling(scale, offset)(inputs), classes), name=name)
+    return keras.Model(inputs, MODELS[name](layers.Rescaling(scale, offset)(inputs), classes), name=name)
