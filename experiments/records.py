@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,11 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks import machine
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where one process at a time may write
+    fcntl = None  # type: ignore[assignment]
 
 #: Distributions whose versions a result may depend on; those that are installed are noted.
 PACKAGES = (
@@ -31,6 +37,16 @@ def _canonical(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
+def name_of(key: Mapping[str, Any], *words: str) -> str:
+    """A name for a run's folder, another for each key.
+
+    Args:
+        key: what identifies the run.
+        *words: what a reader should know it by.
+    """
+    return "-".join((*words, hashlib.sha256(_canonical(key).encode()).hexdigest()[:8]))
+
+
 def _line(value: Mapping[str, Any]) -> str:
     # NaN and infinities, which a diverged run has, are told as Python's json does and reads.
     return json.dumps(value, separators=(",", ":")) + "\n"
@@ -47,18 +63,27 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _without_torn_line(path: Path) -> None:
-    """Drop the last line of a file, where a killed process left it unfinished."""
-    if path.exists():
-        data = path.read_bytes()
-        os.truncate(path, data.rfind(b"\n") + 1)
+def _append(path: Path, line: str) -> None:
+    """Write a line after all whole ones, however many processes do so, and whenever one of them is killed."""
+    with path.open("ab+") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.seek(0)
+        data = file.read()
+        if not data.endswith(b"\n"):
+            # One was killed as it wrote.
+            file.truncate(data.rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Records:
     """The finished runs of a file, by what identifies them.
 
     A run's key is a mapping of what makes it another run: its task, optimizer, hyperparameters, seed. Each finished run is one
-    line, appended at once, so that a killed process leaves whole records, and several processes may append to one file.
+    line, so that a killed process leaves whole records, and several processes may append to one file; each sees what the others
+    wrote before it began.
 
     Args:
         path: of the file, which may not exist yet.
@@ -101,11 +126,7 @@ class Records:
             raise ValueError(f"key is {dict(key)}, but must be of a run that has no record in {self.path}")
         record = {"key": dict(key), **found}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _without_torn_line(self.path)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.path, _line(record))
         self._records[_canonical(key)] = record
         return record
 
