@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list`, `run`, `paper` and `report`."""
+"""The command line: `python -m experiments list`, `run`, `paper`, `compare` and `report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from experiments import datasets, paper, paper_report, records
+from experiments import comparison, datasets, paper, paper_report, records, report, spread, tasks
 
 _RESULTS = Path("docs/results")
 
@@ -36,9 +36,20 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
     _add_running(every)
 
-    report = commands.add_parser("report", help="write tables and curves of all results into a page")
-    report.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
-    report.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    compare = commands.add_parser("compare", help="do all runs on our small tasks that are missing, tuning first")
+    compare.add_argument(
+        "--tasks", nargs="+", default=list(tasks.TASKS), help="these alone; NAME@4 is 4 times as long", metavar="NAME"
+    )
+    compare.add_argument("--entrants", nargs="+", default=list(comparison.ENTRANTS), help="these alone", metavar="NAME")
+    compare.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    compare.add_argument(
+        "--backend", choices=("tensorflow", "jax", "torch"), default="jax", help="of Keras (default: %(default)s)"
+    )
+    compare.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
+
+    tell = commands.add_parser("report", help="write tables and curves of all results into a page")
+    tell.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
+    tell.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
     return parser
 
 
@@ -62,13 +73,14 @@ def main(command: Sequence[str] | None = None) -> None:
     if getattr(arguments, "backend", None):
         os.environ["KERAS_BACKEND"] = arguments.backend  # before Keras is imported
     try:
-        {"list": _list, "run": _run, "paper": _paper, "report": _report}[arguments.command](arguments)
+        {"list": _list, "run": _run, "paper": _paper, "compare": _compare, "report": _report}[arguments.command](arguments)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
 
 
 def _list(arguments: argparse.Namespace) -> None:
     print(paper.overview())
+    print(comparison.overview())
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -123,8 +135,14 @@ def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
             print(f"{what}: test accuracy {100 * record['curve']['test_accuracy'][-1]:.2f} %")
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    store = spread.Store(arguments.results / report.FOLDER)
+    spread.run(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
+
+
 def _report(arguments: argparse.Namespace) -> None:
     paper_report.write(arguments.results, arguments.page)
+    report.write(arguments.results, arguments.page)
 
 
 if __name__ == "__main__":

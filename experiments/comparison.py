@@ -65,6 +65,26 @@ ENTRANTS: dict[str, Entrant] = {
 BASELINE = "adamw"
 
 
+def entrant(name: str) -> Entrant:
+    """The entrant of this name.
+
+    Args:
+        name: a key of `ENTRANTS`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in ENTRANTS:
+        raise ValueError(f"entrant is {name!r}, but must be one of {', '.join(ENTRANTS)}")
+    return ENTRANTS[name]
+
+
+def overview() -> str:
+    """What `python -m experiments list` prints of our tasks."""
+    lines = [f"{name:24} {each.steps} steps" for name, each in tasks.TASKS.items()]
+    return "\n".join([*lines, *(f"  --entrants {name:14} {each.title}" for name, each in ENTRANTS.items())])
+
+
 class Trial(NamedTuple):
     """What tuning chooses.
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import table
+from benchmarks.report import replace_section, table
 from experiments import figures, tasks
 from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
+from experiments.paper_report import MISSING
 from experiments.spread import Store
 from experiments.statistics import Difference, Range, median_steps, paired_difference, steps_to, useful_range
 
-NOT_RUN = "not run yet"
+#: Of the records, in the folder of results.
+FOLDER = "small"
 #: Whom the summary is about.
 OURS = "vsgd"
 _WORDS = ("better", "level", "worse")
@@ -105,21 +108,21 @@ def _difference(ours: Told, theirs: Told, split: str, metric: str) -> Difference
 
 
 def _in_full(ours: Told, theirs: Told | None, split: str, metric: str) -> str:
-    found = NOT_RUN if theirs is None else _difference(ours, theirs, split, metric)
+    found = MISSING if theirs is None else _difference(ours, theirs, split, metric)
     if isinstance(found, str):
         return found
     return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {verdict(found, metric)}"
 
 
 def _in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -> str:
-    found = NOT_RUN if ours is None or theirs is None else _difference(ours, theirs, split, metric)
+    found = MISSING if ours is None or theirs is None else _difference(ours, theirs, split, metric)
     return found if isinstance(found, str) else verdict(found, metric)
 
 
 def _arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
     target, task = comparison.target(), comparison.task
     if target is None:
-        return [NOT_RUN, NOT_RUN]
+        return [MISSING, MISSING]
     steps = [steps_to(record["curve"], task.every, target, task.sign) for record in records]
     median = median_steps(steps)
     return ["not reached" if median is None else f"{median:g}", f"{sum(each is not None for each in steps)} of {len(steps)}"]
@@ -129,7 +132,7 @@ def _row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
     head, metric = [arm, ENTRANTS[entrant].title], comparison.task.metric
     ours, theirs = (told(comparison, arm, each) for each in (entrant, BASELINE))
     if ours is None:
-        return [*head, *[NOT_RUN] * 7]
+        return [*head, *[MISSING] * 7]
     rate = f"{ours.trial.learning_rate:g}{' (edge)' if comparison.at_edge(entrant, ours.trial) else ''}, {ours.trial.schedule}"
     cells = [*head, rate, *_arrivals(comparison, ours.records)]
     for split, name in (("train", "loss"), ("test", metric)):
@@ -156,7 +159,7 @@ def task_section(comparison: Comparison) -> str:
         comparison: of the task.
     """
     task, target = comparison.task, comparison.target()
-    reach = NOT_RUN if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
+    reach = MISSING if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
     how = f"{task.steps} steps; losses in {task.unit}; target: validation {task.metric} {reach}."
     return "\n\n".join([f"### {task.title[0].upper()}{task.title[1:]}", how, task_table(comparison)])
 
@@ -177,7 +180,7 @@ def summary(arm: str, found: Sequence[Comparison]) -> str:
             words = [_in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", comparison.task.metric))]
             for counter, word in zip(counts[other], words, strict=True):
                 counter[word] += 1
-            cells.append(" / ".join(dict.fromkeys(words) if NOT_RUN in words else words))
+            cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))
         rows.append(cells)
     totals = [" / ".join("-".join(str(each[word]) for word in _WORDS) for each in counts[other]) for other in others]
     header = [f"VSGD, {arm}", *(f"to {ENTRANTS[other].title}" for other in others)]
@@ -200,12 +203,12 @@ def sensitivity(found: Sequence[Comparison]) -> str:
     rows = []
     for comparison in found:
         tried = [comparison.tried(entrant) for entrant in ENTRANTS]
-        rows.append([comparison.task.title, *(NOT_RUN if each is None else _width(useful_range(*each)) for each in tried)])
+        rows.append([comparison.task.title, *(MISSING if each is None else _width(useful_range(*each)) for each in tried)])
     return table(["", *(each.title for each in ENTRANTS.values())], rows)
 
 
-def facts(store: Store, found: Sequence[Comparison]) -> str:
-    """How many runs there are, what they ran on, and on which text.
+def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
+    """How many runs there are, and what they ran on.
 
     Args:
         store: of the records.
@@ -220,27 +223,33 @@ def facts(store: Store, found: Sequence[Comparison]) -> str:
     for record in store.of("environments"):
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         lines.append(f"Run on {record['processors']} processors ({record['cpu']}), one thread a run; {versions}.")
-    lines.append(f"The text for the characters has SHA-256 {tasks.text_hash()}... in this Python.")
-    return "\n\n".join(lines)
+    return lines
 
 
-def write(folder: Path, backend: str = "jax") -> None:
-    """Write all tables and plots.
+def write(results: Path, page: Path, backend: str = "jax") -> None:
+    """Write tables and plots into the page's sections of our comparison.
 
     Args:
-        folder: where they go; the records are in its `runs`.
+        results: the folder of results, with the records in its `FOLDER`; plots go there.
+        page: the Markdown page, which may not exist yet.
         backend: of Keras, whose runs are told.
     """
-    store = Store(folder / "runs")
+    store = Store(results / FOLDER)
     found = comparisons(store, backend)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "summary": "\n\n".join(summary(arm, found) for arm in ARMS),
-        "tables": "\n\n".join(map(task_section, found)),
-        "sensitivity": sensitivity(found),
+    results.mkdir(parents=True, exist_ok=True)
+    curves, rates = results / "small-curves.png", results / "small-learning-rates.png"
+    figures.draw_curves(found, curves)
+    figures.draw_rates(found, rates)
+
+    def shown(path: Path, title: str) -> str:
+        return f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
+
+    sections = {
         "runs": facts(store, found),
+        "summary": [summary(arm, found) for arm in ARMS],
+        "curves": [shown(curves, "Validation metric over the steps, everyone tuned by 20 trials, task by task")],
+        "sensitivity": [sensitivity(found), shown(rates, "Validation metric at the end over the learning rate, task by task")],
+        "tables": list(map(task_section, found)),
     }
-    for name, text in files.items():
-        (folder / f"{name}.txt").write_text(f"{text}\n", encoding="utf-8")
-    figures.draw_curves(found, folder / "curves.png")
-    figures.draw_rates(found, folder / "learning_rates.png")
+    for name, parts in sections.items():
+        replace_section(page, f"small-{name}", parts)

@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import records, tasks
-from experiments.comparison import ENTRANTS, Comparison, Setting
+from experiments import comparison, records, tasks
+from experiments.comparison import Setting
 
 #: One thread each, so that runs side by side do not wait for one another.
 THREADS = {
@@ -79,20 +79,24 @@ class Store:
         self.of(setting.task).append(setting.key, **found, environment=digest)
 
 
-def _short(value: Any) -> Any:
-    """Numbers of four digits, for files that are kept."""
+def short(value: Any) -> Any:
+    """The same with numbers of four digits, for files that are kept.
+
+    Args:
+        value: numbers, in lists and mappings.
+    """
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, Mapping):
-        return {name: _short(each) for name, each in value.items()}
-    return [_short(each) for each in value] if isinstance(value, Sequence) else value
+        return {name: short(each) for name, each in value.items()}
+    return [short(each) for each in value] if isinstance(value, Sequence) else value
 
 
 @functools.lru_cache(maxsize=1)
 def _bench(task: str, entrant: str) -> Any:
     from experiments import bench  # late: it imports Keras, which the first process need not
 
-    return bench.Bench(tasks.named(task), ENTRANTS[entrant].make())
+    return bench.Bench(tasks.named(task), comparison.ENTRANTS[entrant].make())
 
 
 @functools.cache
@@ -110,7 +114,7 @@ def perform(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     start = time.perf_counter()
     outcome = bench.run(setting.seed, setting.rates)
     seconds = time.perf_counter() - start
-    return _short({**outcome._asdict(), "seconds": seconds}), _environment()
+    return short({**outcome._asdict(), "seconds": seconds}), _environment()
 
 
 def _follow_parent() -> None:
@@ -139,15 +143,23 @@ def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: in
         store: where records are, and go.
         workers: how many processes run side by side.
         backend: of Keras.
+
+    Raises:
+        ValueError: a task or an entrant is not there, or `workers` is less than 1.
     """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, but must be at least 1")
+    chosen = [tasks.named(name) for name in names]
+    for name in entrants:
+        comparison.entrant(name)
     os.environ.update(THREADS, KERAS_BACKEND=backend)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
-        for name in names:
-            comparison = Comparison(tasks.named(name), store.find, backend)
-            for part in (comparison.tuning, comparison.tests):
+        for task in chosen:
+            found = comparison.Comparison(task, store.find, backend)
+            for part in (found.tuning, found.tests):
                 missing = _missing(itertools.chain.from_iterable(map(part, entrants)), store)
-                _perform_all(pool, missing, store, f"{name}, {part.__name__}")
+                _perform_all(pool, missing, store, f"{task.name}, {part.__name__}")
 
 
 def _perform_all(pool: ProcessPoolExecutor, settings: Sequence[Setting], store: Store, title: str) -> None:
