@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from experiments import comparison, datasets, paper, paper_report, records, report, spread, tasks
+from experiments import comparison, datasets, paper, paper_report, records, tasks
 
 _RESULTS = Path("docs/results")
 
@@ -107,7 +107,7 @@ def _paper(arguments: argparse.Namespace) -> None:
         for optimizer in paper.COMPARED
     ]
     _do(chosen, arguments)
-    _report(arguments)
+    paper_report.write(arguments.results, arguments.page)
 
 
 def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
@@ -136,11 +136,15 @@ def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    store = spread.Store(arguments.results / report.FOLDER)
+    from experiments import spread  # late, as it needs more packages than the paper's experiments
+
+    store = spread.Store(arguments.results / spread.FOLDER)
     spread.run(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from experiments import report  # late, likewise
+
     paper_report.write(arguments.results, arguments.page)
     report.write(arguments.results, arguments.page)
 

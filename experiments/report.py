@@ -14,11 +14,9 @@ from benchmarks.report import replace_section, table
 from experiments import figures, tasks
 from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
 from experiments.paper_report import MISSING
-from experiments.spread import Store
+from experiments.spread import FOLDER, Store
 from experiments.statistics import Difference, Range, median_steps, paired_difference, steps_to, useful_range
 
-#: Of the records, in the folder of results.
-FOLDER = "small"
 #: Whom the summary is about.
 OURS = "vsgd"
 _WORDS = ("better", "level", "worse")
@@ -146,9 +144,9 @@ def task_table(comparison: Comparison) -> str:
     Args:
         comparison: of the task.
     """
-    task, less = comparison.task, f"less {ENTRANTS[BASELINE].title}'s"
+    task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
     test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
-    header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", less, test, less]
+    header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", minus, test, minus]
     return table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in ENTRANTS])
 
 
@@ -161,7 +159,7 @@ def task_section(comparison: Comparison) -> str:
     task, target = comparison.task, comparison.target()
     reach = MISSING if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
     how = f"{task.steps} steps; losses in {task.unit}; target: validation {task.metric} {reach}."
-    return "\n\n".join([f"### {task.title[0].upper()}{task.title[1:]}", how, task_table(comparison)])
+    return "\n\n".join([f"#### {task.title[0].upper()}{task.title[1:]}", how, task_table(comparison)])
 
 
 def summary(arm: str, found: Sequence[Comparison]) -> str:
@@ -230,7 +228,7 @@ def write(results: Path, page: Path, backend: str = "jax") -> None:
     """Write tables and plots into the page's sections of our comparison.
 
     Args:
-        results: the folder of results, with the records in its `FOLDER`; plots go there.
+        results: the folder of results, whose `spread.FOLDER` has the records; plots go there.
         page: the Markdown page, which may not exist yet.
         backend: of Keras, whose runs are told.
     """

@@ -22,6 +22,9 @@ from tqdm import tqdm
 from experiments import comparison, records, tasks
 from experiments.comparison import Setting
 
+#: Of the records, in the folder of results.
+FOLDER = "small"
+
 #: One thread each, so that runs side by side do not wait for one another.
 THREADS = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1"),

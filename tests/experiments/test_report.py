@@ -14,6 +14,7 @@ for package in ("matplotlib", "scipy", "tqdm"):
 from made_up_runs import Surface, distance, diverged, middle, record  # noqa: E402
 
 from experiments import report, spread, tasks  # noqa: E402
+from experiments.__main__ import main  # noqa: E402
 from experiments.comparison import ARMS, ENTRANTS, TEST_SEEDS, Comparison, Setting  # noqa: E402
 from experiments.statistics import Difference  # noqa: E402
 
@@ -160,19 +161,32 @@ def test_widths_are_those_of_the_surface() -> None:
 def test_the_page_has_all_sections_and_is_the_same_when_written_again(tmp_path: Path) -> None:
     results, page = tmp_path / "results", tmp_path / "results.md"
     page.write_text("# Results\n\nBefore.\n\n<!-- small-summary -->\n<!-- /small-summary -->\n\nAfter.\n")
-    store = spread.Store(results / report.FOLDER)
+    store = spread.Store(results / spread.FOLDER)
     environment = {"processors": 2, "cpu": "a CPU", "versions": {"python": "3"}}
     for entrant in ("vsgd", "adamw"):
         for setting in Comparison(tasks.TASKS[LOSS], lambda setting: None).tests(entrant):
             store.add(setting, run(setting), environment)
-    report.write(results, page)
+    main(["report", "--results", str(results), "--page", str(page)])
     text = page.read_text()
     assert text.index("Before.") < text.index("better-level-worse") < text.index("After.") < text.index("<!-- small-tables -->")
     assert re.search(r"\| digits, VAE +\| 0 of 420 +\| 20 of 70", text)
     assert "Run on 2 processors (a CPU), one thread a run; python 3." in text
     assert re.search(r"\| defaults +\| VSGD +\| 0.01, constant +\| not run yet", text)  # the target's cell
+    assert "<!-- paper -->" in text
     for image in ("small-curves", "small-learning-rates"):
         assert f"(results/{image}.png)" in text
         assert (results / f"{image}.png").stat().st_size > 10_000
-    report.write(results, page)
+    main(["report", "--results", str(results), "--page", str(page)])
     assert page.read_text() == text
+
+
+def test_the_list_names_tasks_and_entrants(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    words = capsys.readouterr().out.split()
+    assert {*tasks.TASKS, *ENTRANTS} <= set(words)
+
+
+def test_the_command_line_says_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--tasks", "cifar", "--results", str(tmp_path)])
+    assert "error: task is 'cifar', but must be one of quadratic, " in capsys.readouterr().err
