@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: object, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -55,9 +57,14 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     wait_until(lambda: len(records.read(path)) >= 2)
     workers = children(process.pid)
     process.kill()
-    process.communicate()
-    # Workers end by themselves.
-    wait_until(lambda: not any(map(alive, workers)), seconds=10)
+    process.wait()
+    try:
+        # Workers end by themselves.
+        wait_until(lambda: not any(map(alive, workers)), seconds=20)
+    finally:
+        for worker in filter(alive, workers):
+            os.kill(worker, signal.SIGKILL)
+        process.communicate()
     kept = path.read_bytes()
     before = records.read(path)
     assert 2 <= len(before) < RUNS
