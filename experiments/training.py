@@ -63,7 +63,11 @@ class _Backup(keras.callbacks.BackupAndRestore):
     def on_train_begin(self, logs: Any = None) -> None:
         # Written after the weights, this file may be older than they are, or cut off.
         Path(self.backup_dir, "training_metadata.json").unlink(missing_ok=True)
-        super().on_train_begin(logs)
+        try:
+            super().on_train_begin(logs)
+        except OSError:
+            # Nothing is whole: the process was killed in its first checkpoint. The model is as it was.
+            shutil.rmtree(self.backup_dir)
         self.model._initial_epoch = steps_taken(self.model) // self.steps_per_epoch
 
 

@@ -8,7 +8,7 @@ import struct
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ import numpy as np
 class Python2Pickler(pickle._Pickler):
     """Pickles as Python 2 did, which made the published archive: all strings are bytes."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_bytes(self, text: str | bytes) -> None:
         data = text.encode("latin-1") if isinstance(text, str) else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_learning_rates_go_from_end_to_end_by_equal_factors() -> None:
     rates = OPTIMIZERS["sgd"].learning_rates(20)
     assert (rates[0], rates[-1], len(rates)) == (1e-3, 1.0, 20)
     factor = 1000 ** (1 / 19)
-    for low, high in zip(rates[:-1], rates[1:], strict=True):
+    for low, high in itertools.pairwise(rates):
         assert high / low == pytest.approx(factor, rel=1e-2)  # of three digits each
     with pytest.raises(ValueError, match="count is 1, but must be at least 2"):
         OPTIMIZERS["sgd"].learning_rates(1)

@@ -52,12 +52,13 @@ def test_several_processes_write_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     script = (
         "import sys; from pathlib import Path; from experiments import records\n"
-        "for seed in range(100): records.Records(Path(sys.argv[1])).append({'by': sys.argv[2], 'seed': seed}, filler='x' * 20_000)"
+        "for seed in range(50):\n"
+        "    records.Records(Path(sys.argv[1])).append({'by': sys.argv[2], 'seed': seed}, filler='x' * 20_000)"
     )
     every = [subprocess.Popen([sys.executable, "-c", script, str(path), name], cwd=ROOT) for name in ("a", "b")]
     assert [process.wait(timeout=120) for process in every] == [0, 0]
     found = {(each["key"]["by"], each["key"]["seed"]) for each in records.read(path)}
-    assert found == {(name, seed) for name in ("a", "b") for seed in range(100)}
+    assert found == {(name, seed) for name in ("a", "b") for seed in range(50)}
 
 
 def test_a_resumed_run_repeats_no_step(tmp_path: Path) -> None:
