@@ -1,0 +1,153 @@
+"""The command line: `python -m experiments list`, `run`, `paper`, `compare` and `report`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from experiments import comparison, datasets, paper, paper_report, records, tasks
+
+_RESULTS = Path("docs/results")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("list", help="name the experiments and the optimizers")
+
+    run = commands.add_parser("run", help="do one run, or go on with it; one that is finished is not repeated")
+    run.add_argument("experiment", help="see list")
+    run.add_argument("--optimizer", required=True, help="see list")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--learning-rate", type=float, help="instead of the paper's")
+    run.add_argument("--weight-decay", type=float, help="instead of the paper's")
+    run.add_argument("--iterations", type=int, help="instead of the paper's")
+    run.add_argument("--batch-size", type=int, help="instead of the paper's")
+    run.add_argument("--evaluate-every", type=int, help="steps between two tests and two checkpoints; default: the paper's")
+    _add_running(run)
+
+    every = commands.add_parser("paper", help="do all runs of the paper that are missing, then report")
+    every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="these alone", metavar="NAME")
+    every.add_argument("--seeds", type=int, default=paper.SEEDS, help="how many, from 0")
+    every.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    _add_running(every)
+
+    compare = commands.add_parser("compare", help="do all runs on our small tasks that are missing, tuning first")
+    compare.add_argument(
+        "--tasks", nargs="+", default=list(tasks.TASKS), help="these alone; NAME@4 is 4 times as long", metavar="NAME"
+    )
+    compare.add_argument("--entrants", nargs="+", default=list(comparison.ENTRANTS), help="these alone", metavar="NAME")
+    compare.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    compare.add_argument(
+        "--backend", choices=("tensorflow", "jax", "torch"), default="jax", help="of Keras (default: %(default)s)"
+    )
+    compare.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
+
+    tell = commands.add_parser("report", help="write tables and curves of all results into a page")
+    tell.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
+    tell.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    return parser
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), help="of Keras; default: what Keras is set to")
+    parser.add_argument("--data-dir", type=Path, help="a folder with the published archives; default: download them")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="the folder of all runs' own folders")
+    parser.add_argument("--tensorboard", action="store_true", help="write for TensorBoard into the run's folder")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+
+
+def main(command: Sequence[str] | None = None) -> None:
+    """Do what the command line says.
+
+    Args:
+        command: its words; None: the process's own.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(command)
+    if getattr(arguments, "backend", None):
+        os.environ["KERAS_BACKEND"] = arguments.backend  # before Keras is imported
+    try:
+        {"list": _list, "run": _run, "paper": _paper, "compare": _compare, "report": _report}[arguments.command](arguments)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    print(paper.overview())
+    print(comparison.overview())
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    hyper = {} if arguments.weight_decay is None else {"weight_decay": arguments.weight_decay}
+    chosen = paper.settings(
+        arguments.experiment,
+        arguments.optimizer,
+        arguments.seed,
+        learning_rate=arguments.learning_rate,
+        iterations=arguments.iterations,
+        batch_size=arguments.batch_size,
+        evaluate_every=arguments.evaluate_every,
+        hyper=hyper,
+    )
+    _do([chosen], arguments)
+
+
+def _paper(arguments: argparse.Namespace) -> None:
+    # All optimizers with one seed first, so that the table fills evenly; the data sets one after the other in memory.
+    chosen = [
+        paper.settings(experiment, optimizer, seed)
+        for seed in range(arguments.seeds)
+        for experiment in arguments.experiments
+        for optimizer in paper.COMPARED
+    ]
+    _do(chosen, arguments)
+    paper_report.write(arguments.results, arguments.page)
+
+
+def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
+    from experiments import training  # now that the backend is chosen
+
+    if arguments.tensorboard and find_spec("tensorflow") is None:
+        raise ValueError("--tensorboard needs TensorFlow, by which Keras writes the files: pip install tensorflow")
+    finished = records.Records(arguments.results / paper_report.FILE)
+    for data in dict.fromkeys(paper.EXPERIMENTS[chosen.experiment].data for chosen in every):
+        archive = datasets.find(data, arguments.data_dir)
+        images = None
+        for chosen in every:
+            if paper.EXPERIMENTS[chosen.experiment].data != data:
+                continue
+            what = f"{chosen.experiment}, {chosen.optimizer}, seed {chosen.seed}"
+            if chosen.key(training.BACKEND, archive.digest) in finished:
+                print(f"{what}: is finished")
+                continue
+            if images is None:
+                images = archive.read()
+            print(what)
+            verbose = 0 if arguments.quiet else 1
+            options = {"verbose": verbose, "tensorboard": arguments.tensorboard}
+            record = training.run(chosen, images, archive.digest, finished, arguments.output, **options)
+            print(f"{what}: test accuracy {100 * record['curve']['test_accuracy'][-1]:.2f} %")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from experiments import spread  # late, as it needs more packages than the paper's experiments
+
+    store = spread.Store(arguments.results / spread.FOLDER)
+    spread.run(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from experiments import report  # late, likewise
+
+    paper_report.write(arguments.results, arguments.page)
+    report.write(arguments.results, arguments.page)
+
+
+if __name__ == "__main__":
+    main()

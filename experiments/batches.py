@@ -1,0 +1,104 @@
+"""Batches that a seed and a step's number decide alone: the same on every backend, and after a restart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+#: Pixels by which a crop may be off the image's middle.
+PADDING = 4
+
+# Streams of random numbers, apart for the same seed.
+_ORDER, _AUGMENTATION = 0, 1
+
+
+def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each image cropped at random from itself with a black border, and every other one, by chance, mirrored.
+
+    Args:
+        images: bytes, channels last.
+        rng: what decides.
+    """
+    count, height, width, _ = images.shape
+    border = (PADDING, PADDING)
+    padded = np.pad(images, ((0, 0), border, border, (0, 0)))
+    tops, lefts = rng.integers(0, 2 * PADDING + 1, (2, count)).tolist()
+    mirrored = rng.integers(0, 2, count).tolist()
+    result = np.empty_like(images)
+    # Faster than gathering all pixels by index.
+    for place, (top, left, flip) in enumerate(zip(tops, lefts, mirrored, strict=True)):
+        crop = padded[place, top : top + height, left : left + width]
+        result[place] = crop[:, ::-1] if flip else crop
+    return result
+
+
+class TrainBatches(keras.utils.PyDataset):
+    """Augmented batches of the steps that are left, each pass over the images in an order of its own.
+
+    Args:
+        images: to train on.
+        labels: of each.
+        batch_size: images of a batch; what is left at the end of a pass is not used.
+        seed: of orders and augmentation.
+        start: how many steps were taken before.
+        stop: how many there are in all.
+
+    Raises:
+        ValueError: there are fewer images than a batch has.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, start: int, stop: int) -> None:
+        super().__init__()
+        if batch_size > len(images):
+            raise ValueError(f"batch_size is {batch_size}, but must be at most {len(images)}, the number of training images")
+        self.images, self.labels = images, labels
+        self.batch_size, self.seed = batch_size, seed
+        self.start, self.stop = start, stop
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def __len__(self) -> int:
+        """How many steps are left."""
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of a step, counted from the start."""
+        step = self.start + index
+        chosen = self._chosen(step)
+        rng = np.random.default_rng((self.seed, _AUGMENTATION, step))
+        return augmented(self.images[chosen], rng), self.labels[chosen]
+
+    def _chosen(self, step: int) -> np.ndarray:
+        taken, place = divmod(step, len(self.images) // self.batch_size)
+        # Of one name, for another thread may ask for another pass.
+        order = self._order
+        if order[0] != taken:
+            rng = np.random.default_rng((self.seed, _ORDER, taken))
+            order = self._order = (taken, rng.permutation(len(self.images)))
+        return order[1][place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class TestBatches(keras.utils.PyDataset):
+    """All images in order, as they are; the last batch may be smaller.
+
+    Args:
+        images: to test on.
+        labels: of each.
+        batch_size: images of a batch.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int) -> None:
+        super().__init__()
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return -(-len(self.images) // self.batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """A batch."""
+        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return self.images[part], self.labels[part]

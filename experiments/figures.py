@@ -1,0 +1,108 @@
+"""Plots of the comparison on small tasks: curves of what was tuned, and what each learning rate came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.comparison import ENTRANTS, WIDEST, Comparison
+
+
+def _panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
+    """A panel for each task; one that has nothing to draw says so."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    rows = math.ceil(len(found) / 3)
+    figure, grid = plt.subplots(rows, 3, figsize=(13, 3.8 * rows + 0.6), layout="constrained", squeeze=False)
+    for axes, comparison in zip(grid.flat, found, strict=False):
+        task = comparison.task
+        axes.set(title=task.title, ylabel=f"validation {'accuracy, %' if task.metric == 'accuracy' else f'loss, {task.unit}'}")
+        axes.grid(alpha=0.3)
+        if not draw(axes, comparison):
+            axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center")
+    for axes in grid.flat[len(found) :]:
+        axes.axis("off")
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines() if line.get_label()[0] != "_"}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _scale(comparison: Comparison) -> float:
+    return 100.0 if comparison.task.metric == "accuracy" else 1.0
+
+
+def _limit(axes: Any, comparison: Comparison, ends: Sequence[float]) -> None:
+    """Show what the good ones differ by, which the start and failures would hide."""
+    best, worst = (1, -1) if comparison.task.metric == "accuracy" else (-1, 1)
+    target = comparison.target()
+    finite = [each for each in (*ends, *([] if target is None else [_scale(comparison) * target])) if math.isfinite(each)]
+    if len(finite) > 1:
+        middle, extreme = float(np.median(finite)), (max if best > 0 else min)(finite)
+        margin = 3 * abs(middle - extreme) or 1e-3
+        axes.set_ylim(*sorted([extreme + best * 0.2 * margin, extreme + worst * margin]))
+
+
+def _curves(axes: Any, comparison: Comparison) -> bool:
+    ends = []
+    for number, (name, entrant) in enumerate(ENTRANTS.items()):
+        trial = comparison.chosen(name, WIDEST)
+        records = None if trial is None else comparison.results(name, trial)
+        if records is None:
+            continue
+        curves = _scale(comparison) * np.array([record["curve"] for record in records], dtype=np.float64)
+        low, middle, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
+        steps = comparison.task.every * np.arange(len(middle))
+        axes.plot(steps, middle, color=f"C{number}", label=entrant.title)
+        axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        ends.append(float(middle[-1]))
+    target = comparison.target()
+    if target is not None:
+        axes.axhline(_scale(comparison) * target, color="black", linestyle=":", label="target")
+    axes.set(xlabel="step")
+    _limit(axes, comparison, ends)
+    return bool(ends)
+
+
+def draw_curves(found: Sequence[Comparison], path: Path) -> None:
+    """Draw the validation metric over the steps, medians and quartiles of the test seeds, everyone tuned by 20 trials.
+
+    Args:
+        found: the comparisons, a panel each.
+        path: of the image.
+    """
+    _panels(found, path, "Tuned by 20 trials: median and quartiles of 10 fresh seeds", _curves)
+
+
+def _rates(axes: Any, comparison: Comparison) -> bool:
+    best = []
+    for number, (name, entrant) in enumerate(ENTRANTS.items()):
+        tried = comparison.tried(name)
+        if tried is None:
+            continue
+        rates, values = tried
+        heights = _scale(comparison) * comparison.task.sign * np.array(values)
+        axes.plot(rates, heights, color=f"C{number}", marker="o", markersize=3, label=entrant.title)
+        best += sorted(heights, key=lambda height: comparison.task.sign * height)[: len(rates) // 2]
+    axes.set(xlabel="learning rate", xscale="log")
+    _limit(axes, comparison, best)
+    return bool(best)
+
+
+def draw_rates(found: Sequence[Comparison], path: Path) -> None:
+    """Draw the validation metric at the end over the learning rate, means of the tuning seeds, with each one's best schedule.
+
+    Args:
+        found: the comparisons, a panel each.
+        path: of the image.
+    """
+    _panels(found, path, "What each learning rate comes to: mean of 3 tuning seeds", _rates)

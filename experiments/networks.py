@@ -1,0 +1,169 @@
+"""The small models of our tasks, and their losses, in Keras 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+from numpy.typing import NDArray
+
+#: Size of the VAE's code.
+CODE = 8
+
+
+class Quadratic(layers.Layer):
+    """Of a point w, the risk 1/2 sum(curvature w^2), and noise . w for each noise that it is given: gradients with known noise.
+
+    Args:
+        curvatures: eigenvalues of the Hessian.
+    """
+
+    def __init__(self, curvatures: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.curvatures = curvatures
+
+    def build(self, input_shape: Any) -> None:
+        """Create the point, drawn from the standard normal distribution.
+
+        Args:
+            input_shape: of the noise.
+        """
+        self.point = self.add_weight((len(self.curvatures),), initializer=keras.initializers.RandomNormal(stddev=1.0))
+
+    def call(self, noise: Any) -> Any:
+        """The risk as each noise shows it.
+
+        Args:
+            noise: of the gradient, one row for each example.
+        """
+        risk = 0.5 * ops.sum(ops.multiply(self.curvatures, ops.square(self.point)))
+        return risk + ops.matmul(noise, ops.expand_dims(self.point, 1))
+
+
+def quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
+    """A `Quadratic` alone.
+
+    Args:
+        curvatures: eigenvalues of the Hessian.
+    """
+    inputs = keras.Input((len(curvatures),))
+    return keras.Model(inputs, Quadratic(curvatures)(inputs))
+
+
+def itself(target: Any, output: Any) -> Any:
+    """A loss that is the model's output.
+
+    Args:
+        target: is not used.
+        output: of the model.
+    """
+    return output
+
+
+def classification() -> keras.losses.Loss:
+    """Cross-entropy of logits."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def mlp() -> keras.Model:
+    """Two hidden layers of 100, for signals of 40 samples in 10 classes."""
+    inputs = keras.Input((40,))
+    x = layers.Dense(100, activation="relu")(inputs)
+    x = layers.Dense(100, activation="relu")(x)
+    return keras.Model(inputs, layers.Dense(10)(x))
+
+
+def cnn() -> keras.Model:
+    """Three convolutions of 25 channels, for signals of 40 samples in 10 classes."""
+    inputs = keras.Input((40,))
+    x = layers.Reshape((40, 1))(inputs)
+    for size in (5, 3, 3):
+        x = layers.Conv1D(25, size, strides=2, padding="same", activation="relu")(x)
+    return keras.Model(inputs, layers.Dense(10)(layers.Flatten()(x)))
+
+
+def conv_mixer(width: int = 32, depth: int = 2) -> keras.Model:
+    """A ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels.
+
+    Args:
+        width: the channels.
+        depth: how many times it mixes places, then channels.
+    """
+
+    def activated(x: Any) -> Any:
+        # Keras' momentum of 0.99 is for more steps than a small task takes.
+        return layers.BatchNormalization(momentum=0.9)(layers.Activation("gelu")(x))
+
+    inputs = keras.Input((8, 8, 1))
+    x = activated(layers.Conv2D(width, 2, strides=2)(inputs))
+    for _ in range(depth):
+        x = layers.Add()([x, activated(layers.DepthwiseConv2D(3, padding="same")(x))])
+        x = activated(layers.Conv2D(width, 1)(x))
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
+class Positions(layers.Layer):
+    """Adds a learned vector for each place."""
+
+    def build(self, input_shape: Any) -> None:
+        """Create the vectors.
+
+        Args:
+            input_shape: of the input.
+        """
+        self.vectors = self.add_weight(input_shape[1:], initializer=keras.initializers.RandomNormal(stddev=0.02))
+
+    def call(self, x: Any) -> Any:
+        """Add the vectors.
+
+        Args:
+            x: a vector for each place.
+        """
+        return x + self.vectors
+
+
+def transformer(characters: int, context: int, width: int = 64, depth: int = 2, heads: int = 4) -> keras.Model:
+    """A causal transformer, normalized before each sublayer, that tells logits of the next character at each place.
+
+    Args:
+        characters: how many there are.
+        context: how many places it sees.
+        width: of the vectors.
+        depth: how many blocks there are.
+        heads: of each attention.
+    """
+    inputs = keras.Input((context,), dtype="int32")
+    initial = keras.initializers.RandomNormal(stddev=0.02)
+    x = Positions()(layers.Embedding(characters, width, embeddings_initializer=initial)(inputs))
+    for _ in range(depth):
+        y = layers.LayerNormalization()(x)
+        x = layers.Add()([x, layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)])
+        y = layers.LayerNormalization()(x)
+        x = layers.Add()([x, layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(y))])
+    return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
+
+
+def vae() -> keras.Model:
+    """A variational autoencoder of 64 pixels, that is given pixels and the noise of the code; see `negative_elbo`."""
+    pixels, noise = keras.Input((64,)), keras.Input((CODE,))
+    x = layers.Dense(128, activation="relu")(pixels)
+    mean, log_variance = layers.Dense(CODE)(x), layers.Dense(CODE)(x)
+    deviation = layers.Lambda(lambda each: ops.exp(each / 2))(log_variance)
+    code = layers.Add()([mean, layers.Multiply()([deviation, noise])])
+    logits = layers.Dense(64)(layers.Dense(128, activation="relu")(code))
+    return keras.Model([pixels, noise], layers.Concatenate()([logits, mean, log_variance]))
+
+
+def negative_elbo(pixels: Any, output: Any) -> Any:
+    """The negative evidence lower bound of each image in nats, of pixels that are probabilities.
+
+    Args:
+        pixels: from 0 to 1.
+        output: of `vae`: logits of the pixels, mean and logarithmic variance of the code.
+    """
+    logits, mean, log_variance = output[:, :64], output[:, 64 : 64 + CODE], output[:, 64 + CODE :]
+    distortion = ops.sum(ops.softplus(logits) - pixels * logits, axis=1)
+    rate = 0.5 * ops.sum(ops.square(mean) + ops.exp(log_variance) - 1 - log_variance, axis=1)
+    return distortion + rate

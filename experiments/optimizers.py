@@ -1,0 +1,78 @@
+"""The optimizers that are compared, by name: how each is made, its defaults, its range of learning rates."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer of Keras.
+
+    Attributes:
+        title: what tables and plots call it.
+        source: where its class is, as "module:class"; imported late, after the backend is chosen.
+        learning_rate: the default.
+        span: the lowest and the highest learning rate that is tried; all optimizers' spans are as wide.
+        hyper: what it is given unless told otherwise, besides its class's own defaults.
+    """
+
+    title: str
+    source: str
+    learning_rate: float
+    span: tuple[float, float]
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, learning_rate: Any = None, **hyper: Any) -> Any:
+        """A new `keras.optimizers.Optimizer`.
+
+        Args:
+            learning_rate: a number or a schedule; None: the default.
+            **hyper: arguments of the class, over the defaults.
+        """
+        module, _, name = self.source.partition(":")
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return getattr(importlib.import_module(module), name)(learning_rate=rate, **{**self.hyper, **hyper})
+
+    def learning_rates(self, count: int) -> list[float]:
+        """So many learning rates over the span, its ends among them, each the same factor over the one before.
+
+        Args:
+            count: at least 2.
+
+        Raises:
+            ValueError: `count` is less.
+        """
+        if count < 2:
+            raise ValueError(f"count is {count}, but must be at least 2, the ends of the span")
+        low, high = self.span
+        # Rounded, so that they can be typed; of three digits, which no spacing in use needs.
+        return [float(f"{low * (high / low) ** (place / (count - 1)):.3g}") for place in range(count)]
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "vsgd": Optimizer("VSGD", "vsgd.keras:VSGD", 0.01, (3e-4, 0.3)),
+    "constant-vsgd": Optimizer("Constant VSGD", "vsgd.keras:ConstantVSGD", 0.01, (3e-4, 0.3)),
+    "adam": Optimizer("Adam", "keras.optimizers:Adam", 0.001, (3e-5, 0.03)),
+    "adamw": Optimizer("AdamW", "keras.optimizers:AdamW", 0.001, (3e-5, 0.03)),
+    # Keras' own default is no momentum.
+    "sgd": Optimizer("SGD with momentum", "keras.optimizers:SGD", 0.01, (1e-3, 1.0), {"momentum": 0.9}),
+    "lion": Optimizer("Lion", "keras.optimizers:Lion", 0.001, (1e-5, 0.01)),
+}
+
+
+def named(name: str) -> Optimizer:
+    """The optimizer of this name.
+
+    Args:
+        name: a key of `OPTIMIZERS`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {name!r}, but must be one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]

@@ -1,0 +1,145 @@
+"""The paper's table and curves, from the records of what was run; where nothing was, the table says so."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from benchmarks.report import replace_section, table
+from experiments import datasets, paper, records
+from experiments.optimizers import OPTIMIZERS
+
+#: The records' file, in the folder of results.
+FILE = "paper.jsonl"
+
+#: What a cell holds whose runs are all missing.
+MISSING = "not run yet"
+
+# The records of each backend, experiment and optimizer, by seed.
+_Runs: TypeAlias = dict[str, dict[tuple[str, str], dict[int, Mapping[str, Any]]]]
+
+
+def grouped(found: Iterable[Mapping[str, Any]]) -> _Runs:
+    """The runs that have the paper's settings and data; others are left out.
+
+    Args:
+        found: records.
+    """
+    runs: _Runs = {}
+    for record in found:
+        key = record["key"]
+        if paper.is_the_papers(key):
+            cells = runs.setdefault(key["backend"], {})
+            cells.setdefault((key["experiment"], key["optimizer"]), {})[key["seed"]] = record
+    return runs
+
+
+def cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
+    """The mean of the last test accuracies, in percent, with the sample standard deviation and the number of seeds.
+
+    Args:
+        runs: by seed.
+    """
+    if not runs:
+        return MISSING
+    last = [100 * record["curve"]["test_accuracy"][-1] for record in runs.values()]
+    spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+    return f"{statistics.mean(last):.2f}{spread} ({len(last)} seed{'s' if len(last) > 1 else ''})"
+
+
+def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    """A table of test accuracies for each data set.
+
+    Args:
+        cells: the runs of each experiment and optimizer, by seed.
+    """
+    parts = []
+    for data, source in datasets.SOURCES.items():
+        names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data]
+        rows = [
+            [OPTIMIZERS[optimizer].title, *(cell(cells.get((name, optimizer), {})) for name in names)]
+            for optimizer in paper.COMPARED
+        ]
+        parts.append(
+            table([f"{source.title}, test accuracy, %", *(paper.MODELS[paper.EXPERIMENTS[name].model] for name in names)], rows)
+        )
+    return parts
+
+
+def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data: str, path: Path) -> bool:
+    """Draw training loss and test accuracy over the steps, means over seeds between their lowest and highest.
+
+    Args:
+        cells: the runs of each experiment and optimizer, by seed.
+        data: a key of `datasets.SOURCES`.
+        path: of the image.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data and any(name == run for run, _ in cells)]
+    if not names:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 7), layout="constrained", squeeze=False)
+    for column, name in enumerate(names):
+        axes[0, column].set(title=paper.MODELS[paper.EXPERIMENTS[name].model], yscale="log")
+        axes[1, column].set_xlabel("step")
+        for place, optimizer in enumerate(paper.COMPARED):
+            runs = list(cells.get((name, optimizer), {}).values())
+            if runs:
+                _draw_mean(axes[0, column], runs, "loss", f"C{place}", OPTIMIZERS[optimizer].title)
+                _draw_mean(axes[1, column], runs, "test_accuracy", f"C{place}", OPTIMIZERS[optimizer].title)
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("test accuracy")
+    axes[1, 0].legend(fontsize="small")
+    for each in axes.flat:
+        each.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return True
+
+
+def _draw_mean(axes: Any, runs: Sequence[Mapping[str, Any]], metric: str, color: str, label: str) -> None:
+    steps = runs[0]["curve"]["step"]  # the same in all: the settings are
+    at_each = list(zip(*(run["curve"][metric] for run in runs), strict=True))
+    axes.plot(steps, [statistics.mean(each) for each in at_each], color=color, label=label)
+    axes.fill_between(steps, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.2)
+
+
+def _machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> str:
+    found = [record["environment"] for runs in cells.values() for record in runs.values()]
+    texts = [
+        f"{each['gpu'] or each['cpu']} with {', '.join(f'{name} {number}' for name, number in each['versions'].items())}"
+        for each in found
+    ]
+    return "; ".join(dict.fromkeys(texts))
+
+
+def write(results: Path, page: Path) -> None:
+    """Write tables and curves into the page's section of the paper's experiments.
+
+    Args:
+        results: the folder of the records; plots go there.
+        page: the Markdown page, which may not exist yet.
+    """
+    runs = grouped(records.read(results / FILE))
+    parts = [] if runs else tables({})
+    for backend, cells in runs.items():
+        parts += [f"On Keras' {backend} backend, {_machines(cells)}:", *tables(cells)]
+        for data, source in datasets.SOURCES.items():
+            path = results / f"paper-{data}-{backend}.png"
+            if draw(cells, data, path):
+                title = f"{source.title}: training loss and test accuracy, {backend}"
+                parts.append(f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})")
+    if not page.exists():
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("# Results\n", encoding="utf-8")
+    replace_section(page, "paper", parts)

@@ -1,0 +1,253 @@
+"""Tables and plots of the comparison on small tasks, from its records; what is not run yet says so."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.report import replace_section, table
+from experiments import figures, tasks
+from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
+from experiments.paper_report import MISSING
+from experiments.spread import FOLDER, Store
+from experiments.statistics import Difference, Range, median_steps, paired_difference, steps_to, useful_range
+
+#: Whom the summary is about.
+OURS = "vsgd"
+_WORDS = ("better", "level", "worse")
+
+
+class Told(NamedTuple):
+    """What is told of an entrant in an arm.
+
+    Attributes:
+        trial: that was chosen.
+        records: of the test seeds.
+    """
+
+    trial: Trial
+    records: Sequence[Mapping[str, Any]]
+
+    def values(self, split: str, metric: str) -> list[float] | None:
+        """The metric of each record, accuracies in percent; None where a run diverged.
+
+        Args:
+            split: its name.
+            metric: "loss" or "accuracy".
+        """
+        if self.diverged:
+            return None
+        scale = 100 if metric == "accuracy" else 1
+        return [scale * record["final"][split][metric] for record in self.records]
+
+    @property
+    def diverged(self) -> str:
+        """How many runs did, or nothing."""
+        count = sum(record["final"] is None for record in self.records)
+        return f"{count} of {len(self.records)} diverged" if count else ""
+
+    def mean(self, split: str, metric: str) -> str:
+        """The mean of the metric.
+
+        Args:
+            split: its name.
+            metric: "loss" or "accuracy".
+        """
+        values = self.values(split, metric)
+        return self.diverged if values is None else f"{statistics.fmean(values):.4g}"
+
+
+def told(comparison: Comparison, arm: str, entrant: str) -> Told | None:
+    """What there is to tell; None while runs are missing.
+
+    Args:
+        comparison: of a task.
+        arm: by name.
+        entrant: by name.
+    """
+    trial = comparison.chosen(entrant, arm)
+    records = None if trial is None else comparison.results(entrant, trial)
+    return None if trial is None or records is None else Told(trial, records)
+
+
+def comparisons(store: Store, backend: str) -> list[Comparison]:
+    """One for each task, and for each longer one that there are records of.
+
+    Args:
+        store: of the records.
+        backend: of Keras.
+    """
+    longer = sorted(path.stem for path in store.folder.glob("*@*.jsonl"))
+    return [Comparison(tasks.named(name), store.find, backend) for name in (*tasks.TASKS, *longer)]
+
+
+def verdict(difference: Difference, metric: str) -> str:
+    """Whether the first of a pair is better, worse, or level: not told apart.
+
+    Args:
+        difference: the first one's metric less the other's.
+        metric: "loss" or "accuracy".
+    """
+    if not difference.excludes_zero:
+        return "level"
+    return "better" if (difference.mean > 0) == (metric == "accuracy") else "worse"
+
+
+def _difference(ours: Told, theirs: Told, split: str, metric: str) -> Difference | str:
+    first, second = ours.values(split, metric), theirs.values(split, metric)
+    if first is None or second is None:
+        return ours.diverged or f"of the other {theirs.diverged}"
+    return paired_difference(first, second)
+
+
+def _in_full(ours: Told, theirs: Told | None, split: str, metric: str) -> str:
+    found = MISSING if theirs is None else _difference(ours, theirs, split, metric)
+    if isinstance(found, str):
+        return found
+    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {verdict(found, metric)}"
+
+
+def _in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -> str:
+    found = MISSING if ours is None or theirs is None else _difference(ours, theirs, split, metric)
+    return found if isinstance(found, str) else verdict(found, metric)
+
+
+def _arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    target, task = comparison.target(), comparison.task
+    if target is None:
+        return [MISSING, MISSING]
+    steps = [steps_to(record["curve"], task.every, target, task.sign) for record in records]
+    median = median_steps(steps)
+    return ["not reached" if median is None else f"{median:g}", f"{sum(each is not None for each in steps)} of {len(steps)}"]
+
+
+def _row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
+    head, metric = [arm, ENTRANTS[entrant].title], comparison.task.metric
+    ours, theirs = (told(comparison, arm, each) for each in (entrant, BASELINE))
+    if ours is None:
+        return [*head, *[MISSING] * 7]
+    rate = f"{ours.trial.learning_rate:g}{' (edge)' if comparison.at_edge(entrant, ours.trial) else ''}, {ours.trial.schedule}"
+    cells = [*head, rate, *_arrivals(comparison, ours.records)]
+    for split, name in (("train", "loss"), ("test", metric)):
+        cells += [ours.mean(split, name), "" if entrant == BASELINE else _in_full(ours, theirs, split, name)]
+    return cells
+
+
+def task_table(comparison: Comparison) -> str:
+    """Everybody's results on a task, arm by arm, with the differences from AdamW's of the same arm.
+
+    Args:
+        comparison: of the task.
+    """
+    task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
+    test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
+    header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", minus, test, minus]
+    return table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in ENTRANTS])
+
+
+def task_section(comparison: Comparison) -> str:
+    """A task's heading, what must be known to read its table, and the table.
+
+    Args:
+        comparison: of the task.
+    """
+    task, target = comparison.task, comparison.target()
+    reach = MISSING if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
+    how = f"{task.steps} steps; losses in {task.unit}; target: validation {task.metric} {reach}."
+    return "\n\n".join([f"#### {task.title[0].upper()}{task.title[1:]}", how, task_table(comparison)])
+
+
+def summary(arm: str, found: Sequence[Comparison]) -> str:
+    """VSGD beside each of the others in a word, train loss first, then the test metric.
+
+    Args:
+        arm: by name.
+        found: the comparisons, a row each.
+    """
+    others = [each for each in ENTRANTS if each != OURS]
+    rows, counts = [], {each: (Counter[str](), Counter[str]()) for each in others}
+    for comparison in found:
+        ours, cells = told(comparison, arm, OURS), [comparison.task.title]
+        for other in others:
+            theirs = told(comparison, arm, other)
+            words = [_in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", comparison.task.metric))]
+            for counter, word in zip(counts[other], words, strict=True):
+                counter[word] += 1
+            cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))
+        rows.append(cells)
+    totals = [" / ".join("-".join(str(each[word]) for word in _WORDS) for each in counts[other]) for other in others]
+    header = [f"VSGD, {arm}", *(f"to {ENTRANTS[other].title}" for other in others)]
+    return table(header, [*rows, ["better-level-worse", *totals]])
+
+
+def _width(found: Range | None) -> str:
+    if found is None:
+        return "all diverged"
+    least = "at least " if found.open_below or found.open_above else ""
+    return f"{least}{found.factor:.1f}x ({found.low:.2g} to {found.high:.2g})"
+
+
+def sensitivity(found: Sequence[Comparison]) -> str:
+    """How wide the learning rates are whose validation metric is within 1% of the best, with the schedule of the widest arm.
+
+    Args:
+        found: the comparisons, a row each.
+    """
+    rows = []
+    for comparison in found:
+        tried = [comparison.tried(entrant) for entrant in ENTRANTS]
+        rows.append([comparison.task.title, *(MISSING if each is None else _width(useful_range(*each)) for each in tried)])
+    return table(["", *(each.title for each in ENTRANTS.values())], rows)
+
+
+def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
+    """How many runs there are, and what they ran on.
+
+    Args:
+        store: of the records.
+        found: the comparisons.
+    """
+    rows = []
+    for comparison in found:
+        parts = [itertools.chain.from_iterable(map(part, ENTRANTS)) for part in (comparison.tuning, comparison.tests)]
+        done = [[store.find(each) is not None for each in part] for part in parts]
+        rows.append([comparison.task.title, *(f"{sum(each)} of {len(each)}" for each in done)])
+    lines = [table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
+    for record in store.of("environments"):
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        lines.append(f"Run on {record['processors']} processors ({record['cpu']}), one thread a run; {versions}.")
+    return lines
+
+
+def write(results: Path, page: Path, backend: str = "jax") -> None:
+    """Write tables and plots into the page's sections of our comparison.
+
+    Args:
+        results: the folder of results, whose `spread.FOLDER` has the records; plots go there.
+        page: the Markdown page, which may not exist yet.
+        backend: of Keras, whose runs are told.
+    """
+    store = Store(results / FOLDER)
+    found = comparisons(store, backend)
+    results.mkdir(parents=True, exist_ok=True)
+    curves, rates = results / "small-curves.png", results / "small-learning-rates.png"
+    figures.draw_curves(found, curves)
+    figures.draw_rates(found, rates)
+
+    def shown(path: Path, title: str) -> str:
+        return f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
+
+    sections = {
+        "runs": facts(store, found),
+        "summary": [summary(arm, found) for arm in ARMS],
+        "curves": [shown(curves, "Validation metric over the steps, everyone tuned by 20 trials, task by task")],
+        "sensitivity": [sensitivity(found), shown(rates, "Validation metric at the end over the learning rate, task by task")],
+        "tables": list(map(task_section, found)),
+    }
+    for name, parts in sections.items():
+        replace_section(page, f"small-{name}", parts)

@@ -1,0 +1,176 @@
+"""Runs of a comparison spread over processes of one thread each; what is finished is kept, whenever this is stopped."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import comparison, records, tasks
+from experiments.comparison import Setting
+
+#: Of the records, in the folder of results.
+FOLDER = "small"
+
+#: One thread each, so that runs side by side do not wait for one another.
+THREADS = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1"),
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+class Store:
+    """The records of a folder: a file for each task, and one of the environments that runs had.
+
+    Args:
+        folder: which may not exist yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, records.Records] = {}
+
+    def of(self, task: str) -> records.Records:
+        """The records of a task.
+
+        Args:
+            task: its name.
+        """
+        if task not in self._files:
+            self._files[task] = records.Records(self.folder / f"{task}.jsonl")
+        return self._files[task]
+
+    def find(self, setting: Setting) -> dict[str, Any] | None:
+        """The record of a run, or None.
+
+        Args:
+            setting: which run.
+        """
+        known, key = self.of(setting.task), setting.key
+        if key not in known:
+            return None
+        return known[key]
+
+    def add(self, setting: Setting, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Write what a run found.
+
+        Args:
+            setting: which run.
+            found: by it.
+            environment: that it had, written once and told by the start of its hash.
+        """
+        digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
+        known = self.of("environments")
+        if (key := {"environment": digest}) not in known:
+            known.append(key, **environment)
+        self.of(setting.task).append(setting.key, **found, environment=digest)
+
+
+def short(value: Any) -> Any:
+    """The same with numbers of four digits, for files that are kept.
+
+    Args:
+        value: numbers, in lists and mappings.
+    """
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {name: short(each) for name, each in value.items()}
+    return [short(each) for each in value] if isinstance(value, Sequence) else value
+
+
+@functools.lru_cache(maxsize=1)
+def _bench(task: str, entrant: str) -> Any:
+    from experiments import bench  # late: it imports Keras, which the first process need not
+
+    return bench.Bench(tasks.named(task), comparison.ENTRANTS[entrant].make())
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return {**records.environment(), "threads": 1}
+
+
+def perform(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run, and tell what was found, and in which environment.
+
+    Args:
+        setting: which run.
+    """
+    bench = _bench(setting.task, setting.entrant)
+    start = time.perf_counter()
+    outcome = bench.run(setting.seed, setting.rates)
+    seconds = time.perf_counter() - start
+    return short({**outcome._asdict(), "seconds": seconds}), _environment()
+
+
+def _follow_parent() -> None:
+    """Leave interruptions to the first process, and end when it ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _missing(settings: Iterable[Setting], store: Store) -> list[Setting]:
+    return [each for each in dict.fromkeys(settings) if store.find(each) is None]
+
+
+def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: int, backend: str) -> None:
+    """Make all runs that the comparison still lacks, task by task: those that tuning needs, then the tests.
+
+    Args:
+        names: of the tasks.
+        entrants: their names.
+        store: where records are, and go.
+        workers: how many processes run side by side.
+        backend: of Keras.
+
+    Raises:
+        ValueError: a task or an entrant is not there, or `workers` is less than 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, but must be at least 1")
+    chosen = [tasks.named(name) for name in names]
+    for name in entrants:
+        comparison.entrant(name)
+    os.environ.update(THREADS, KERAS_BACKEND=backend)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+        for task in chosen:
+            found = comparison.Comparison(task, store.find, backend)
+            for part in (found.tuning, found.tests):
+                missing = _missing(itertools.chain.from_iterable(map(part, entrants)), store)
+                _perform_all(pool, missing, store, f"{task.name}, {part.__name__}")
+
+
+def _perform_all(pool: ProcessPoolExecutor, settings: Sequence[Setting], store: Store, title: str) -> None:
+    # In order, so that a process mostly keeps the model that it compiled.
+    futures = {pool.submit(perform, setting): setting for setting in settings}
+    try:
+        for done in tqdm(as_completed(futures), title, len(futures), disable=not futures):
+            store.add(futures[done], *done.result())
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise

@@ -1,0 +1,315 @@
+"""Our five small problems, which a CPU trains in seconds: a noisy quadratic, MNIST-1D, digits, characters, a VAE of digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: How many times a run is looked at on the way.
+LOOKS = 25
+
+
+class Split(NamedTuple):
+    """Examples.
+
+    Attributes:
+        x: what the model is given; several arrays are a tuple.
+        y: what the loss is given beside the model's output.
+    """
+
+    x: Any
+    y: NDArray[Any]
+
+
+class Data(NamedTuple):
+    """What a model is trained on, and what it is evaluated on.
+
+    Attributes:
+        batches: endless mini-batches, drawn by the generator that it is given.
+        splits: "train", "validation" and "test", each small enough to be evaluated at once.
+    """
+
+    batches: Callable[[np.random.Generator], Iterator[Split]]
+    splits: Mapping[str, Split]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem. The models and losses are imported late, after the backend is chosen.
+
+    Attributes:
+        name: by which it is chosen.
+        title: what tables and plots call it.
+        steps: how many a run takes.
+        metric: what counts: "accuracy", which is to be high, or "loss", to be low.
+        unit: of the loss.
+        data: loads or makes the data, once.
+        network: makes a model, not compiled, its weights by Keras' global seed.
+        loss: makes what the model is compiled with.
+        edition: tells runs on these data from runs on others.
+    """
+
+    name: str
+    title: str
+    steps: int
+    metric: str
+    unit: str
+    data: Callable[[], Data]
+    network: Callable[[], Any]
+    loss: Callable[[], Any]
+    edition: Callable[[], str] = lambda: "1"
+
+    @property
+    def every(self) -> int:
+        """The steps from look to look."""
+        return max(1, self.steps // LOOKS)
+
+    @property
+    def sign(self) -> int:
+        """1 where less of the metric is better, else -1."""
+        return -1 if self.metric == "accuracy" else 1
+
+
+def _networks() -> Any:
+    return importlib.import_module("experiments.networks")
+
+
+def _in_epochs(examples: int, batch_size: int, generator: np.random.Generator) -> Iterator[NDArray[Any]]:
+    """Places of mini-batches, epoch after epoch in new orders; what fills no batch is left out until the next."""
+    while True:
+        order = generator.permutation(examples)
+        yield from order[: examples // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def _labelled(splits: Mapping[str, Split], batch_size: int) -> Data:
+    train = splits["train"]
+
+    def batches(generator: np.random.Generator) -> Iterator[Split]:
+        for places in _in_epochs(len(train.y), batch_size, generator):
+            yield Split(train.x[places], train.y[places])
+
+    return Data(batches, splits)
+
+
+#: Eigenvalues of the quadratic's Hessian, and the variances of its gradients' noise in their directions.
+CURVATURES = (1 / np.arange(1, 101)).astype(np.float32)
+
+
+@functools.cache
+def quadratic_noise() -> Data:
+    """Noise for the gradients. Without noise the loss is the risk itself, so that all splits are one."""
+
+    def batches(generator: np.random.Generator) -> Iterator[Split]:
+        while True:
+            noise = np.sqrt(CURVATURES) * generator.standard_normal((1, len(CURVATURES)), np.float32)
+            yield Split(noise, np.zeros((1, 1), np.float32))
+
+    risk = Split(np.zeros((1, len(CURVATURES)), np.float32), np.zeros((1, 1), np.float32))
+    return Data(batches, dict.fromkeys(("train", "validation", "test"), risk))
+
+
+@functools.cache
+def mnist_1d() -> Data:
+    """8000 signals of 40 samples (Greydanus, 2020), made on the spot: 4000 to train on, 2000 each to validate and to test."""
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ImportError as error:
+        raise ValueError("MNIST-1D is not there: pip install mnist1d") from error
+    arguments = get_dataset_args()
+    arguments.num_samples, arguments.train_split = 8000, 0.5
+    made = make_dataset(arguments)
+    signals = np.concatenate([made["x"], made["x_test"]]).astype(np.float32)
+    labels = np.concatenate([made["y"], made["y_test"]]).astype(np.int32)
+    parts = {"train": slice(4000), "validation": slice(4000, 6000), "test": slice(6000, None)}
+    return _labelled({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
+
+
+@functools.cache
+def _digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Pixels from 0 to 1, and labels: 1077 to train on, 360 each to validate and to test, a fifth of each class."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = (pixels / 16).astype(np.float32), labels.astype(np.int32)
+    x, test_x, y, test_y = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
+    train_x, x, train_y, y = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+    return {"train": (train_x, train_y), "validation": (x, y), "test": (test_x, test_y)}
+
+
+@functools.cache
+def digit_images() -> Data:
+    """scikit-learn's 1797 digits, 8x8 pixels from -1 to 1."""
+    return _labelled({name: Split((2 * x - 1).reshape(-1, 8, 8, 1), y) for name, (x, y) in _digits().items()}, 64)
+
+
+@functools.cache
+def digit_codes() -> Data:
+    """The same digits for a VAE: pixels from 0 to 1 beside the noise of their codes, which the evaluation keeps."""
+    size = _networks().CODE
+    pixels = {name: x for name, (x, _) in _digits().items()}
+
+    def with_noise(x: NDArray[Any], generator: np.random.Generator) -> Split:
+        return Split((x, generator.standard_normal((len(x), size), np.float32)), x)
+
+    def batches(generator: np.random.Generator) -> Iterator[Split]:
+        for places in _in_epochs(len(pixels["train"]), 64, generator):
+            yield with_noise(pixels["train"][places], generator)
+
+    fixed = np.random.default_rng(0)
+    return Data(batches, {name: with_noise(x, fixed) for name, x in pixels.items()})
+
+
+CONTEXT = 64
+_BLOCK = 1024  # characters in a row of one split
+_WINDOWS = {"train": 256, "validation": 64, "test": 256}  # that are evaluated; the validation ones often
+
+
+@functools.cache
+def text() -> str:
+    """The topics of Python's own help, which differ between Python's versions.
+
+    Lines of ten characters and more that come again are left out: topics repeat one another, and what is tested must not have
+    been trained on.
+    """
+    from pydoc_data.topics import topics
+
+    lines, known = [], set[str]()
+    for line in "\n".join(topics[name] for name in sorted(topics)).splitlines():
+        told = line.strip()
+        if len(told) < 10 or told not in known:
+            lines.append(line)
+        known.add(told)
+    return "\n".join(lines)
+
+
+@functools.cache
+def text_hash() -> str:
+    """What tells the text from others: the start of its SHA-256."""
+    return hashlib.sha256(text().encode()).hexdigest()[:12]
+
+
+@functools.cache
+def vocabulary() -> str:
+    """The text's characters."""
+    return "".join(sorted(set(text())))
+
+
+@functools.cache
+def characters() -> Data:
+    """The text in blocks, of which each ninth is to validate and each tenth to test; targets are the next characters."""
+    place = {character: number for number, character in enumerate(vocabulary())}
+    blocks = np.array([place[each] for each in text()], np.int32)[: len(text()) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+    kind = np.arange(len(blocks)) % 10
+    parts = {"train": blocks[kind < 8], "validation": blocks[kind == 8], "test": blocks[kind == 9]}
+
+    def windows(rows: NDArray[Any], starts: NDArray[Any], part: str) -> Split:
+        cut = parts[part][rows[:, None], starts[:, None] + np.arange(CONTEXT + 1)]
+        return Split(cut[:, :-1], cut[:, 1:])
+
+    def draw(part: str, count: int, generator: np.random.Generator) -> Split:
+        starts = generator.integers(_BLOCK - CONTEXT, size=count)
+        return windows(generator.integers(len(parts[part]), size=count), starts, part)
+
+    def batches(generator: np.random.Generator) -> Iterator[Split]:
+        while True:
+            yield draw("train", 8, generator)
+
+    fixed = np.random.default_rng(0)
+    return Data(batches, {part: draw(part, count, fixed) for part, count in _WINDOWS.items()})
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="quadratic",
+            title="noisy quadratic",
+            steps=2000,
+            metric="loss",
+            unit="risk",
+            data=quadratic_noise,
+            network=lambda: _networks().quadratic(CURVATURES),
+            loss=lambda: _networks().itself,
+        ),
+        Task(
+            name="mnist1d-mlp",
+            title="MNIST-1D, MLP",
+            steps=2000,
+            metric="accuracy",
+            unit="nats",
+            data=mnist_1d,
+            network=lambda: _networks().mlp(),
+            loss=lambda: _networks().classification(),
+        ),
+        Task(
+            name="mnist1d-cnn",
+            title="MNIST-1D, CNN",
+            steps=2000,
+            metric="accuracy",
+            unit="nats",
+            data=mnist_1d,
+            network=lambda: _networks().cnn(),
+            loss=lambda: _networks().classification(),
+        ),
+        Task(
+            name="digits-convmixer",
+            title="digits, ConvMixer",
+            steps=400,
+            metric="accuracy",
+            unit="nats",
+            data=digit_images,
+            network=lambda: _networks().conv_mixer(),
+            loss=lambda: _networks().classification(),
+        ),
+        Task(
+            name="characters",
+            title="characters, transformer",
+            steps=500,
+            metric="loss",
+            unit="nats a character",
+            data=characters,
+            network=lambda: _networks().transformer(len(vocabulary()), CONTEXT),
+            loss=lambda: _networks().classification(),
+            edition=text_hash,
+        ),
+        Task(
+            name="digits-vae",
+            title="digits, VAE",
+            steps=2000,
+            metric="loss",
+            unit="nats an image",
+            data=digit_codes,
+            network=lambda: _networks().vae(),
+            loss=lambda: _networks().negative_elbo,
+        ),
+    )
+}
+
+
+def named(name: str) -> Task:
+    """The task of this name; NAME@4 is the same one four times as long.
+
+    Args:
+        name: a key of `TASKS`, or one with "@" and a factor.
+
+    Raises:
+        ValueError: there is none, or the factor is no positive integer.
+    """
+    base, at, factor = name.partition("@")
+    if base not in TASKS:
+        raise ValueError(f"task is {base!r}, but must be one of {', '.join(TASKS)}")
+    task = TASKS[base]
+    if not at:
+        return task
+    if not factor.isdecimal() or int(factor) < 1:
+        raise ValueError(f"task is {name!r}, but after @ must come a positive integer")
+    return dataclasses.replace(task, name=name, title=f"{task.title}, {factor} times as long", steps=int(factor) * task.steps)

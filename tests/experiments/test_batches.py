@@ -1,0 +1,92 @@
+"""Batches: what augmentation may make of an image, and that seed and step decide all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("keras")
+
+from experiments import batches
+
+RNG = np.random.default_rng(3)
+IMAGES = RNG.integers(1, 256, (10, 6, 6, 3), np.uint8)  # no black
+LABELS = np.arange(10, dtype=np.int32)
+
+
+def views(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
+    """All that augmentation may make of an image, and how: shifted by 4 pixels at most, black beyond, and mirrored."""
+    height, width, _ = image.shape
+    found = {}
+    for down in range(-4, 5):
+        for right in range(-4, 5):
+            shifted = np.zeros_like(image)
+            for row in range(height):
+                for column in range(width):
+                    if 0 <= row + down < height and 0 <= column + right < width:
+                        shifted[row, column] = image[row + down, column + right]
+            found[shifted.tobytes()] = (down, right, False)
+            found[shifted[:, ::-1].tobytes()] = (down, right, True)
+    assert len(found) == 2 * 81
+    return found
+
+
+def test_every_shift_and_mirroring_comes_equally_often() -> None:
+    known = [views(image) for image in IMAGES]
+    rng = np.random.default_rng(0)
+    seen = [known[i][each.tobytes()] for _ in range(300) for i, each in enumerate(batches.augmented(IMAGES, rng))]
+    counts = np.array([seen.count(how) for how in known[0].values()])
+    # 3000 draws of 162: binomial, of mean 18.5 and deviation 4.3; five deviations.
+    assert counts.min() > 0
+    assert counts.max() < 40
+    assert np.mean([mirrored for *_, mirrored in seen]) == pytest.approx(0.5, abs=0.05)
+
+
+def train_batches(start: int = 0, seed: int = 0, batch_size: int = 3, stop: int = 12) -> batches.TrainBatches:
+    return batches.TrainBatches(IMAGES, LABELS, batch_size, seed, start, stop)
+
+
+def test_a_step_has_its_batch_wherever_training_starts() -> None:
+    every = train_batches()
+    assert len(every) == 12
+    for start in (1, 5, 11):
+        rest = train_batches(start)
+        assert len(rest) == 12 - start
+        # Also not in order, as when they are fetched ahead.
+        for index in reversed(range(len(rest))):
+            for one, other in zip(rest[index], every[start + index], strict=True):
+                assert np.array_equal(one, other)
+
+
+def test_a_pass_has_no_image_twice_and_passes_differ() -> None:
+    every = train_batches()
+    passes = [[int(label) for step in range(first, first + 3) for label in every[step][1]] for first in (0, 3, 6, 9)]
+    for each in passes:
+        assert len(set(each)) == 9  # the tenth of 10 is left out
+    assert len(set(map(tuple, passes))) == 4
+    # All images come in time.
+    assert {label for each in passes for label in each} == set(range(10))
+
+
+def test_labels_go_with_their_images() -> None:
+    known = [views(image) for image in IMAGES]
+    images, labels = train_batches()[4]
+    for image, label in zip(images, labels, strict=True):
+        assert image.tobytes() in known[label]
+
+
+def test_another_seed_gives_other_batches() -> None:
+    one, other = train_batches(seed=0)[0], train_batches(seed=1)[0]
+    assert not np.array_equal(one[1], other[1]) or not np.array_equal(one[0], other[0])
+
+
+def test_more_than_there_is_cannot_be_a_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size is 11, but must be at most 10, the number of training images"):
+        train_batches(batch_size=11)
+
+
+def test_all_test_images_come_once_as_they_are() -> None:
+    every = batches.TestBatches(IMAGES, LABELS, 4)
+    assert [len(every[index][1]) for index in range(len(every))] == [4, 4, 2]
+    assert np.array_equal(np.concatenate([every[index][0] for index in range(3)]), IMAGES)
+    assert np.array_equal(np.concatenate([every[index][1] for index in range(3)]), LABELS)
