@@ -113,7 +113,6 @@ def fit(
         loss=loss,
         metrics=["accuracy", _Last(loss, "batch_loss"), _Last(keras.metrics.sparse_categorical_accuracy, "batch_accuracy")],
     )
-    optimizer.build(model.trainable_variables)  # a checkpoint's state needs a place to go
     backup = _Backup(folder / "backup", evaluate_every)
     backup.set_model(model)
     backup.on_train_begin()  # now, for the batches begin where it ends

@@ -75,9 +75,12 @@ def test_labels_go_with_their_images() -> None:
         assert image.tobytes() in known[label]
 
 
-def test_another_seed_gives_other_batches() -> None:
-    one, other = train_batches(seed=0)[0], train_batches(seed=1)[0]
-    assert not np.array_equal(one[1], other[1]) or not np.array_equal(one[0], other[0])
+def test_another_seed_gives_another_order_and_other_views() -> None:
+    one, other = train_batches(seed=0), train_batches(seed=1)
+    assert any(not np.array_equal(one[step][1], other[step][1]) for step in range(3))
+    known = [views(image) for image in IMAGES]
+    hows = [[known[label][image.tobytes()] for image, label in zip(*each[0], strict=True)] for each in (one, other)]
+    assert hows[0] != hows[1]
 
 
 def test_more_than_there_is_cannot_be_a_batch() -> None:

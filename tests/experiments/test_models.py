@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,9 @@ def test_the_formulas_give_known_numbers() -> None:
     }
 
 
+@functools.cache
 def build(name: str, data: str) -> Any:
+    keras.utils.set_random_seed(0)
     source = datasets.SOURCES[data]
     return models.build(name, source.side, source.classes, source.mean, source.deviation)
 
@@ -94,7 +97,6 @@ def test_images_are_normalised_by_channel() -> None:
 
 
 def kernels(name: str) -> dict[tuple[int, ...], np.ndarray]:
-    keras.utils.set_random_seed(0)
     every = build(name, "cifar100").trainable_variables
     return {tuple(each.shape): keras.ops.convert_to_numpy(each) for each in every if len(each.shape) in (2, 4)}
 

@@ -128,6 +128,23 @@ def test_a_first_checkpoint_that_was_cut_off_is_begun_anew(
     assert_same(fitted(tmp_path), tmp_path, uninterrupted)
 
 
+def test_a_test_whose_metrics_were_not_written_is_done_again(
+    tmp_path: Path, uninterrupted: tuple[Path, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = records.Steps.write
+
+    def interrupted_write(steps: records.Steps, step: int, **metrics: float) -> None:
+        if step == 6 and "test_loss" in metrics:
+            raise InterruptionError
+        write(steps, step, **metrics)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records.Steps, "write", interrupted_write)
+        with pytest.raises(InterruptionError):
+            fitted(tmp_path)
+    assert_same(fitted(tmp_path, seed=1), tmp_path, uninterrupted)
+
+
 def test_what_is_trained_to_the_end_takes_no_step(tmp_path: Path, uninterrupted: tuple[Path, list[np.ndarray]]) -> None:
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted[0], folder)
