@@ -56,6 +56,7 @@ _RANGES = {
     "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
     "outlier_threshold": _Range("outlier_threshold value", *_POSITIVE),
     "batch_size": _Range("batch_size value", *_POSITIVE),
+    "scale": _Range("scale value", *_POSITIVE),
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
 }
 
@@ -70,7 +71,7 @@ def validate(**values: Any) -> None:
 
     Args:
         **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, and those of `Hyperparameters`
-            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`.
+            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`; `batch_size`; `scale`.
 
     Raises:
         ValueError: a value is no number or lies outside its range.

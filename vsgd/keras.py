@@ -20,6 +20,7 @@ except ImportError as error:
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
 from vsgd import core, rounding
+from vsgd.keras_prior import prior_strength_from
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
@@ -29,7 +30,7 @@ if keras.backend.backend() == "torch":
     from vsgd.backends import torch_engines
     from vsgd.backends.torch_blocks import leaf_of
 
-__all__ = ["VSGD", "ConstantVSGD"]
+__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], Any]
 

@@ -16,6 +16,7 @@ except ImportError as error:
 
 from vsgd import core, optax_posterior, rounding
 from vsgd.optax_numbers import arithmetic_dtype, join, parts
+from vsgd.optax_prior import prior_strength_from
 from vsgd.outliers import guarded
 from vsgd.posterior import NoiseScales
 
@@ -25,6 +26,7 @@ __all__ = [
     "constant_vsgd",
     "noise_scale",
     "posterior",
+    "prior_strength_from",
     "scale_by_constant_vsgd",
     "scale_by_vsgd",
     "surprise",

@@ -36,8 +36,9 @@ from vsgd.backends.torch_engines import (
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScales, Posterior
 from vsgd.torch_loading import check_form, hide_tensors, show_tensors
+from vsgd.torch_prior import prior_strength_from
 
-__all__ = ["VSGD", "ConstantVSGD"]
+__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 # What groups of older checkpoints lack.
 _ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None}
