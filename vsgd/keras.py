@@ -526,6 +526,8 @@ class VSGD(_RuleOptimizer):
         stochastic_rounding: whether bfloat16 variables are rounded stochastically.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `epsilon` can follow the loss's scale exactly: see `docs/tuning.md`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
@@ -567,6 +569,7 @@ class VSGD(_RuleOptimizer):
         seed: int = 0,
         stochastic_rounding: bool = False,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))
@@ -607,6 +610,8 @@ class ConstantVSGD(_RuleOptimizer):
         stochastic_rounding: whether bfloat16 variables are rounded stochastically: see `VSGD`.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `epsilon` can follow the loss's scale exactly: see `docs/tuning.md`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
@@ -646,6 +651,7 @@ class ConstantVSGD(_RuleOptimizer):
         seed: int = 0,
         stochastic_rounding: bool = False,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))

@@ -185,6 +185,8 @@ class VSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
@@ -211,8 +213,9 @@ class VSGD(_RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
-        hyper = core.Hyperparameters(variance_ratio, prior_strength, kappa1, kappa2, eps)
+        hyper = core.Hyperparameters(variance_ratio, prior_strength, kappa1, kappa2, eps, prior_shape)
         super().__init__(params, lr, weight_decay, hyper, outlier_threshold)
 
 
@@ -232,6 +235,8 @@ class ConstantVSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
@@ -256,8 +261,9 @@ class ConstantVSGD(_RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
-        hyper = core.ConstantHyperparameters(variance_ratio, prior_strength, kappa, eps)
+        hyper = core.ConstantHyperparameters(variance_ratio, prior_strength, kappa, eps, prior_shape)
         super().__init__(params, lr, weight_decay, hyper, outlier_threshold)
 
 

@@ -41,7 +41,7 @@ from vsgd.torch_prior import prior_strength_from
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 # What groups of older checkpoints lack.
-_ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None}
+_ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None, "prior_shape": None}
 
 
 class _RuleOptimizer(Optimizer):
@@ -374,6 +374,8 @@ class VSGD(_RuleOptimizer):
             element, so that a resumed run has the same.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -416,6 +418,7 @@ class VSGD(_RuleOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
@@ -450,6 +453,8 @@ class ConstantVSGD(_RuleOptimizer):
             element, so that a resumed run has the same.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -488,5 +493,6 @@ class ConstantVSGD(_RuleOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
         super().__init__(params, _defaults(locals()))
