@@ -59,5 +59,8 @@ def _leaf(name: str, grad: Any) -> prior.Leaf:
         raise ValueError(f"{name} is {type(grad).__name__}, but must be a tensor") from error
     if not dtype.startswith(("bfloat", "complex", "float")):
         raise ValueError(f"{name} is of {dtype}, but must be of floating or complex numbers")
-    sizes = ops.abs(array if dtype in ("float64", "complex64", "complex128") else ops.cast(array, "float32"))
-    return prior.Leaf(name, sizes, int(ops.size(array)) * (2 if dtype.startswith("complex") else 1))
+    if dtype not in ("float64", "complex64", "complex128"):
+        array = ops.cast(array, dtype := "float32")
+    if hasattr(array, "dense_shape"):
+        array = ops.add(ops.zeros(array.dense_shape, dtype), array)
+    return prior.Leaf(name, ops.abs(array), int(ops.size(array)) * (2 if dtype.startswith("complex") else 1))

@@ -59,20 +59,15 @@ def prior_strength_from(
     core.validate(scale=scale)
     if not isinstance(gradients, Iterable):
         raise ValueError(f"gradients is {type(gradients).__name__}, but must be an iterable over mini-batches")
-    squares, largest, count = 0.0, 0.0, 0
-    for number, batch in enumerate(gradients):
-        for leaf in leaves(f"gradients[{number}]", batch):
-            size = float(total(leaf.sizes))
-            if not math.isfinite(size):
-                raise ValueError(f"{leaf.name} has elements or a sum of {size}, but must have finite ones")
-            squares += _sum_of_squares(leaf.sizes, size, total)
-            largest = max(largest, size)
-            count += leaf.numbers
-    if not count:
+    found, number = _Sums(0.0, 0.0, 0), 0
+    for batch in gradients:
+        found, number = _added(found, leaves(f"gradients[{number}]", batch), total), number + 1
+        del batch  # before the next one is computed
+    if not found.numbers:
         raise ValueError("gradients has no elements, but must have those of one mini-batch at least")
-    if not largest:
-        raise ValueError(f"gradients has {count} elements, all zero, but must have some that are not")
-    return _checked(5e-5 * float(scale) * (squares / count), scale)
+    if not found.sizes:
+        raise ValueError(f"gradients has {found.numbers} elements, all zero, but must have some that are not")
+    return _checked(5e-5 * float(scale) * (found.squares / found.numbers), scale)
 
 
 def of_list(leaf: Callable[[str, Any], Leaf]) -> Callable[[str, Any], Iterator[Leaf]]:
@@ -87,12 +82,28 @@ def of_list(leaf: Callable[[str, Any], Leaf]) -> Callable[[str, Any], Iterator[L
     return leaves
 
 
-def _sum_of_squares(sizes: Any, total_size: float, total: Callable[[Any], float]) -> float:
-    if not total_size:
-        return 0.0
+class _Sums(NamedTuple):
+    """Over all elements so far: of absolute values, of squares, and how many."""
+
+    sizes: float
+    squares: float
+    numbers: int
+
+
+def _added(sums: _Sums, leaves: Iterator[Leaf], total: Callable[[Any], float]) -> _Sums:
+    for leaf in leaves:
+        size = float(total(leaf.sizes))
+        if not math.isfinite(size):
+            raise ValueError(f"{leaf.name} has elements or a sum of {size}, but must have finite ones")
+        squares = _sum_of_squares(leaf.sizes, size, total) if size else 0.0
+        sums = _Sums(sums.sizes + size, sums.squares + squares, sums.numbers + leaf.numbers)
+    return sums
+
+
+def _sum_of_squares(sizes: Any, size: float, total: Callable[[Any], float]) -> float:
     # Of shares: in float32, squares overflow from 2e19 on and vanish below 1e-23.
-    shares = sizes / total_size
-    return float(total(shares * shares)) * total_size * total_size
+    shares = sizes / size
+    return float(total(shares * shares)) * size * size
 
 
 def _checked(strength: float, scale: float) -> float:
