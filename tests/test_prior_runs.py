@@ -204,6 +204,13 @@ def test_torch_checkpoints_hold_the_shape_and_older_ones_have_the_papers(kind: s
     loaded = make()
     loaded.load_state_dict(older)
     assert loaded.param_groups[0]["prior_shape"] is None
+    # And a whole optimizer that was pickled before there was one.
+    pickled = make().__getstate__()
+    for holder in (pickled["defaults"], pickled["param_groups"][0]):
+        del holder["prior_shape"]
+    loaded.__setstate__(pickled)
+    loaded.step()
+    assert loaded.param_groups[0]["prior_shape"] is None
 
 
 @kinds
