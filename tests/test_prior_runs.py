@@ -86,6 +86,18 @@ def test_a_loss_times_any_number_changes_last_bits(engine: str, kind: str, dtype
 
 
 @kinds
+@pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "optax-eager"])  # which is the jitted one's function
+def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> None:
+    # The weakest prior: what keeps the variance above 0 is its part of each rate.
+    step, read = ENGINES[engine](kind, [np.ones(3, np.float32)], prior_strength=1e-30, prior_shape=0.0, eps=0.0)
+    for _ in range(500):
+        step([np.zeros(3, np.float32)])
+    (ended,) = read()
+    np.testing.assert_array_equal(ended["param"], 1)
+    assert (ended["b" if kind == "ConstantVSGD" else "b_g"] > 0).all()
+
+
+@kinds
 def test_with_eps_as_it_was_the_scale_shows(kind: str) -> None:
     s = 2.0**-13
     plain = trajectory("numpy", kind, np.float64, 1.0, eps=1e-5)

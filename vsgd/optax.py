@@ -181,7 +181,7 @@ def vsgd(
     with noise, as :math:`\hat{g}_t`. Its posterior mean :math:`\mu_t` and variance :math:`\sigma_t^2` are filtered, with both
     noise levels learned, and the step is :math:`E[g_t] / \sqrt{E[g_t^2]}`. With :math:`\eta_t` for ``learning_rate``,
     :math:`\gamma` for ``prior_strength``, :math:`K_g` for ``variance_ratio``, :math:`\lambda` for ``weight_decay`` and
-    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}`,
+    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}` (``prior_shape`` in the place of :math:`\gamma`, where it is given),
 
     .. math::
 
@@ -297,7 +297,7 @@ def constant_vsgd(
     r"""VSGD with one precision for drift and noise, the paper's second variant: Adam's memory.
 
     The gain is constant, so mu_g is Adam's first moment without bias correction, with beta1 = K_g / (K_g + 1). In the
-    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}`,
+    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}` (or ``prior_shape`` for :math:`\gamma`),
 
     .. math::
 
