@@ -60,7 +60,7 @@ MAKERS = {
     **({"optax": make_optax} if HAS_OPTAX else {}),
     **({"keras": make_keras} if HAS_KERAS else {}),
 }
-COMMON = ["lr", "variance_ratio", "prior_strength", "eps", "weight_decay", "outlier_threshold"]
+COMMON = ["lr", "variance_ratio", "prior_strength", "eps", "weight_decay", "outlier_threshold", "prior_shape"]
 STORAGE = ["state_dtype", "seed", "stochastic_rounding"]
 ARGUMENTS = {
     "VSGD": [*COMMON, "kappa1", "kappa2"],

@@ -217,9 +217,8 @@ def test_numpy_numbers_are_numbers(make: Callable[..., Any]) -> None:
     with x64():  # where a strong float64 would widen
         grads = gradients(3, 4)
         names = core.VSGD.hyperparameters() if make is scale_by_vsgd else core.CONSTANT_VSGD.hyperparameters()
-        given, state = directions(
-            make(**{name: np.float64(value) for name, value in names._asdict().items()}), jnp.ones(4, jnp.float32), grads
-        )
+        numbers = names._replace(prior_shape=names.prior_strength)._asdict().items()
+        given, state = directions(make(**{name: np.float64(value) for name, value in numbers}), jnp.ones(4, jnp.float32), grads)
         plain, plain_state = directions(make(), jnp.ones(4, jnp.float32), grads)
         assert_same((given, state), (plain, plain_state))
 
@@ -404,7 +403,8 @@ def test_injected_hyperparameters_rounded_to_half_precision_compute_in_float32(m
         assert jnp.isfinite(leaf).all()
     # It is a run with these rounded values and nothing else; a prior_strength of 0 in float16 is the smallest number there.
     rule = core.VSGD if make is vsgd else core.CONSTANT_VSGD
-    rounded = {name: half_rounded(value, dtype) for name, value in rule.hyperparameters()._asdict().items()}
+    numbers = {name: value for name, value in rule.hyperparameters()._asdict().items() if value is not None}
+    rounded = {name: half_rounded(value, dtype) for name, value in numbers.items()}
     rounded["prior_strength"] = rounded["prior_strength"] or 2.0**-24
     transformation = {vsgd: scale_by_vsgd, constant_vsgd: scale_by_constant_vsgd}[make](**rounded)
     _, expected = directions(transformation, jnp.ones(5, dtype), grads)

@@ -56,8 +56,11 @@ _RANGES = {
     "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
     "outlier_threshold": _Range("outlier_threshold value", *_POSITIVE),
     "batch_size": _Range("batch_size value", *_POSITIVE),
+    "scale": _Range("scale value", *_POSITIVE),
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
+    "prior_shape": _Range("prior_shape value", "None or a finite number >= 0", _NON_NEGATIVE[1]),
 }
+_MAY_BE_NONE = {"prior_shape"}
 
 #: What state may be stored as, where the arithmetic is float32.
 STATE_DTYPES = ("float32", "bfloat16")
@@ -70,7 +73,7 @@ def validate(**values: Any) -> None:
 
     Args:
         **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, and those of `Hyperparameters`
-            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`.
+            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`; `batch_size`; `scale`.
 
     Raises:
         ValueError: a value is no number or lies outside its range.
@@ -82,6 +85,8 @@ def validate(**values: Any) -> None:
         ValueError: Invalid learning rate: -1 (lr must be a finite number >= 0)
     """
     for name, value in values.items():
+        if value is None and name in _MAY_BE_NONE:
+            continue
         label, allowed, holds = _RANGES[name]
         if not (_holds(holds, value) if isinstance(value, Real) else _is_one_number(value)):
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
@@ -147,6 +152,7 @@ class Hyperparameters(NamedTuple):
         kappa1: how fast `b_g` forgets: its learning rate at step t is `t ** -kappa1`.
         kappa2: the same for `b_ghat`.
         eps: added to the root of the second moment, in units of the gradient.
+        prior_shape: the shape of the prior on both precisions, a number without unit; None: `prior_strength`, as in the paper.
     """
 
     variance_ratio: float = 30.0
@@ -154,6 +160,7 @@ class Hyperparameters(NamedTuple):
     kappa1: float = 0.81
     kappa2: float = 0.9
     eps: float = 1e-8
+    prior_shape: float | None = None
 
 
 class Coefficients(NamedTuple):
@@ -169,9 +176,14 @@ class Coefficients(NamedTuple):
     eps: float
 
 
+def _prior_shape(hyper: Hyperparameters | ConstantHyperparameters) -> float:
+    # The paper's prior is Gamma(gamma, gamma): one number for the shape, which has no unit, and for the rate, which has one.
+    return hyper.prior_strength if hyper.prior_shape is None else hyper.prior_shape
+
+
 def shape(hyper: Hyperparameters) -> float:
     """The shape `a` of both Gamma posteriors: a variance is its rate `b` over `a`."""
-    return hyper.prior_strength + 0.5 + _SHAPE_OFFSET / 2
+    return _prior_shape(hyper) + 0.5 + _SHAPE_OFFSET / 2
 
 
 def _variance_scales(hyper: Hyperparameters) -> tuple[float, float]:
@@ -180,8 +192,7 @@ def _variance_scales(hyper: Hyperparameters) -> tuple[float, float]:
 
 def _initial_state(hyper: Hyperparameters) -> tuple[float, float, float]:
     # 2 gamma + 1e-4 in closed form: the authors' 2a - 1 cancels in low precision.
-    prior = 2 * hyper.prior_strength
-    b_g = shape(hyper) * prior / (prior + _SHAPE_OFFSET)
+    b_g = shape(hyper) * (2 * hyper.prior_strength) / (2 * _prior_shape(hyper) + _SHAPE_OFFSET)
     return 0.0, b_g, hyper.variance_ratio * b_g
 
 
@@ -225,12 +236,14 @@ class ConstantHyperparameters(NamedTuple):
         prior_strength: the paper's `gamma`, the strength of the prior on the precision, in units of gradient^2.
         kappa: how fast `b` forgets: its learning rate at step t is `t ** -kappa`.
         eps: added to the root of the second moment, in units of the gradient.
+        prior_shape: the shape of the prior on the precision, a number without unit; None: `prior_strength`, as in the paper.
     """
 
     variance_ratio: float = 3.0
     prior_strength: float = 1e-8
     kappa: float = 0.9
     eps: float = 1e-8
+    prior_shape: float | None = None
 
 
 class ConstantCoefficients(NamedTuple):
@@ -247,7 +260,7 @@ class ConstantCoefficients(NamedTuple):
 
 def constant_shape(hyper: ConstantHyperparameters) -> float:
     """The shape `a` of the Gamma posterior of Constant VSGD's one precision."""
-    return hyper.prior_strength + 1 + _SHAPE_OFFSET
+    return _prior_shape(hyper) + 1 + _SHAPE_OFFSET
 
 
 def _constant_variance_scales(hyper: ConstantHyperparameters) -> tuple[float, float]:
@@ -255,8 +268,7 @@ def _constant_variance_scales(hyper: ConstantHyperparameters) -> tuple[float, fl
 
 
 def _constant_initial_state(hyper: ConstantHyperparameters) -> tuple[float, float]:
-    prior = 2 * hyper.prior_strength
-    return 0.0, constant_shape(hyper) * prior / (prior + _SHAPE_OFFSET)
+    return 0.0, constant_shape(hyper) * (2 * hyper.prior_strength) / (2 * _prior_shape(hyper) + _SHAPE_OFFSET)
 
 
 def _constant_coefficients(step: Array, hyper: ConstantHyperparameters) -> ConstantCoefficients:

@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
 from vsgd import core, rounding
+from vsgd.keras_prior import prior_strength_from
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
@@ -30,7 +31,7 @@ if keras.backend.backend() == "torch":
     from vsgd.backends import torch_engines
     from vsgd.backends.torch_blocks import leaf_of
 
-__all__ = ["VSGD", "ConstantVSGD"]
+__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], Any]
 
@@ -535,6 +536,8 @@ class VSGD(_RuleOptimizer):
         stochastic_rounding: whether bfloat16 variables are rounded stochastically.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `epsilon` can follow the loss's scale exactly: see `docs/tuning.md`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
@@ -576,6 +579,7 @@ class VSGD(_RuleOptimizer):
         seed: int = 0,
         stochastic_rounding: bool = False,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))
@@ -616,6 +620,8 @@ class ConstantVSGD(_RuleOptimizer):
         stochastic_rounding: whether bfloat16 variables are rounded stochastically: see `VSGD`.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `epsilon` can follow the loss's scale exactly: see `docs/tuning.md`.
         **kwargs: passed on to `keras.optimizers.Optimizer`.
 
     Raises:
@@ -655,6 +661,7 @@ class ConstantVSGD(_RuleOptimizer):
         seed: int = 0,
         stochastic_rounding: bool = False,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_arguments(locals()))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 
-from vsgd import core
+from vsgd import core, prior
 from vsgd.outliers import guarded
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
-__all__ = ["VSGD", "ConstantVSGD"]
+__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 
 class _RuleOptimizer:
@@ -185,6 +185,8 @@ class VSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
@@ -211,8 +213,9 @@ class VSGD(_RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
-        hyper = core.Hyperparameters(variance_ratio, prior_strength, kappa1, kappa2, eps)
+        hyper = core.Hyperparameters(variance_ratio, prior_strength, kappa1, kappa2, eps, prior_shape)
         super().__init__(params, lr, weight_decay, hyper, outlier_threshold)
 
 
@@ -232,6 +235,8 @@ class ConstantVSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is no writeable array of floating numbers.
@@ -256,6 +261,47 @@ class ConstantVSGD(_RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
-        hyper = core.ConstantHyperparameters(variance_ratio, prior_strength, kappa, eps)
+        hyper = core.ConstantHyperparameters(variance_ratio, prior_strength, kappa, eps, prior_shape)
         super().__init__(params, lr, weight_decay, hyper, outlier_threshold)
+
+
+def prior_strength_from(
+    gradients: Iterable[Iterable[np.ndarray | None] | Mapping[Any, np.ndarray | None]], scale: float = 10.0
+) -> float:
+    """A `prior_strength` in the units of a model's gradients, to be taken before training: see `docs/tuning.md`.
+
+    It is `5e-5 * scale` times the mean of the squares of all elements, over all parameters and mini-batches together. So the
+    first steps expect a variance of about `scale` times what a squared gradient is.
+
+    Args:
+        gradients: for each of a few mini-batches, 10 are advised, the gradients of the parameters, a list as for `step`, or a
+            dict; a generator need not hold those of more than one. None is left out.
+        scale: the variance to start with, over the mean squared gradient. Larger starts slower, far smaller is unsafe.
+
+    Returns:
+        A number for `VSGD` or `ConstantVSGD`.
+
+    Raises:
+        ValueError: `scale` is out of its range; there are no gradients, all are zero, one is not finite or none of numbers; or
+            they are so small or large that what would be returned is no prior strength.
+
+    Example:
+        >>> weight = np.array([1.0, -2.0])
+        >>> gradients = ([2 * (weight - target)] for target in (0.0, 1.0))  # of each mini-batch
+        >>> strength = prior_strength_from(gradients)
+        >>> round(strength, 6)  # 5e-5 * 10 * (2**2 + 4**2 + 0**2 + 6**2) / 4
+        0.007
+        >>> optimizer = VSGD([weight], prior_strength=strength)
+    """
+    return prior.prior_strength_from(gradients, scale, prior.of_list(_leaf), np.sum)
+
+
+def _leaf(name: str, grad: Any) -> prior.Leaf:
+    array = np.asarray(grad)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"{name} is of {array.dtype}, but must be of numbers")
+    is_complex = array.dtype.kind == "c"
+    sizes = np.abs(array.astype(np.promote_types(array.dtype, np.complex128 if is_complex else np.float64)))
+    return prior.Leaf(name, sizes, array.size * (2 if is_complex else 1))

@@ -16,6 +16,7 @@ except ImportError as error:
 
 from vsgd import core, optax_posterior, rounding
 from vsgd.optax_numbers import arithmetic_dtype, join, parts
+from vsgd.optax_prior import prior_strength_from
 from vsgd.outliers import guarded
 from vsgd.posterior import NoiseScales
 
@@ -25,6 +26,7 @@ __all__ = [
     "constant_vsgd",
     "noise_scale",
     "posterior",
+    "prior_strength_from",
     "scale_by_constant_vsgd",
     "scale_by_vsgd",
     "surprise",
@@ -74,6 +76,7 @@ def scale_by_vsgd(
     state_dtype: str = "float32",
     seed: jax.typing.ArrayLike = 0,
     outlier_threshold: jax.typing.ArrayLike | None = None,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -89,6 +92,8 @@ def scale_by_vsgd(
         seed: an integer, what the noise of the rounding is drawn from.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Returns:
         A gradient transformation with a `ScaleByVsgdState`. It ignores extra arguments and needs no `params`.
@@ -105,7 +110,7 @@ def scale_by_vsgd(
         >>> print(updates.round(4))
         [-0.0072  0.009 ]
     """
-    hyper = core.Hyperparameters(*_known(variance_ratio, prior_strength, kappa1, kappa2, eps))
+    hyper = core.Hyperparameters(*_known(variance_ratio, prior_strength, kappa1, kappa2, eps, prior_shape))
     return _scale_by_rule(core.VSGD, hyper, ScaleByVsgdState, state_dtype, seed, outlier_threshold)
 
 
@@ -118,6 +123,7 @@ def scale_by_constant_vsgd(
     state_dtype: str = "float32",
     seed: jax.typing.ArrayLike = 0,
     outlier_threshold: jax.typing.ArrayLike | None = None,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by Constant VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -132,6 +138,8 @@ def scale_by_constant_vsgd(
         seed: an integer, what the noise of the rounding is drawn from.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Returns:
         A gradient transformation with a `ScaleByConstantVsgdState`. It ignores extra arguments and needs no `params`.
@@ -147,7 +155,7 @@ def scale_by_constant_vsgd(
         >>> state._fields
         ('count', 'mu_g', 'b')
     """
-    hyper = core.ConstantHyperparameters(*_known(variance_ratio, prior_strength, kappa, eps))
+    hyper = core.ConstantHyperparameters(*_known(variance_ratio, prior_strength, kappa, eps, prior_shape))
     return _scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState, state_dtype, seed, outlier_threshold)
 
 
@@ -165,6 +173,7 @@ def vsgd(
     seed: jax.typing.ArrayLike = 0,
     stochastic_rounding: bool = False,
     outlier_threshold: jax.typing.ArrayLike | None = None,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variational stochastic gradient descent.
 
@@ -172,7 +181,7 @@ def vsgd(
     with noise, as :math:`\hat{g}_t`. Its posterior mean :math:`\mu_t` and variance :math:`\sigma_t^2` are filtered, with both
     noise levels learned, and the step is :math:`E[g_t] / \sqrt{E[g_t^2]}`. With :math:`\eta_t` for ``learning_rate``,
     :math:`\gamma` for ``prior_strength``, :math:`K_g` for ``variance_ratio``, :math:`\lambda` for ``weight_decay`` and
-    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}`,
+    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}` (``prior_shape`` in the place of :math:`\gamma`, where it is given),
 
     .. math::
 
@@ -231,6 +240,8 @@ def vsgd(
         stochastic_rounding: whether bfloat16 parameters are rounded stochastically.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
@@ -257,8 +268,13 @@ def vsgd(
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
     core.validate_flags(stochastic_rounding=stochastic_rounding)
-    storage: dict[str, Any] = {"state_dtype": state_dtype, "seed": seed, "outlier_threshold": outlier_threshold}
-    scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, **storage)
+    options: dict[str, Any] = {
+        "state_dtype": state_dtype,
+        "seed": seed,
+        "outlier_threshold": outlier_threshold,
+        "prior_shape": prior_shape,
+    }
+    scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, **options)
     solver = _descend(scaling, learning_rate, weight_decay, mask)
     return _round_steps(solver, core.VSGD, seed) if stochastic_rounding else solver
 
@@ -276,11 +292,12 @@ def constant_vsgd(
     seed: jax.typing.ArrayLike = 0,
     stochastic_rounding: bool = False,
     outlier_threshold: jax.typing.ArrayLike | None = None,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VSGD with one precision for drift and noise, the paper's second variant: Adam's memory.
 
     The gain is constant, so mu_g is Adam's first moment without bias correction, with beta1 = K_g / (K_g + 1). In the
-    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}`,
+    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}` (or ``prior_shape`` for :math:`\gamma`),
 
     .. math::
 
@@ -309,6 +326,8 @@ def constant_vsgd(
         stochastic_rounding: whether bfloat16 parameters are rounded stochastically: see `vsgd.optax.vsgd`.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
@@ -330,8 +349,13 @@ def constant_vsgd(
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
     core.validate_flags(stochastic_rounding=stochastic_rounding)
-    storage: dict[str, Any] = {"state_dtype": state_dtype, "seed": seed, "outlier_threshold": outlier_threshold}
-    scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, **storage)
+    options: dict[str, Any] = {
+        "state_dtype": state_dtype,
+        "seed": seed,
+        "outlier_threshold": outlier_threshold,
+        "prior_shape": prior_shape,
+    }
+    scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, **options)
     solver = _descend(scaling, learning_rate, weight_decay, mask)
     return _round_steps(solver, core.CONSTANT_VSGD, seed) if stochastic_rounding else solver
 
@@ -340,7 +364,11 @@ _RULES = {ScaleByVsgdState: core.VSGD, ScaleByConstantVsgdState: core.CONSTANT_V
 
 
 def posterior(
-    opt_state: Any, *, prior_strength: jax.typing.ArrayLike = 1e-8, variance_ratio: jax.typing.ArrayLike = 3.0
+    opt_state: Any,
+    *,
+    prior_strength: jax.typing.ArrayLike = 1e-8,
+    variance_ratio: jax.typing.ArrayLike = 3.0,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> Any:
     """What is known of each gradient, from the state: the uncertainty of the gradient, not of the weights.
 
@@ -348,6 +376,7 @@ def posterior(
         opt_state: the state of VSGD or Constant VSGD, or of a chain, mask or wrapper that holds it.
         prior_strength: as the optimizer was given it.
         variance_ratio: as Constant VSGD was given it; VSGD needs none here.
+        prior_shape: as the optimizer was given it.
 
     Returns:
         A tree like the parameters', with a `vsgd.posterior.Posterior` in the place of each: arrays of its shape, float64 for
@@ -365,7 +394,7 @@ def posterior(
         >>> print(posterior(state)["weight"].mean.round(4))
         [ 0.0323 -0.0645]
     """
-    return optax_posterior.posteriors(_RULES, opt_state, _scales_of(prior_strength, variance_ratio))
+    return optax_posterior.posteriors(_RULES, opt_state, _scales_of(prior_strength, variance_ratio, prior_shape))
 
 
 def noise_scale(
@@ -374,6 +403,7 @@ def noise_scale(
     batch_size: jax.typing.ArrayLike,
     prior_strength: jax.typing.ArrayLike = 1e-8,
     variance_ratio: jax.typing.ArrayLike = 3.0,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> NoiseScales:
     """The gradient noise scale (arXiv 1812.06162), from the state; see `vsgd.posterior.noise_scale` for how.
 
@@ -382,6 +412,7 @@ def noise_scale(
         batch_size: how many examples a gradient is the mean of, on all devices and in accumulated steps together.
         prior_strength: as for `posterior`.
         variance_ratio: as for `posterior`.
+        prior_shape: as for `posterior`.
 
     Returns:
         The estimates overall and, in `tensors`, in a tree like the parameters'.
@@ -398,7 +429,7 @@ def noise_scale(
         >>> bool(noise_scale(state, batch_size=32).overall.trace > 0)
         True
     """
-    return optax_posterior.noise_scales(_RULES, opt_state, _scales_of(prior_strength, variance_ratio), batch_size)
+    return optax_posterior.noise_scales(_RULES, opt_state, _scales_of(prior_strength, variance_ratio, prior_shape), batch_size)
 
 
 def surprise(
@@ -407,6 +438,7 @@ def surprise(
     *,
     prior_strength: jax.typing.ArrayLike = 1e-8,
     variance_ratio: jax.typing.ArrayLike = 3.0,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> Any:
     """How unexpected gradients are to the state before they update it, averaged over each parameter: see `vsgd.posterior`.
 
@@ -415,6 +447,7 @@ def surprise(
         opt_state: as for `posterior`.
         prior_strength: as for `posterior`.
         variance_ratio: as for `posterior`.
+        prior_shape: as for `posterior`.
 
     Returns:
         A tree like the gradients' with the mean of each one's squared standardized innovations, 0-d arrays; near 1 where the
@@ -423,14 +456,15 @@ def surprise(
     Raises:
         ValueError: there is no state of VSGD.
     """
-    return optax_posterior.surprises(_RULES, grads, opt_state, _scales_of(prior_strength, variance_ratio))
+    return optax_posterior.surprises(_RULES, grads, opt_state, _scales_of(prior_strength, variance_ratio, prior_shape))
 
 
-def _scales_of(prior_strength: Any, variance_ratio: Any) -> Callable[[core.Rule], tuple[Any, Any]]:
-    core.validate(prior_strength=prior_strength, variance_ratio=variance_ratio)
+def _scales_of(prior_strength: Any, variance_ratio: Any, prior_shape: Any) -> Callable[[core.Rule], tuple[Any, Any]]:
+    given = {"prior_strength": prior_strength, "variance_ratio": variance_ratio, "prior_shape": prior_shape}
+    core.validate(**given)
 
     def scales(rule: core.Rule) -> tuple[Any, Any]:
-        return rule.variance_scales(rule.hyperparameters(variance_ratio=variance_ratio, prior_strength=prior_strength))
+        return rule.variance_scales(rule.hyperparameters(**given))
 
     return scales
 
@@ -595,7 +629,11 @@ def _is_foreign(value: Any) -> bool:
 def _in_dtype(hyper: Any, dtype: Any) -> Any:
     """Hyperparameters that are arrays in the dtype of the arithmetic; numbers take it on by themselves."""
     return hyper._replace(
-        **{name: _array_in_dtype(name, value, dtype) for name, value in hyper._asdict().items() if not isinstance(value, Real)}
+        **{
+            name: _array_in_dtype(name, value, dtype)
+            for name, value in hyper._asdict().items()
+            if not (value is None or isinstance(value, Real))
+        }
     )
 
 

@@ -39,6 +39,7 @@ def summarize(
     batch_size: float = 1,
     prior_strength: jax.typing.ArrayLike = 1e-8,
     variance_ratio: jax.typing.ArrayLike = 3.0,
+    prior_shape: jax.typing.ArrayLike | None = None,
 ) -> Look:
     """Look at a state, outside of `jax.jit`: one transfer from the device for all parameters of a dtype.
 
@@ -50,6 +51,7 @@ def summarize(
             noise scale counts batches.
         prior_strength: as the optimizer was given it.
         variance_ratio: as Constant VSGD was given it.
+        prior_shape: as the optimizer was given it.
 
     Returns:
         What is seen, by the parameters' places in their tree, for `vsgd.monitor.Monitor.record`, which smooths the noise scale.
@@ -70,7 +72,7 @@ def summarize(
         >>> [look.step for look in looks], list(looks[0].tensors)
         ([2, 4], ['weight'])
     """
-    scales = _scales_of(prior_strength, variance_ratio)
+    scales = _scales_of(prior_strength, variance_ratio, prior_shape)
     blocks = [
         Block(
             names=[name for name, _, _ in members],

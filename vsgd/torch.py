@@ -36,11 +36,12 @@ from vsgd.backends.torch_engines import (
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScales, Posterior
 from vsgd.torch_loading import check_form, hide_tensors, show_tensors
+from vsgd.torch_prior import prior_strength_from
 
-__all__ = ["VSGD", "ConstantVSGD"]
+__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 # What groups of older checkpoints lack.
-_ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None}
+_ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None, "prior_shape": None}
 
 
 class _RuleOptimizer(Optimizer):
@@ -373,6 +374,8 @@ class VSGD(_RuleOptimizer):
             element, so that a resumed run has the same.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -415,6 +418,7 @@ class VSGD(_RuleOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
@@ -449,6 +453,8 @@ class ConstantVSGD(_RuleOptimizer):
             element, so that a resumed run has the same.
         outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
             deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
+        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
+            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -487,5 +493,6 @@ class ConstantVSGD(_RuleOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
     ) -> None:
         super().__init__(params, _defaults(locals()))

@@ -41,7 +41,8 @@ def hide_tensors(
     """
     params: dict[Any, tuple[Tensor, str]] = {}
     for number, (saved, group) in enumerate(zip(state_dict["param_groups"], param_groups, strict=False)):
-        _check_present(kind, saved, rule.hyperparameters._fields, f"param_groups[{number}]")
+        defaults = rule.hyperparameters._field_defaults
+        _check_present(kind, saved, (name for name in defaults if defaults[name] is not None), f"param_groups[{number}]")
         wanted = saved.get("state_dtype", group["state_dtype"])
         params.update((index, (param, wanted)) for index, param in zip(saved["params"], group["params"], strict=False))
     hidden = {
