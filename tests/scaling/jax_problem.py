@@ -76,10 +76,10 @@ class Layout(NamedTuple):
 
 
 def layout_of(*shape: int, types: str = "Auto", specs: dict[str, P] = SPECS) -> Layout:
-    """A mesh of rows and columns; without them, of all devices, in pairs where they can be."""
+    """A mesh of rows and columns; without them, of as many devices as can share all dimensions, in pairs if not of one."""
     if not shape:
-        count = jax.device_count()
-        shape = (count // 2, 2) if count % 2 == 0 else (count, 1)
+        count = next(number for number in (8, 4, 2, 1) if number <= jax.device_count())
+        shape = (count // 2, 2) if count > 1 else (1, 1)
     devices = jax.devices()[: math.prod(shape)]
     return Layout(jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType[types],) * 2, devices=devices), specs)
 
