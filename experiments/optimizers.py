@@ -56,11 +56,11 @@ class Optimizer:
 OPTIMIZERS: dict[str, Optimizer] = {
     "vsgd": Optimizer("VSGD", "vsgd.keras:VSGD", 0.01, (3e-4, 0.3)),
     "constant-vsgd": Optimizer("Constant VSGD", "vsgd.keras:ConstantVSGD", 0.01, (3e-4, 0.3)),
-    "adam": Optimizer("Adam", "keras.optimizers:Adam", 0.001, (3e-5, 0.03)),
-    "adamw": Optimizer("AdamW", "keras.optimizers:AdamW", 0.001, (3e-5, 0.03)),
+    "adam": Optimizer("Adam", "keras.optimizers:Adam", 0.001, (1e-4, 0.1)),
+    "adamw": Optimizer("AdamW", "keras.optimizers:AdamW", 0.001, (1e-4, 0.1)),
     # Keras' own default is no momentum.
     "sgd": Optimizer("SGD with momentum", "keras.optimizers:SGD", 0.01, (1e-3, 1.0), {"momentum": 0.9}),
-    "lion": Optimizer("Lion", "keras.optimizers:Lion", 0.001, (1e-5, 0.01)),
+    "lion": Optimizer("Lion", "keras.optimizers:Lion", 0.001, (3e-5, 0.03)),
 }
 
 

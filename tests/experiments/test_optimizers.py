@@ -26,7 +26,7 @@ def test_all_learning_rates_span_the_same_number_of_decades() -> None:
 
 
 def test_learning_rates_go_from_end_to_end_by_equal_factors() -> None:
-    assert OPTIMIZERS["adam"].learning_rates(4) == [3e-5, 3e-4, 3e-3, 3e-2]
+    assert OPTIMIZERS["adam"].learning_rates(4) == [1e-4, 1e-3, 1e-2, 0.1]
     rates = OPTIMIZERS["sgd"].learning_rates(20)
     assert (rates[0], rates[-1], len(rates)) == (1e-3, 1.0, 20)
     factor = 1000 ** (1 / 19)
