@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +129,7 @@ JUNK = st.sampled_from(
         (),
         *map(torch.ones, (0, 1, 5)),
     ]
-)
+).map(copy.deepcopy)
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -170,6 +168,9 @@ def assert_whole_or_nothing(optimizer: Any, params: list[Any], bad: Any) -> None
         after = optimizer.state_dict()
         assert after["param_groups"] == before["param_groups"]
         torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+    for group in optimizer.param_groups:
+        # Flags may have been damaged to ones that are some, and that a step on this machine refuses, as torch's own do.
+        group.update(capturable=False, differentiable=False, fused=None)
     for each in params:
         each.grad = torch.ones_like(each)
     optimizer.step()
@@ -213,8 +214,6 @@ def test_a_damaged_file_loads_whole_or_not_at_all(data: st.DataObject) -> None:
         content[at] ^= data.draw(st.integers(1, 255))
     try:
         read = torch.load(io.BytesIO(bytes(content)), weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, TypeError, IndexError):
-        return  # torch's own reader saw it
-    except (pickle.UnpicklingError, zipfile.BadZipFile, UnicodeDecodeError, AssertionError):
+    except Exception:  # torch's own reader saw it, and says so by errors and warnings of many types
         return
     assert_whole_or_nothing(optimizer, params, read)
