@@ -1,16 +1,17 @@
-"""The command line: `python -m experiments list`, `run`, `paper`, `compare` and `report`."""
+"""The command line: `python -m experiments list`, `run`, `paper`, `compare`, `report`, `sweep` and `layers`."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from experiments import comparison, datasets, paper, paper_report, records, tasks
 
-_RESULTS = Path("docs/results")
+_RESULTS, _TUNING = Path("docs/results"), Path("docs/tuning.md")
+_BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,21 +41,39 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--tasks", nargs="+", default=list(tasks.TASKS), help="these alone; NAME@4 is 4 times as long", metavar="NAME"
     )
-    compare.add_argument("--entrants", nargs="+", default=list(comparison.ENTRANTS), help="these alone", metavar="NAME")
-    compare.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     compare.add_argument(
-        "--backend", choices=("tensorflow", "jax", "torch"), default="jax", help="of Keras (default: %(default)s)"
+        "--entrants",
+        nargs="+",
+        default=list(comparison.ENTRANTS),
+        help="these alone; NAME:kappa1=0.6,kappa2=0.7 is one with other hyperparameters",
+        metavar="NAME",
     )
-    compare.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
+    _add_workers(compare)
 
     tell = commands.add_parser("report", help="write tables and curves of all results into a page")
     tell.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
     tell.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+
+    sweep = commands.add_parser(
+        "sweep", help="do all runs of VSGD's grids that are missing, and write their tables into a page"
+    )
+    _add_workers(sweep)
+    sweep.add_argument("--page", type=Path, default=_TUNING)
+
+    layers = commands.add_parser("layers", help="train with VSGD, and write what it sees of each tensor into a page")
+    layers.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
+    layers.add_argument("--page", type=Path, default=_TUNING)
     return parser
 
 
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
+    parser.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
+
+
 def _add_running(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), help="of Keras; default: what Keras is set to")
+    parser.add_argument("--backend", choices=_BACKENDS, help="of Keras; default: what Keras is set to")
     parser.add_argument("--data-dir", type=Path, help="a folder with the published archives; default: download them")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="the folder of all runs' own folders")
@@ -73,7 +92,7 @@ def main(command: Sequence[str] | None = None) -> None:
     if getattr(arguments, "backend", None):
         os.environ["KERAS_BACKEND"] = arguments.backend  # before Keras is imported
     try:
-        {"list": _list, "run": _run, "paper": _paper, "compare": _compare, "report": _report}[arguments.command](arguments)
+        _COMMANDS[arguments.command](arguments)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
 
@@ -148,6 +167,28 @@ def _report(arguments: argparse.Namespace) -> None:
     paper_report.write(arguments.results, arguments.page)
     report.write(arguments.results, arguments.page)
 
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from experiments import sweep  # late, likewise
+
+    sweep.run(arguments.results, arguments.page, arguments.workers, arguments.backend)
+
+
+def _layers(arguments: argparse.Namespace) -> None:
+    from experiments import layers  # now that the backend is chosen
+
+    layers.run(arguments.page, arguments.backend)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "list": _list,
+    "run": _run,
+    "paper": _paper,
+    "compare": _compare,
+    "report": _report,
+    "sweep": _sweep,
+    "layers": _layers,
+}
 
 if __name__ == "__main__":
     main()

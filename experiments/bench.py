@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -75,15 +75,13 @@ class Bench:
             seed: decides weights and batches.
             rates: the learning rate of each step.
         """
-        _assign(self.model.variables, initial_values(self.task, seed))
-        _assign(self.optimizer.variables, self._fresh)
-        batches = self.data.batches(np.random.default_rng(seed))
+        batches = self.start(seed)
         curve: list[float | None] = [self.evaluate("validation")[self.task.metric]]
         losses: list[float | None] = []
         every = self.task.every
         for start in range(0, len(rates), every):
             part = rates[start : start + every]
-            loss = self._train(part, islice(batches, len(part)))
+            loss = self.train(part, batches)
             if loss is None:
                 return self._diverged(curve, losses, len(rates))
             losses.append(loss)
@@ -93,10 +91,28 @@ class Bench:
             return self._diverged(curve[:-1], losses, len(rates))
         return Outcome(curve, losses, final)
 
-    def _train(self, rates: Sequence[float], batches: Any) -> float | None:
-        """The mean loss of the batches, or None if one was not finite."""
+    def start(self, seed: int) -> Iterator[Split]:
+        """Go to where a run begins.
+
+        Args:
+            seed: decides weights and batches.
+
+        Returns:
+            The run's batches, endless.
+        """
+        _assign(self.model.variables, initial_values(self.task, seed))
+        _assign(self.optimizer.variables, self._fresh)
+        return self.data.batches(np.random.default_rng(seed))
+
+    def train(self, rates: Sequence[float], batches: Iterator[Split]) -> float | None:
+        """Take steps, and tell the mean loss of their batches, or None if one was not finite.
+
+        Args:
+            rates: the learning rate of each step.
+            batches: as many as there are steps are taken of these.
+        """
         total = 0.0
-        for rate, batch in zip(rates, batches, strict=True):
+        for rate, batch in zip(rates, islice(batches, len(rates)), strict=True):
             self.optimizer.learning_rate = rate
             loss = float(_loss(self.model.train_on_batch(*_inputs(batch))))
             if not math.isfinite(loss):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from experiments import optimizers, tasks
+from experiments.names import look_up
 
 #: What is chosen is chosen on these seeds, by the validation metric at the end.
 TUNING_SEEDS = (0, 1, 2)
@@ -65,18 +68,26 @@ ENTRANTS: dict[str, Entrant] = {
 BASELINE = "adamw"
 
 
-def entrant(name: str) -> Entrant:
-    """The entrant of this name.
+@functools.cache
+def named(name: str) -> Entrant:
+    """The entrant of this name; NAME:kappa1=0.6,kappa2=0.7 is one with these hyperparameters.
 
     Args:
-        name: a key of `ENTRANTS`.
+        name: a key of `ENTRANTS`, or one with ":" and hyperparameters, separated by commas.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no number follows a hyperparameter.
     """
-    if name not in ENTRANTS:
-        raise ValueError(f"entrant is {name!r}, but must be one of {', '.join(ENTRANTS)}")
-    return ENTRANTS[name]
+    base, colon, given = name.partition(":")
+    found = look_up("entrant", base, ENTRANTS)
+    if not colon:
+        return found
+    try:
+        hyper = {each: float(value) for each, value in (pair.split("=") for pair in given.split(","))}
+    except ValueError:
+        raise ValueError(f"entrant is {name!r}, but after : must come NAME=NUMBER, separated by commas") from None
+    told = ", ".join(f"{each} {value:g}" for each, value in hyper.items())
+    return dataclasses.replace(found, title=f"{found.title}, {told}", hyper={**found.hyper, **hyper})
 
 
 def overview() -> str:
@@ -136,7 +147,7 @@ class Setting(NamedTuple):
     @property
     def key(self) -> dict[str, Any]:
         """What tells the run's record from others."""
-        task, who = tasks.named(self.task), ENTRANTS[self.entrant]
+        task, who = tasks.named(self.task), named(self.entrant)
         told = {"task": task.name, "edition": task.edition(), "steps": task.steps, "optimizer": who.optimizer}
         hyper = {"hyper": dict(who.hyper)} if who.hyper else {}
         warm_up = {"warm_up": who.warm_up} if who.warm_up else {}
@@ -146,7 +157,7 @@ class Setting(NamedTuple):
     def rates(self) -> list[float]:
         """The learning rate of each step."""
         steps, (rate, schedule) = tasks.named(self.task).steps, self.trial
-        warm = ENTRANTS[self.entrant].warm_up * steps
+        warm = named(self.entrant).warm_up * steps
         shape = SCHEDULES[schedule]
         return [rate * shape(step / steps) * (min(1.0, (step + 1) / warm) if warm else 1.0) for step in range(steps)]
 
@@ -174,7 +185,7 @@ class Comparison:
         Args:
             entrant: by name.
         """
-        for trial in ARMS[WIDEST](ENTRANTS[entrant]):
+        for trial in ARMS[WIDEST](named(entrant)):
             yield from (self._setting(entrant, trial, seed) for seed in TUNING_SEEDS)
 
     def tests(self, entrant: str) -> Iterator[Setting]:
@@ -213,7 +224,7 @@ class Comparison:
             entrant: by name.
             arm: by name.
         """
-        trials = ARMS[arm](ENTRANTS[entrant])
+        trials = ARMS[arm](named(entrant))
         if len(trials) == 1:
             return trials[0]
         scores = [(self.validation(entrant, trial), trial) for trial in trials]
@@ -228,7 +239,7 @@ class Comparison:
             entrant: by name.
             trial: which.
         """
-        rates = [each.learning_rate for each in ARMS[WIDEST](ENTRANTS[entrant])]
+        rates = [each.learning_rate for each in ARMS[WIDEST](named(entrant))]
         return trial.learning_rate in (min(rates), max(rates))
 
     def target(self) -> float | None:
@@ -265,6 +276,6 @@ class Comparison:
         best = self.chosen(entrant, WIDEST)
         if best is None:
             return None
-        trials = [each for each in ARMS[WIDEST](ENTRANTS[entrant]) if each.schedule == best.schedule]
+        trials = [each for each in ARMS[WIDEST](named(entrant)) if each.schedule == best.schedule]
         scores = [self.validation(entrant, each) for each in trials]
         return [each.learning_rate for each in trials], [score[0] for score in scores if score is not None]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.names import look_up
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -73,6 +75,4 @@ def named(name: str) -> Optimizer:
     Raises:
         ValueError: there is none.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer is {name!r}, but must be one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name]
+    return look_up("optimizer", name, OPTIMIZERS)

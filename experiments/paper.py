@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experiments import datasets
+from experiments.names import look_up
 from experiments.optimizers import OPTIMIZERS, named
 
 #: How many seeds, from 0, the table's means are over.
@@ -115,10 +116,7 @@ def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Se
     Raises:
         ValueError: a name is unknown, or a number out of its range.
     """
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"experiment is {experiment!r}, but must be one of {', '.join(EXPERIMENTS)}")
-    known = named(optimizer)
-    setup = EXPERIMENTS[experiment]
+    setup, known = look_up("experiment", experiment, EXPERIMENTS), named(optimizer)
     learning_rate, hyper = _CHOSEN.get(optimizer, (known.learning_rate, {}))
     given = {name: value for name, value in other.items() if value is not None}
     iterations = given.get("iterations", setup.iterations)

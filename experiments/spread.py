@@ -99,7 +99,7 @@ def short(value: Any) -> Any:
 def _bench(task: str, entrant: str) -> Any:
     from experiments import bench  # late: it imports Keras, which the first process need not
 
-    return bench.Bench(tasks.named(task), comparison.ENTRANTS[entrant].make())
+    return bench.Bench(tasks.named(task), comparison.named(entrant).make())
 
 
 @functools.cache
@@ -133,10 +133,6 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _missing(settings: Iterable[Setting], store: Store) -> list[Setting]:
-    return [each for each in dict.fromkeys(settings) if store.find(each) is None]
-
-
 def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: int, backend: str) -> None:
     """Make all runs that the comparison still lacks, task by task: those that tuning needs, then the tests.
 
@@ -150,24 +146,45 @@ def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: in
     Raises:
         ValueError: a task or an entrant is not there, or `workers` is less than 1.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}, but must be at least 1")
     chosen = [tasks.named(name) for name in names]
     for name in entrants:
-        comparison.entrant(name)
-    os.environ.update(THREADS, KERAS_BACKEND=backend)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+        comparison.named(name)
+    with _processes(workers, backend) as pool:
         for task in chosen:
             found = comparison.Comparison(task, store.find, backend)
             for part in (found.tuning, found.tests):
-                missing = _missing(itertools.chain.from_iterable(map(part, entrants)), store)
-                _perform_all(pool, missing, store, f"{task.name}, {part.__name__}")
+                settings = itertools.chain.from_iterable(map(part, entrants))
+                _perform_missing(pool, settings, store, f"{task.name}, {part.__name__}")
 
 
-def _perform_all(pool: ProcessPoolExecutor, settings: Sequence[Setting], store: Store, title: str) -> None:
+def perform_all(settings: Sequence[Setting], store: Store, workers: int, title: str) -> None:
+    """Make all of some runs that there are no records of.
+
+    Args:
+        settings: the runs, all of one Keras backend.
+        store: where records are, and go.
+        workers: how many processes run side by side.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: `workers` is less than 1.
+    """
+    with _processes(workers, settings[0].backend) as pool:
+        _perform_missing(pool, settings, store, title)
+
+
+def _processes(workers: int, backend: str) -> ProcessPoolExecutor:
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, but must be at least 1")
+    os.environ.update(THREADS, KERAS_BACKEND=backend)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+
+
+def _perform_missing(pool: ProcessPoolExecutor, settings: Iterable[Setting], store: Store, title: str) -> None:
+    missing = [each for each in dict.fromkeys(settings) if store.find(each) is None]
     # In order, so that a process mostly keeps the model that it compiled.
-    futures = {pool.submit(perform, setting): setting for setting in settings}
+    futures = {pool.submit(perform, setting): setting for setting in missing}
     try:
         for done in tqdm(as_completed(futures), title, len(futures), disable=not futures):
             store.add(futures[done], *done.result())

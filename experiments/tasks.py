@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.names import look_up
+
 #: How many times a run is looked at on the way.
 LOOKS = 25
 
@@ -305,9 +307,7 @@ def named(name: str) -> Task:
         ValueError: there is none, or the factor is no positive integer.
     """
     base, at, factor = name.partition("@")
-    if base not in TASKS:
-        raise ValueError(f"task is {base!r}, but must be one of {', '.join(TASKS)}")
-    task = TASKS[base]
+    task = look_up("task", base, TASKS)
     if not at:
         return task
     if not factor.isdecimal() or int(factor) < 1:

@@ -168,7 +168,20 @@ def test_no_two_runs_have_one_key() -> None:
 
 def test_an_entrant_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"^entrant is 'adam', but must be one of vsgd, vsgd-kappas, "):
-        comparison.entrant("adam")
+        comparison.named("adam")
+
+
+def test_an_entrant_may_have_other_hyperparameters() -> None:
+    found = comparison.named("vsgd-kappas:kappa2=0.8,prior_strength=1e-10")
+    assert found.hyper == {"kappa1": 0.6, "kappa2": 0.8, "prior_strength": 1e-10}
+    assert found.title == "VSGD, kappas 0.6 and 0.7, kappa2 0.8, prior_strength 1e-10"
+    assert found.base is ENTRANTS["vsgd"].base
+    key = Setting(LOSS, "vsgd:kappa1=0.6,kappa2=0.7", Trial(0.01, "cosine"), 0, "jax").key
+    # The same run as that of the entrant with a name of its own.
+    assert key == Setting(LOSS, "vsgd-kappas", Trial(0.01, "cosine"), 0, "jax").key
+    for name in ("vsgd:", "vsgd:kappa1", "vsgd:kappa1=high", "vsgd:kappa1=0.6,"):
+        with pytest.raises(ValueError, match=f"^entrant is '{name}', but after : must come NAME=NUMBER, separated by commas$"):
+            comparison.named(name)
 
 
 def test_schedules_begin_at_the_learning_rate() -> None:

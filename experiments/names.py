@@ -1,0 +1,24 @@
+"""Looking things up by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+Thing = TypeVar("Thing")
+
+
+def look_up(kind: str, name: str, known: Mapping[str, Thing]) -> Thing:
+    """What has this name.
+
+    Args:
+        kind: of thing, as the error calls it.
+        name: of the one that is wanted.
+        known: all of them.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in known:
+        raise ValueError(f"{kind} is {name!r}, but must be one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,187 @@
+"""What VSGD's hyperparameters do: a grid of the prior's strength, one of both kappas, each at several learning rates."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.report import replace_section, table
+from experiments import tasks
+from experiments.comparison import Setting, Trial
+from experiments.paper_report import MISSING
+from experiments.spread import Store, perform_all
+
+#: Of the records, in the folder of results.
+FOLDER = "sweep"
+TASKS = ("characters", "mnist1d-mlp")
+#: Neither for tuning nor for tests: what is seen here is to be tried on others.
+SEEDS = (200, 201, 202)
+#: The middle of those that are compared, with the cosine schedule.
+TRIALS = tuple(Trial(rate, "cosine") for rate in (0.003, 0.00646, 0.0139, 0.03))
+DEFAULT = "vsgd"
+
+
+class Grid(NamedTuple):
+    """Values that are tried of some hyperparameters.
+
+    Attributes:
+        name: of the section on the page.
+        heads: what the hyperparameters are called.
+        entrants: who is tried, by the hyperparameters' values; among them the default.
+    """
+
+    name: str
+    heads: Sequence[str]
+    entrants: Mapping[tuple[float, ...], str]
+
+
+def _grid(name: str, heads: Sequence[str], values: Sequence[tuple[float, ...]], default: tuple[float, ...]) -> Grid:
+    def entrant(each: tuple[float, ...]) -> str:
+        return f"vsgd:{','.join(f'{head}={value:g}' for head, value in zip(heads, each, strict=True))}"
+
+    return Grid(name, heads, {each: DEFAULT if each == default else entrant(each) for each in values})
+
+
+GRIDS = (
+    _grid("prior", ["prior_strength"], [(float(f"1e-{power}"),) for power in range(14, 0, -2)], (1e-8,)),
+    _grid(
+        "kappas", ["kappa1", "kappa2"], [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], (0.81, 0.9)
+    ),
+)
+
+
+def settings(task: str, entrant: str, trial: Trial, backend: str) -> list[Setting]:
+    """A run for each seed.
+
+    Args:
+        task: by name.
+        entrant: by name.
+        trial: which.
+        backend: of Keras.
+    """
+    return [Setting(task, entrant, trial, seed, backend) for seed in SEEDS]
+
+
+def every_setting(backend: str) -> list[Setting]:
+    """All runs of all grids.
+
+    Args:
+        backend: of Keras.
+    """
+    return [
+        setting
+        for task in TASKS
+        for grid in GRIDS
+        for entrant in grid.entrants.values()
+        for trial in TRIALS
+        for setting in settings(task, entrant, trial, backend)
+    ]
+
+
+class Tried(NamedTuple):
+    """A metric of an entrant's runs.
+
+    Attributes:
+        values: of each seed, for each trial; None where a run is missing or diverged.
+        sign: 1 where less is better, else -1.
+    """
+
+    values: Sequence[Sequence[float] | None]
+    sign: int
+
+    @property
+    def best(self) -> int | None:
+        """The place of the trial with the best mean; None where there is none."""
+        found = [(self.sign * statistics.fmean(each), place) for place, each in enumerate(self.values) if each is not None]
+        return min(found)[1] if found else None
+
+    def cells(self, missing: Sequence[str]) -> list[str]:
+        """The means, the best in bold.
+
+        Args:
+            missing: what stands where there is no mean.
+        """
+        means = [
+            why if each is None else f"{statistics.fmean(each):.4g}" for each, why in zip(self.values, missing, strict=True)
+        ]
+        return [f"**{mean}**" if place == self.best else mean for place, mean in enumerate(means)]
+
+    def minus(self, other: Tried) -> str:
+        """How much more this is than another, each at its best, seed by seed: the mean, the least and the most.
+
+        Args:
+            other: of the same seeds.
+        """
+        if self.best is None or other.best is None:
+            return ""
+        pairs = zip(self.values[self.best] or (), other.values[other.best] or (), strict=True)
+        differences = [ours - theirs for ours, theirs in pairs]
+        low, high = min(differences), max(differences)
+        return f"{statistics.fmean(differences):+.2g} ({low:+.2g} to {high:+.2g})"
+
+
+def _tried(found: Sequence[Sequence[Mapping[str, Any] | None]], split: str, metric: str) -> Tried:
+    scale = 100 if metric == "accuracy" else 1
+
+    def values(records: Sequence[Mapping[str, Any] | None]) -> list[float] | None:
+        if any(record is None or record["final"] is None for record in records):
+            return None
+        return [scale * record["final"][split][metric] for record in records if record is not None]
+
+    return Tried([values(records) for records in found], -1 if metric == "accuracy" else 1)
+
+
+def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> Iterator[list[str]]:
+    def found(entrant: str) -> list[list[Any]]:
+        return [[find(setting) for setting in settings(task.name, entrant, trial, backend)] for trial in TRIALS]
+
+    default = found(DEFAULT)
+    for values, entrant in grid.entrants.items():
+        records = found(entrant)
+        missing = [MISSING if None in each else "diverged" for each in records]
+        row = [f"{value:g}" for value in values]
+        for split, metric in (("train", "loss"), ("validation", task.metric)):
+            ours = _tried(records, split, metric)
+            row += [*ours.cells(missing), "" if entrant == DEFAULT else ours.minus(_tried(default, split, metric))]
+        yield row
+
+
+def grid_table(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> str:
+    """Train loss and validation metric of each entrant at each learning rate, and beside the default's best.
+
+    Args:
+        task: which.
+        grid: who.
+        find: the record of a run, or None.
+        backend: of Keras.
+    """
+    rates = [f"{trial.learning_rate:g}" for trial in TRIALS]
+    metric = "accuracy, %" if task.metric == "accuracy" else "loss"
+    heads = [
+        head
+        for name in ("train loss", f"validation {metric}")
+        for head in (*(f"{name}, lr {rate}" for rate in rates), "minus default's")
+    ]
+    return table([*grid.heads, *heads], _rows(task, grid, find, backend))
+
+
+def run(results: Path, page: Path, workers: int, backend: str) -> None:
+    """Make the runs that are missing, and write the tables into the page's sections.
+
+    Args:
+        results: the folder of results.
+        page: the Markdown page.
+        workers: how many processes run side by side.
+        backend: of Keras.
+
+    Raises:
+        ValueError: `workers` is less than 1.
+    """
+    store = Store(results / FOLDER)
+    perform_all(every_setting(backend), store, workers, "sweep")
+    for grid in GRIDS:
+        chosen = [tasks.named(name) for name in TASKS]
+        parts = [f"{task.title}, {task.steps} steps:\n\n{grid_table(task, grid, store.find, backend)}" for task in chosen]
+        replace_section(page, f"sweep-{grid.name}", parts)

@@ -1,0 +1,67 @@
+"""What is told of each tensor's steps, beside the gradients that plain SGD shows, and the closed form of the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+keras = pytest.importorskip("keras")
+for package in ("mnist1d", "scipy", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+from experiments import bench, layers, sweep, tasks  # noqa: E402
+from experiments.__main__ import main  # noqa: E402
+from experiments.comparison import Setting, Trial  # noqa: E402
+
+TASK = "mnist1d-mlp"
+SETTING = Setting(TASK, "vsgd", Trial(0.01, "constant"), 200, keras.backend.backend())
+
+
+def values(model: Any) -> list[np.ndarray]:
+    return [np.array(keras.ops.convert_to_numpy(each)) for each in model.trainable_variables]
+
+
+def root_mean_square(array: np.ndarray) -> float:
+    return math.sqrt(np.mean(np.square(array, dtype=np.float64)))
+
+
+def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
+    seen = layers.watch(SETTING, [1])
+    # At a learning rate of 1 SGD moves by the gradient.
+    plain = bench.Bench(tasks.TASKS[TASK], keras.optimizers.SGD(1.0))
+    batches = plain.start(200)
+    before = values(plain.model)
+    plain.train([1.0], batches)
+    gradients = [old - new for old, new in zip(before, values(plain.model), strict=True) if old.size >= layers.SMALLEST]
+    assert len(seen) == len(gradients) == 3
+    sigma = math.sqrt(30 / 31 * 2e-8 / (2e-8 + 1e-4))
+    for (first,), gradient in zip(seen.values(), gradients, strict=True):
+        assert first.gradient == pytest.approx(root_mean_square(gradient), rel=1e-3)
+        assert first.sigma == pytest.approx(sigma, rel=1e-5)
+        assert first.gain == pytest.approx(1 / 31, rel=1e-6)
+        mean = gradient / 31
+        assert first.step == pytest.approx(root_mean_square(mean / np.sqrt(mean**2 + sigma**2)), rel=1e-3)
+
+
+def test_later_steps_are_of_the_same_run() -> None:
+    once, twice = layers.watch(SETTING, [7]), layers.watch(SETTING, [2, 5, 7])
+    for name, (seen,) in once.items():
+        assert twice[name][2] == pytest.approx(seen, rel=1e-6)
+        assert twice[name][1] != twice[name][2]
+
+
+def test_the_command_writes_a_row_for_each_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "TASKS", (TASK,))
+    monkeypatch.setattr(layers, "STEPS", (1, 3))
+    monkeypatch.setitem(tasks.TASKS, TASK, dataclasses.replace(tasks.TASKS[TASK], steps=5))
+    page = tmp_path / "page.md"
+    page.write_text("# Tuning\n", encoding="utf-8")
+    main(["layers", "--backend", keras.backend.backend(), "--page", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert "at steps 1, 3, 5:" in text
+    assert text.count("/kernel`") == 3
