@@ -79,6 +79,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a name more": (state("exp_avg", torch.ones(5)), "the state of parameter 1 has exp_avg too"),
     "a name less": (changed(lambda good: good["state"][1].pop("b_g")), "the state of parameter 1 has .* and lacks b_g"),
     "a step of text": (state("step", "three"), "step of parameter 1 is 'three', but must be a finite number >= 0"),
+    "a step that is a truth": (
+        state("step", torch.tensor(True)),
+        "step of parameter 1 is tensor.True., but must be a finite number",
+    ),
     "a negative step": (state("step", torch.tensor(-1.0)), "step of parameter 1 is tensor.*, but must be a finite number >= 0"),
     "a step of NaN": (state("step", torch.tensor(float("nan"))), "step of parameter 1 is tensor.*, but must be"),
     "many steps": (state("step", torch.ones(2)), "step of parameter 1 is tensor.*, but must be"),

@@ -279,6 +279,23 @@ def test_each_group_has_its_own_lr_and_decay(cls: type, engine: dict[str, Any]) 
 
 @classes
 @engines
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_hyperparameters_may_be_tensors_of_one_number(cls: type, engine: dict[str, Any], shape: tuple[int, ...]) -> None:
+    kappas = ["kappa1", "kappa2"] if cls is VSGD else ["kappa"]
+    numbers = {"variance_ratio": 8.0, "prior_strength": 2.0**-20, "eps": 2.0**-10, "weight_decay": 0.125}
+    numbers |= dict.fromkeys(kappas, 0.75)
+    # Exact in float32, so that nothing but the kind differs.
+    tensors = {name: torch.full(shape, value) for name, value in numbers.items()}
+    runs = []
+    for hyper in (numbers, tensors):
+        params, _ = problem()
+        train(cls(params, lr=0.1, **hyper, **engine), params, range(4))
+        runs.append(params)
+    assert_close(*runs, rtol=0, atol=0)
+
+
+@classes
+@engines
 def test_maximize_is_minimizing_the_negative_and_leaves_the_gradient_alone(cls: type, engine: dict[str, Any]) -> None:
     (params, _), (others, _) = problem(), problem()
     up, down = cls(params, maximize=True, **engine), cls(others, **engine)

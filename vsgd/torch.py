@@ -25,7 +25,7 @@ from vsgd.backends.torch_engines import (
     FLAGS,
     FUSED,
     check_installed,
-    hyperparameters,
+    hyperparameter_numbers,
     may_fuse,
     number,
     split_for_batches,
@@ -164,7 +164,7 @@ class _RuleOptimizer(Optimizer):
                 f"`fused=True` requires all the params to be on supported devices: {[*FUSED]} but one is on {device}"
             )
         state["step"] = self._step_count(group, param, 0.0)
-        initial = self._kind.initial_state(hyperparameters(self._kind, group))
+        initial = self._kind.initial_state(hyperparameter_numbers(self._kind, group))
         for name, value in zip(self._kind.state_names, initial, strict=True):
             fill = complex(value, value) if param.is_complex() else value
             state[name] = torch.full_like(

@@ -110,11 +110,11 @@ def _hide_state(
 
 def _check_step(index: Any, step: Any) -> None:
     if isinstance(step, Tensor):
-        holds = step.numel() == 1 and not step.is_complex()
+        holds = step.numel() == 1 and not step.is_complex() and step.dtype is not torch.bool
         # What lies on an accelerator is not read back.
         holds = holds and (step.device.type != "cpu" or 0 <= step.item() < math.inf)
     else:
-        holds = isinstance(step, int | float) and 0 <= step <= sys.float_info.max
+        holds = isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step <= sys.float_info.max
     if not holds:
         raise ValueError(f"step of parameter {index} is {step!r}, but must be a finite number >= 0")
 

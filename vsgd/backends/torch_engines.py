@@ -104,9 +104,9 @@ def _is_automatic(group: dict[str, Any]) -> bool:
     return group["foreach"] is None and group["fused"] is None
 
 
-def number(lr: float | Tensor) -> float:
-    """A step size as a Python number."""
-    return lr.detach().item() if isinstance(lr, Tensor) else lr
+def number(value: float | Tensor) -> float:
+    """A hyperparameter as a Python number."""
+    return value.detach().item() if isinstance(value, Tensor) else value
 
 
 def hyperparameters(rule: core.Rule, group: dict[str, Any]) -> Any:
@@ -114,11 +114,20 @@ def hyperparameters(rule: core.Rule, group: dict[str, Any]) -> Any:
     return rule.hyperparameters(*(group[name] for name in rule.hyperparameters._fields))
 
 
+def hyperparameter_numbers(rule: core.Rule, group: dict[str, Any]) -> Any:
+    """The same as Python numbers, also where the group holds tensors."""
+    return rule.hyperparameters(*map(number, hyperparameters(rule, group)))
+
+
 def step_batch(rule: core.Rule, group: dict[str, Any], batch: Any) -> None:
     """One step of a batch of the fused engine."""
+    batch.step(rule, *_numbers(rule, group), maximize=group["maximize"])
+
+
+def _numbers(rule: core.Rule, group: dict[str, Any]) -> tuple[Any, float, float]:
+    """The rule's hyperparameters, step size and decay."""
     lr = number(group["lr"])
-    decay = 1 - lr * group["weight_decay"]
-    batch.step(rule, hyperparameters(rule, group), lr, decay, maximize=group["maximize"])
+    return hyperparameter_numbers(rule, group), lr, 1 - lr * number(group["weight_decay"])
 
 
 def split_for_batches(
@@ -161,9 +170,7 @@ def step_by_numbers(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], 
     if not leaves:
         return
     torch._foreach_add_(steps, 1)
-    hyper = hyperparameters(rule, group)
-    lr = number(group["lr"])
-    decay = 1 - lr * group["weight_decay"]
+    hyper, lr, decay = _numbers(rule, group)
     kinds: dict[tuple[float, Callable[..., None], torch.device], list[Leaf]] = {}
     for leaf, step in zip(leaves, steps, strict=True):
         kinds.setdefault((step.item(), _engine(group, leaf), leaf.param.device), []).append(_at(leaf, step.item()))
