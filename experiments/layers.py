@@ -17,8 +17,8 @@ from experiments.comparison import Setting, Trial
 
 #: What of the steps is told, beside the last one.
 STEPS = (1, 10, 100)
-#: Tensors of less elements, such as biases, are left out.
-SMALLEST = 500
+#: Tensors of less elements, such as biases, have no row.
+SMALLEST = 100
 
 
 class Seen(NamedTuple):
@@ -55,8 +55,22 @@ def _seen(before: Sequence[Any], after: Sequence[Any], eps: float) -> Seen:
     )
 
 
-def watch(setting: Setting, steps: Sequence[int]) -> dict[str, list[Seen]]:
-    """What was seen of each large tensor, step by step, in a run.
+class Tensor(NamedTuple):
+    """What was seen of a tensor.
+
+    Attributes:
+        name: its path in the model.
+        size: how many elements it has.
+        seen: of each step.
+    """
+
+    name: str
+    size: int
+    seen: list[Seen]
+
+
+def watch(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
+    """What was seen of each tensor, step by step, in a run.
 
     Args:
         setting: which run, of VSGD.
@@ -64,23 +78,30 @@ def watch(setting: Setting, steps: Sequence[int]) -> dict[str, list[Seen]]:
     """
     keras.utils.clear_session()  # that names of layers do not count on from models made before
     bench = Bench(tasks.named(setting.task), comparison.named(setting.entrant).make())
-    large = [each for each in bench.model.trainable_variables if np.prod(each.shape) >= SMALLEST]
-    found: dict[str, list[Seen]] = {each.path: [] for each in large}
+    variables = bench.model.trainable_variables
+    found = [Tensor(each.path, int(np.prod(each.shape)), []) for each in variables]
     batches, taken = bench.start(setting.seed), 0
     for step in steps:
         if taken < step - 1:
             bench.train(setting.rates[taken : step - 1], batches)
-        before = [_known(bench, each) for each in large]
+        before = [_known(bench, each) for each in variables]
         bench.train(setting.rates[step - 1 : step], batches)
-        for variable, known in zip(large, before, strict=True):
-            found[variable.path].append(_seen(known, _known(bench, variable), bench.optimizer.epsilon))
+        for tensor, variable, known in zip(found, variables, before, strict=True):
+            tensor.seen.append(_seen(known, _known(bench, variable), bench.optimizer.epsilon))
         taken = step
     return found
 
 
-def _rows(found: dict[str, list[Seen]]) -> Iterator[list[str]]:
-    for name, seen in found.items():
-        yield [f"`{name}`", *(" ".join(f"{value:.1e}" for value in column) for column in zip(*seen, strict=True))]
+def _rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
+    for name, size, seen in found:
+        if size >= SMALLEST:
+            columns = zip(*seen, strict=True)
+            yield [f"`{name}`", str(size), *(" ".join(f"{value:.1e}" for value in column) for column in columns)]
+
+
+def _mean_square(found: Sequence[Tensor]) -> float:
+    """Of all elements of the first gradient that was seen."""
+    return sum(size * seen[0].gradient ** 2 for _, size, seen in found) / sum(size for _, size, _ in found)
 
 
 def run(page: Path, backend: str) -> None:
@@ -97,7 +118,15 @@ def run(page: Path, backend: str) -> None:
         setting = Setting(
             name, sweep.DEFAULT, Trial(comparison.named(sweep.DEFAULT).base.learning_rate, "cosine"), sweep.SEEDS[0], backend
         )
-        rows = _rows(watch(setting, steps))
-        heads = ["tensor", "gradient, root mean square", "sigma, median", "gain, median", "step / lr, root mean square"]
-        parts.append(f"{task.title}, at steps {', '.join(map(str, steps))}:\n\n{table(heads, rows)}")
+        found = watch(setting, steps)
+        heads = [
+            "tensor",
+            "elements",
+            "gradient, root mean square",
+            "sigma, median",
+            "gain, median",
+            "step / lr, root mean square",
+        ]
+        told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_mean_square(found):.1e}"
+        parts.append(f"{task.title}, {told}:\n\n{table(heads, _rows(found))}")
     replace_section(page, "layers", parts)

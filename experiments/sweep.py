@@ -15,7 +15,7 @@ from experiments.spread import Store, perform_all
 
 #: Of the records, in the folder of results.
 FOLDER = "sweep"
-TASKS = ("characters", "mnist1d-mlp")
+TASKS = ("characters", "mnist1d-mlp", "quadratic")
 #: Neither for tuning nor for tests: what is seen here is to be tried on others.
 SEEDS = (200, 201, 202)
 #: The middle of those that are compared, with the cosine schedule.

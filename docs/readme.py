@@ -1,0 +1,159 @@
+"""The README's tables in short: what the pages on agreement, performance and results tell at length.
+
+Reads `docs/agreement.md`, and the measurements in `docs/performance` and `docs/results`, and writes the README's sections:
+
+    pip install 'vsgd[experiments]'
+    python docs/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.report import replace_section, table
+from benchmarks.timing import paired_ratio
+from experiments.comparison import ENTRANTS, WIDEST, Comparison
+from experiments.report import told, verdict
+from experiments.spread import FOLDER, Store
+from experiments.statistics import paired_difference
+from experiments.tasks import TASKS
+
+DOCS = Path(__file__).parent
+
+#: What the runners of `tests/matrix` belong to, by how their names begin.
+FRAMEWORKS = {
+    "numpy": "NumPy",
+    "torch-": "PyTorch",
+    "optax-": "JAX, optax",
+    "keras-tensorflow": "Keras on TensorFlow",
+    "keras-jax": "Keras on JAX",
+    "keras-torch": "Keras on PyTorch",
+    "mlx": "MLX",
+}
+#: What is told of how they agree: columns of the page.
+COLUMNS = ("golden, float64", "golden, float32", "training, float64", "training, float32")
+
+#: By file: what is measured, its baseline, and what VSGD and Constant VSGD are called there.
+SUITES = {
+    "torch": ("PyTorch, a fused step", "AdamW(fused=True)", ("VSGD(fused=True)", "ConstantVSGD(fused=True)")),
+    "optax": ("JAX, a step under `jit`", "optax.adamw", ("vsgd", "constant_vsgd")),
+    "keras-train-tensorflow": ("Keras on TensorFlow, a train step", "keras AdamW", ("VSGD", "ConstantVSGD")),
+    "keras-train-jax": ("Keras on JAX, a train step", "keras AdamW", ("VSGD", "ConstantVSGD")),
+    "keras-train-torch": ("Keras on PyTorch, a train step", "keras AdamW", ("VSGD", "ConstantVSGD")),
+}
+SHAPES = ("conv", "many", "large")
+
+#: Whose results are told, beside VSGD's.
+OTHERS = ("adamw", "adamw-warm", "sgd")
+
+
+def rows_of(page: Path) -> list[dict[str, str]]:
+    """The rows of a page's first table, by the heads of its columns.
+
+    Args:
+        page: in Markdown.
+    """
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def number(cell: str) -> float | None:
+    """What a cell begins with, or None where that is no number.
+
+    Args:
+        cell: of a table.
+    """
+    try:
+        return float(cell.split()[0])
+    except (IndexError, ValueError):
+        return None
+
+
+def agreement(page: Path) -> str:
+    """How far the worst runner of each framework strays.
+
+    Args:
+        page: the one that `tests/matrix` wrote.
+    """
+    found = rows_of(page)
+    (bound,) = (row for row in found if row["runner"] == "bound")
+    rows = [["bound of the tests", *(bound[column] for column in COLUMNS)]]
+    for prefix, title in FRAMEWORKS.items():
+        ours = [row for row in found if row["runner"].startswith(prefix)]
+        columns = [[value for row in ours if (value := number(row[column])) is not None] for column in COLUMNS]
+        if ours:
+            rows.append([title, *(f"{max(column):.0e}" if column else "reference" for column in columns)])
+    return table(["", *COLUMNS], rows)
+
+
+def _ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
+    found = cell["times"]["competitors"][name]
+    return f"{paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
+
+
+def speed(folder: Path) -> str:
+    """The time of VSGD's and Constant VSGD's steps over AdamW's of the same framework.
+
+    Args:
+        folder: of the measurements.
+    """
+    rows = []
+    for name, (title, baseline, ours) in SUITES.items():
+        cells = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
+        rows.append([title, *(_ratio(cells[shape], each, baseline) for each in ours for shape in SHAPES)])
+    heads = [f"{title}: {shape}" for title in ("VSGD", "Constant VSGD") for shape in SHAPES]
+    return table(["time / AdamW", *heads], rows)
+
+
+def _beside(comparison: Comparison) -> Iterator[str]:
+    metric = comparison.task.metric
+    ours = told(comparison, WIDEST, "vsgd")
+    for other in OTHERS:
+        theirs = told(comparison, WIDEST, other)
+        if ours is None or theirs is None:
+            yield "not run yet"
+            continue
+        words = []
+        for split, name in (("train", "loss"), ("test", metric)):
+            pair = ours.values(split, name), theirs.values(split, name)
+            words.append("diverged" if None in pair else verdict(paired_difference(pair[0] or [], pair[1] or []), name))
+        yield f"{theirs.mean('test', metric)} ({', '.join(words)})"
+
+
+def results(store: Store) -> str:
+    """VSGD on the small tasks, beside some others, all tuned by twenty trials; in brackets VSGD's train loss and test metric.
+
+    Args:
+        store: of the comparison's records.
+    """
+    rows = []
+    for task in TASKS.values():
+        comparison = Comparison(task, store.find)
+        ours = told(comparison, WIDEST, "vsgd")
+        unit = "accuracy, %" if task.metric == "accuracy" else "loss"
+        mean = "not run yet" if ours is None else ours.mean("test", task.metric)
+        rows.append([f"{task.title}, {unit}", mean, *_beside(comparison)])
+    return table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
+
+
+def write(page: Path, docs: Path = DOCS) -> None:
+    """Write the tables into the page's sections.
+
+    Args:
+        page: the README.
+        docs: where their sources are.
+    """
+    replace_section(page, "agreement", [agreement(docs / "agreement.md")])
+    replace_section(page, "speed", [speed(docs / "performance")])
+    replace_section(page, "results", [results(Store(docs / "results" / FOLDER))])
+
+
+if __name__ == "__main__":
+    write(DOCS.parent / "README.md")
