@@ -28,20 +28,6 @@ def short(name: str, steps: int = STEPS) -> tasks.Task:
     return dataclasses.replace(tasks.TASKS[name], steps=steps)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models as small as these are slower on several, in PyTorch."""
-    if keras.backend.backend() != "torch":
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def bench_of(name: str, entrant: str) -> bench.Bench:
     """One for all tests: compiling takes the longest."""
