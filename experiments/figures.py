@@ -41,15 +41,14 @@ def _scale(comparison: Comparison) -> float:
     return 100.0 if comparison.task.metric == "accuracy" else 1.0
 
 
-def _limit(axes: Any, comparison: Comparison, ends: Sequence[float]) -> None:
-    """Show what the good ones differ by, which the start and failures would hide."""
-    best, worst = (1, -1) if comparison.task.metric == "accuracy" else (-1, 1)
+def _limit(axes: Any, comparison: Comparison, shown: Sequence[float]) -> None:
+    """Show these heights and the target, and what they differ by, which the start and failures would hide."""
     target = comparison.target()
-    finite = [each for each in (*ends, *([] if target is None else [_scale(comparison) * target])) if math.isfinite(each)]
+    finite = [each for each in (*shown, *([] if target is None else [_scale(comparison) * target])) if math.isfinite(each)]
     if len(finite) > 1:
-        middle, extreme = float(np.median(finite)), (max if best > 0 else min)(finite)
-        margin = 3 * abs(middle - extreme) or 1e-3
-        axes.set_ylim(*sorted([extreme + best * 0.2 * margin, extreme + worst * margin]))
+        low, high = min(finite), max(finite)
+        margin = 0.2 * (high - low) or 1e-3
+        axes.set_ylim(low - margin, high + margin)
 
 
 def _curves(axes: Any, comparison: Comparison) -> bool:
@@ -92,7 +91,7 @@ def _rates(axes: Any, comparison: Comparison) -> bool:
         rates, values = tried
         heights = _scale(comparison) * comparison.task.sign * np.array(values)
         axes.plot(rates, heights, color=f"C{number}", marker="o", markersize=3, label=entrant.title)
-        best += sorted(heights, key=lambda height: comparison.task.sign * height)[: len(rates) // 2]
+        best += sorted(heights, key=lambda height: comparison.task.sign * height)[:3]
     axes.set(xlabel="learning rate", xscale="log")
     _limit(axes, comparison, best)
     return bool(best)
