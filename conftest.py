@@ -1,7 +1,12 @@
-"""Which modules can be imported for their doctests: those whose framework is installed; and which backend Keras runs on."""
+"""Which modules can be imported for their doctests: those whose framework is installed; and which backend Keras runs on.
+
+The pages' snippets are tests by a plugin, `tests/pages.py`.
+"""
 
 import os
 from importlib.util import find_spec
+
+pytest_plugins = ["pages"]
 
 collect_ignore_glob: list[str] = ["tests/scaling/keras_*.py"]  # each of a process with its own Keras backend
 if find_spec("torch") is None:

@@ -26,6 +26,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 copybutton_prompt_text = ">>> "
 copybutton_copy_empty_lines = False
+linkcheck_retries = 3  # `tox run -e docs-links`
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

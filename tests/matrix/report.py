@@ -27,7 +27,9 @@ _PAGE = """\
 Every adapter and engine runs the same update. This is how far each strayed, at most, from what it is held against, in
 `tests/matrix`. A run of
 
-    {command}
+```sh
+{command}
+```
 
 wrote this page, on {machine}, with {versions}.
 
