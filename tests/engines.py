@@ -111,8 +111,37 @@ def optax_engine(
     return step, read
 
 
+def to_mlx(array: np.ndarray) -> Any:
+    """An array of MLX, which would make float32 of float64."""
+    mx = pytest.importorskip("mlx.core")
+    return mx.array(array, getattr(mx, array.dtype.name))
+
+
+def mlx_engine(kind: str, params: Sequence[np.ndarray], **hyper: Any) -> tuple[Step, Callable[[], list[dict[str, np.ndarray]]]]:
+    mx = pytest.importorskip("mlx.core")
+    import vsgd.mlx
+
+    mx.set_default_device(mx.cpu)  # GPUs have no float64
+    arrays = {str(i): to_mlx(param) for i, param in enumerate(params)}
+    # As an array, for MLX would keep a number as float32.
+    optimizer = getattr(vsgd.mlx, kind)(to_mlx(np.array(hyper.pop("lr", 0.01))), **hyper)
+    optimizer.init(arrays)
+
+    def step(grads: Sequence[np.ndarray | None]) -> None:
+        given = {str(i): to_mlx(grad) for i, grad in enumerate(grads) if grad is not None}
+        arrays.update(optimizer.apply_gradients(given, arrays))
+        mx.eval(arrays, optimizer.state)
+
+    def read() -> list[dict[str, np.ndarray]]:
+        named = ({"param": arrays[i], "step": optimizer.step, **optimizer.state[i]} for i in arrays)
+        return [{name: np.array(array) for name, array in each.items()} for each in named]
+
+    return step, read
+
+
 HAS_TORCH = find_spec("torch") is not None
 HAS_OPTAX = find_spec("jax") is not None and find_spec("optax") is not None
+HAS_MLX = find_spec("mlx") is not None
 HAS_NUMBA = HAS_TORCH and find_spec("numba") is not None
 ENGINES: dict[str, Engine] = {
     "numpy": numpy_engine,
@@ -121,6 +150,7 @@ ENGINES: dict[str, Engine] = {
     "torch-fused": partial(torch_engine, fused=True),
     "optax-eager": partial(optax_engine, jit=False),
     "optax-jit": partial(optax_engine, jit=True),
+    "mlx": mlx_engine,
 }
 #: Those that can run here; what must be here, `pytest --require` says.
 AVAILABLE = [
@@ -128,4 +158,5 @@ AVAILABLE = [
     *(["torch-loop", "torch-foreach"] if HAS_TORCH else []),
     *(["torch-fused"] if HAS_NUMBA else []),
     *(["optax-eager", "optax-jit"] if HAS_OPTAX else []),
+    *(["mlx"] if HAS_MLX else []),
 ]

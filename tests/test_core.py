@@ -31,20 +31,27 @@ def test_importing_the_package_or_its_core_imports_no_framework() -> None:
         "tensorflow",
         "keras",
         "numba",
+        "mlx",
     }
 
 
 def test_each_adapter_imports_its_own_framework_only() -> None:
-    assert not modules_after("import vsgd.numpy") & {"torch", "jax", "tensorflow", "keras", "numba"}
+    assert not modules_after("import vsgd.numpy") & {"torch", "jax", "tensorflow", "keras", "numba", "mlx"}
     assert not modules_after("import vsgd.monitor, vsgd.monitor_plots") & {"torch", "jax", "tensorflow", "keras", "matplotlib"}
     pytest.importorskip("torch")
-    assert not modules_after("import vsgd.torch") & {"jax", "tensorflow", "keras", "numba", "vsgd.numpy"}
+    assert not modules_after("import vsgd.torch") & {"jax", "tensorflow", "keras", "numba", "mlx", "vsgd.numpy"}
 
 
-def test_without_torch_the_adapter_names_the_extra() -> None:
-    script = "import sys; sys.modules['torch'] = None; import vsgd.torch"
+def test_the_mlx_adapter_imports_mlx_only() -> None:
+    pytest.importorskip("mlx.core")
+    assert not modules_after("import vsgd.mlx") & {"numpy", "torch", "jax", "tensorflow", "keras", "numba", "vsgd.numpy"}
+
+
+@pytest.mark.parametrize(("name", "framework"), [("torch", "PyTorch"), ("mlx", "MLX")])
+def test_without_its_framework_an_adapter_names_the_extra(name: str, framework: str) -> None:
+    script = f"import sys; sys.modules['{name}'] = None; import vsgd.{name}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "ImportError: vsgd.torch needs PyTorch: pip install 'vsgd[torch]'" in done.stderr
+    assert f"ImportError: vsgd.{name} needs {framework}: pip install 'vsgd[{name}]'" in done.stderr
 
 
 def test_without_numba_fused_names_the_extra_and_the_default_falls_back() -> None:

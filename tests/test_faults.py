@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import HAS_OPTAX, HAS_TORCH
+from engines import HAS_MLX, HAS_OPTAX, HAS_TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,14 +54,25 @@ def make_keras(kind: str, **arguments: Any) -> Callable[[], None]:
     return lambda: optimizer.apply([keras.ops.ones(3)], [keras.Variable(np.ones(3, np.float32), name="p")])
 
 
+def make_mlx(kind: str, **arguments: Any) -> Callable[[], None]:
+    import mlx.core as mx
+
+    import vsgd.mlx
+
+    optimizer = getattr(vsgd.mlx, kind)(arguments.pop("lr", 0.01), **arguments)
+    return lambda: mx.eval(optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)}))
+
+
 MAKERS = {
     "numpy": make_numpy,
     **({"torch": make_torch} if HAS_TORCH else {}),
     **({"optax": make_optax} if HAS_OPTAX else {}),
     **({"keras": make_keras} if HAS_KERAS else {}),
+    **({"mlx": make_mlx} if HAS_MLX else {}),
 }
 COMMON = ["lr", "variance_ratio", "prior_strength", "eps", "weight_decay", "outlier_threshold", "prior_shape"]
 STORAGE = ["state_dtype", "seed", "stochastic_rounding"]
+WITHOUT_STORAGE = ("numpy", "mlx")
 ARGUMENTS = {
     "VSGD": [*COMMON, "kappa1", "kappa2"],
     "ConstantVSGD": [*COMMON, "kappa"],
@@ -97,14 +108,14 @@ def test_any_number_is_taken_or_refused_by_name(adapter: str, data: st.DataObjec
         | st.booleans()
         | st.sampled_from([np.float32(0.6), np.int64(1), 0.6, 10**400])
     )
-    names = [*ARGUMENTS[kind], *(["seed"] if adapter != "numpy" else [])]
+    names = [*ARGUMENTS[kind], *(["seed"] if adapter not in WITHOUT_STORAGE else [])]
     call(adapter, kind, data.draw(st.dictionaries(st.sampled_from(names), values, max_size=3)))
 
 
 @pytest.mark.parametrize("adapter", MAKERS)
 @pytest.mark.parametrize("kind", ARGUMENTS)
 def test_what_is_no_number_is_refused_by_name(adapter: str, kind: str) -> None:
-    for name in [*ARGUMENTS[kind], *(STORAGE if adapter != "numpy" else [])]:
+    for name in [*ARGUMENTS[kind], *(STORAGE if adapter not in WITHOUT_STORAGE else [])]:
         for value in JUNK:
             with pytest.raises((ValueError, TypeError), match=f"{name}|{KERAS_NAMES.get(name, name)}"):
                 MAKERS[adapter](kind, **{name: value})
@@ -231,3 +242,38 @@ def test_damaged_flax_bytes_load_whole_or_raise(data: st.DataObject) -> None:
     # The good state serves as before.
     updates, _ = solver.update(params, state, params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+# --- MLX: state is a dict of the user's. ---
+
+
+@pytest.mark.skipif(not HAS_MLX, reason="MLX is not installed")
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_mlx_refuses_what_does_not_fit_and_changes_nothing(kind: str) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    import vsgd.mlx
+
+    optimizer, params = getattr(vsgd.mlx, kind)(), {"v": mx.ones(4), "w": mx.ones((2, 3))}
+    optimizer.apply_gradients(params, params)
+    before = {name: np.array(array) for name, array in tree_flatten(optimizer.state)}
+    good = optimizer.state["w"]
+    *others, rate = good
+    # The first two would broadcast.
+    for state, grads, of, message in (
+        (good, {**params, "w": mx.ones(3)}, params, r"have shapes .*\(2, 3\).* must have the gradient's: .*\(3,\)"),
+        (
+            {**good, rate: good[rate][0]},
+            params,
+            params,
+            rf"have shapes .*'{rate}': \(3,\).* must have the gradient's: .*\(2, 3\)",
+        ),
+        ({name: good[name] for name in others}, params, params, rf"must have the gradient's: .*'{rate}': \(2, 3\)"),
+        (good, params, {**params, "w": mx.ones((2, 3), mx.int32)}, "a parameter is of .*int32, but must be of real floating"),
+    ):
+        optimizer.state["w"] = state
+        with pytest.raises(ValueError, match=message):
+            optimizer.apply_gradients(grads, of)
+    for name, array in tree_flatten(optimizer.state):
+        np.testing.assert_array_equal(array, before[name])

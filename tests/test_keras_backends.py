@@ -93,7 +93,7 @@ def test_importing_the_adapter_imports_its_backend_only() -> None:
     assert done.returncode == 0, done.stdout
     modules = done.stdout.split("modules")[-1].split()
     assert "keras" in modules
-    assert not {"vsgd.torch", "vsgd.numpy", "vsgd.optax", "numba", "optax"} & set(modules)
+    assert not {"vsgd.torch", "vsgd.numpy", "vsgd.optax", "numba", "optax", "mlx"} & set(modules)
     assert not ({"torch", "jax"} - {backend}) & set(modules)
 
 

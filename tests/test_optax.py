@@ -611,8 +611,8 @@ def test_without_its_framework_the_adapter_names_the_extra(missing: str) -> None
 
 
 def test_the_adapter_imports_no_other_framework() -> None:
-    script = "import sys, vsgd.optax; print(*{'torch', 'tensorflow', 'keras', 'numba', 'flax', 'vsgd.numpy'} & {*sys.modules})"
-    assert run_script(script) == ""
+    others = {"torch", "tensorflow", "keras", "numba", "flax", "mlx", "vsgd.numpy"}
+    assert run_script(f"import sys, vsgd.optax; print(*{others} & {{*sys.modules}})") == ""
 
 
 def run_script(script: str, **environment: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import tokenize
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -37,6 +39,25 @@ def test_numpy_is_the_only_hard_dependency() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert resources.files("vsgd").joinpath("py.typed").is_file()
+
+
+def code_lines(path: Path) -> int:
+    """How many lines are neither blank, nor comments, nor docstrings."""
+    lines: set[int] = set()
+    statement: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.NEWLINE:
+            if [each.type for each in statement] != [tokenize.STRING]:
+                lines.update(line for each in statement for line in range(each.start[0], each.end[0] + 1))
+            statement = []
+        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            statement.append(token)
+    return len(lines)
+
+
+def test_the_example_of_a_backend_is_as_short_as_the_design_says() -> None:
+    assert "it is under 100 lines that are neither blank" in (ROOT / "docs" / "design.md").read_text()
+    assert sum(code_lines(ROOT / name) for name in ("vsgd/mlx.py", "tests/test_mlx.py")) < 100
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)

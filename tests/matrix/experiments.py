@@ -84,7 +84,7 @@ EXPERIMENTS = {
 _COMPILED = frozenset(
     [*((f"golden-{case}", dtype) for case in CASES for dtype in ("float64", "float32")), ("training", "float64")]
 )
-_COMPILED_LISTS = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
+_COMPILED_FEW = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
 
 # On PyTorch `keras.ops.minimum` takes float64 through float32; the adapter has the torch engines there.
 _KERAS_TORCH = frozenset(
@@ -92,7 +92,7 @@ _KERAS_TORCH = frozenset(
 )
 
 _CPU, _GPU = DEVICES[:1], DEVICES[1:]
-_TORCH, _JAX, _OPTAX, _TRITON = ("torch",), ("jax",), ("jax", "optax"), ("torch", "triton")
+_TORCH, _JAX, _OPTAX, _TRITON, _MLX = ("torch",), ("jax",), ("jax", "optax"), ("torch", "triton"), ("mlx",)
 RUNNERS = {
     "numpy": Spec("numpy", devices=_CPU),
     "core-numpy": Spec("numpy", devices=_CPU),
@@ -104,12 +104,15 @@ RUNNERS = {
     "torch-triton-interpreted": Spec("triton", _TRITON, devices=_CPU),
     "torch-differentiable": Spec("torch", _TORCH),
     "torch-compiled": Spec("torch", _TORCH, cells=_COMPILED),
-    "torch-compiled-foreach": Spec("torch", _TORCH, cells=_COMPILED_LISTS),
+    "torch-compiled-foreach": Spec("torch", _TORCH, cells=_COMPILED_FEW),
     "core-torch": Spec("torch", _TORCH),
     "core-torch-lists": Spec("torch", _TORCH),
     "optax-eager": Spec("jax", _OPTAX),
     "optax-jit": Spec("jax", _OPTAX),
     "core-jax": Spec("jax", _JAX),
+    "mlx": Spec("mlx", _MLX, devices=_CPU),
+    "mlx-compiled": Spec("mlx", _MLX, devices=_CPU, cells=_COMPILED_FEW),
+    "core-mlx": Spec("mlx", _MLX, devices=_CPU),
     **{
         f"{name}-{backend}": Spec(f"keras-{backend}", ("keras", backend))
         for backend in ("tensorflow", "jax", "torch")

@@ -45,9 +45,9 @@ wrote this page, on {machine}, with {versions}.
   value.
 
 The first row has the bounds that the tests assert. That of a float32 training is ten times how far two such trainings drift
-apart whose initial weights differ by one unit in the last place. Torch's compiler runs some cells only, for each takes it
-seconds. Keras trains a compiled model, but in float64 on JAX and torch, where its operations go through float32, it gets the
-backend's own gradients.
+apart whose initial weights differ by one unit in the last place. Torch's and MLX's compilers run some cells only, for each
+takes them seconds. Keras trains a compiled model, but in float64 on JAX and torch, where its operations go through float32, it
+gets the backend's own gradients.
 {gpu}
 
 {table}
