@@ -20,6 +20,9 @@ extensions = [
     "sphinx_design",
 ]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+html_show_copyright = False
 default_role = "code"  # docstrings have Markdown's single backticks
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
