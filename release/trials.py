@@ -98,10 +98,10 @@ def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
         def run(*arguments: str) -> None:
             subprocess.run([python, "-m", *arguments], cwd=source, env=variables, check=True)
 
-        run("pip", "install", "--quiet", f"{artifact.resolve()}{f'[{extra}]' if extra else ''}", *brought)
+        run("pip", "install", "--quiet", "--no-compile", f"{artifact.resolve()}{f'[{extra}]' if extra else ''}", *brought)
         run("release.smoke", version, *trial.adapters)
         if trial.tests:
-            run("pip", "install", "--quiet", *_TEST_TOOLS)
+            run("pip", "install", "--quiet", "--no-compile", *_TEST_TOOLS)
             run("pytest", "--quiet", *trial.tests)
 
 
