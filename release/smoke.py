@@ -109,12 +109,26 @@ def _keras(given: Trajectory) -> Iterator[_Arrays]:
         yield list(map(keras.ops.convert_to_numpy, variables))
 
 
+def _mlx(given: Trajectory) -> Iterator[_Arrays]:
+    import mlx.core as mx
+
+    from vsgd.mlx import VSGD
+
+    mx.set_default_device(mx.cpu)  # GPUs have no float64
+    params = {"params": [mx.array(array, mx.float64) for array in given.start]}
+    optimizer = VSGD(mx.array(given.lr, mx.float64))  # a number would be kept in float32
+    for gradients in given.gradients:
+        params = optimizer.apply_gradients({"params": [mx.array(array, mx.float64) for array in gradients]}, params)
+        yield list(map(np.array, params["params"]))
+
+
 ADAPTERS: dict[str, Callable[[Trajectory], Iterator[_Arrays]]] = {
     "numpy": _numpy,
     "torch": partial(_torch, fused=False),
     "torch-fused": partial(_torch, fused=True),
     "optax": _optax,
     "keras": _keras,
+    "mlx": _mlx,
 }
 
 

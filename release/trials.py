@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-_TEST_TOOLS = ("hypothesis>=6.100", "pytest>=8.3")
+_TEST_TOOLS = ("hypothesis>=6.100", "pytest>=8.3", "sybil>=9")
 
 
 class Trial(NamedTuple):
@@ -40,6 +40,7 @@ TRIALS = {
     "torch": Trial(("numpy", "torch")),
     "fused": Trial(("torch", "torch-fused")),
     "optax": Trial(("optax",)),
+    "mlx": Trial(("mlx",)),
     "keras": Trial(("keras",), keras_backend="jax"),
     "examples": Trial(("torch-fused",), tests=("tests/test_quickstart.py",)),
     "experiments": Trial(("torch-fused", "keras"), tests=("tests/experiments/test_tasks.py",), keras_backend="torch"),

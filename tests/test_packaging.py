@@ -5,14 +5,48 @@ from __future__ import annotations
 import io
 import re
 import tokenize
+import tomllib
+from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
+import commands
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from pages import PAGES
 
 import vsgd
 
 ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def pinned(file: str) -> dict[str, Requirement]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return {each.name: each for each in map(Requirement, filter(None, lines))}
+
+
+def frameworks() -> dict[str, Requirement]:
+    """NumPy and what the adapters' extras add, as pyproject.toml bounds them."""
+    adapters = (PROJECT["optional-dependencies"][extra] for extra in ("torch", "fused", "keras", "mlx", "optax"))
+    requirements = map(Requirement, [*PROJECT["dependencies"], *(each for extra in adapters for each in extra)])
+    return {each.name: each for each in requirements if each.name != "vsgd"}
+
+
+def bound(requirement: Requirement) -> str:
+    (specifier,) = requirement.specifier
+    assert specifier.operator == ">="
+    return specifier.version
+
+
+def table(page: str) -> Iterator[list[str]]:
+    """The rows of a page's tables, headings too."""
+    for line in (ROOT / page).read_text().splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def readme_commands() -> list[str]:
@@ -60,7 +94,49 @@ def test_the_example_of_a_backend_is_as_short_as_the_design_says() -> None:
     assert sum(code_lines(ROOT / name) for name in ("vsgd/mlx.py", "tests/test_mlx.py")) < 100
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_the_oldest_versions_are_those_that_are_required() -> None:
+    pins = pinned("constraints-oldest.txt")
+    for name, requirement in frameworks().items():
+        oldest = Version(str(pins[name].specifier).removeprefix("=="))
+        required = Version(bound(requirement))
+        assert oldest.release[: len(required.release)] == required.release, name
+
+
+def test_the_page_on_support_tells_the_oldest_versions() -> None:
+    told = {name: oldest for name, oldest, _ in table("docs/support.md") if re.fullmatch(r"[\d.]+", oldest)}
+    python = PROJECT["requires-python"].removeprefix(">=")
+    assert told == {"Python": python, **{name: bound(each) for name, each in frameworks().items()}}
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    classified = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if each.startswith(prefix)]
+    matrix = re.search(r"python-version: \[(.+)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert re.findall(r"[\d.]+", matrix[1]) == classified
+    (said,) = [note for name, _, note in table("docs/support.md") if name == "Python"]
+    assert re.findall(r"[\d.]+", said) == classified
+    assert PROJECT["requires-python"] == f">={classified[0]}"
+
+
+def test_the_nightly_run_takes_pre_releases_of_each_framework() -> None:
+    nightly = pinned("constraints-nightly.txt")
+    assert nightly.keys() == pinned("constraints-oldest.txt").keys()
+    assert all(each.specifier.prereleases for each in nightly.values())
+
+
+@pytest.mark.parametrize("file", [*PAGES, *WORKFLOWS], ids=lambda file: file.name)
+def test_commands_in_running_text_and_workflows_name_what_exists(file: Path) -> None:
+    for command in re.findall(r"(?:`|run: )((?:python|tox) [^`\n]+)", file.read_text()):
+        assert commands.absent(command) == []
+
+
+def test_all_workflows_and_forms_are_linted() -> None:
+    linted = (ROOT / "tox.ini").read_text().split("[testenv:lint]")[1].split("\n[")[0].split()
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert not {path.relative_to(ROOT).as_posix() for path in (*WORKFLOWS, *forms)} - set(linted)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if target.startswith("https://"):
