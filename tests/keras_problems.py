@@ -98,6 +98,33 @@ def keras_engine(kind: str, params: Sequence[np.ndarray], **hyper: Any) -> Any:
     return step, lambda: read(optimizer, variables)
 
 
+# Variables of many shapes, and gradients of theirs.
+_shapes = ((), (3,), (2, 1, 3), (0,))
+_draw = np.random.default_rng(3).standard_normal
+PARAMS = [_draw(shape) for shape in _shapes]
+GRADS = [[np.asarray(_draw(shape)) for shape in _shapes] for _ in range(12)]
+
+
+def numpy_run(kind: str, params: list[np.ndarray], grads: list[Any], **hyper: Any) -> list[dict[str, np.ndarray]]:
+    arrays = [np.array(param, np.float64) for param in params]
+    optimizer = getattr(vsgd.numpy, kind)(arrays, **hyper)
+    for each in grads:
+        optimizer.step([None if grad is None else np.asarray(grad, np.float64) for grad in each])
+    pairs = zip(arrays, optimizer.state, strict=True)
+    return [{"param": array, **{name: state[name] for name in KINDS[kind].state_names}} for array, state in pairs]
+
+
+def assert_equal_runs(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]], rtol: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            np.testing.assert_allclose(one[name], value, rtol=rtol, atol=rtol, err_msg=name)
+
+
+def as_dtype(arrays: list[Any], dtype: str) -> list[Any]:
+    return [None if array is None else np.asarray(array, dtype) for array in arrays]
+
+
 # A linear model with a mean squared error, so that NumPy knows each gradient.
 FEATURES, OUTPUTS, SAMPLES, BATCH = 5, 2, 64, 16
 _rng = np.random.default_rng(7)

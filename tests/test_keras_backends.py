@@ -17,7 +17,10 @@ from processes import run_python
 TESTS = Path(__file__).parent
 BACKENDS = ("tensorflow", "jax", "torch")
 FILES = (
-    *(f"tests/test_keras{name}.py" for name in ("", "_compact", "_monitor", "_prior", "_training", "_example")),
+    *(
+        f"tests/test_keras{name}.py"
+        for name in ("", "_base_class", "_compact", "_example", "_monitor", "_prior", "_saving", "_training")
+    ),
     "vsgd/keras.py",
     "vsgd/keras_monitor.py",
     "vsgd/keras_prior.py",

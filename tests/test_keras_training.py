@@ -1,4 +1,4 @@
-"""Training and saving Keras models with VSGD, on the backend of this process, as `test_keras.py`."""
+"""Training Keras models with VSGD, on the backend of this process, as `test_keras.py`."""
 
 from __future__ import annotations
 
@@ -62,34 +62,6 @@ def test_a_model_compiles_with_the_registered_name() -> None:
     assert type(model.optimizer) is VSGD
     fit(model, epochs=2)
     assert_weights(model, numpy_fit("VSGD", 2), atol=1e-5)
-
-
-@kinds
-def test_a_saved_model_continues_bit_by_bit(kind: str, tmp_path: Path) -> None:
-    # Not with an average of the weights: on JAX, Keras 3.15 then fails in the second fit, with Adam as well.
-    model = linear_model(make(kind, lr=0.05, weight_decay=0.01, clipnorm=1.0))
-    fit(model, epochs=3)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert type(loaded.optimizer) is type(model.optimizer)
-    assert loaded.optimizer.get_config() == model.optimizer.get_config()
-    for _ in range(2):
-        for ours, theirs in zip(
-            [*loaded.weights, *loaded.optimizer.variables], [*model.weights, *model.optimizer.variables], strict=True
-        ):
-            np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
-        assert fit(loaded, epochs=2) == fit(model, epochs=2)
-
-
-def test_weights_only_files_hold_the_optimizer_too(tmp_path: Path) -> None:
-    model = linear_model(make("VSGD"))
-    fit(model, epochs=2)
-    model.save_weights(tmp_path / "model.weights.h5")
-    other = linear_model(make("VSGD"))
-    other.optimizer.build(other.trainable_variables)
-    other.load_weights(tmp_path / "model.weights.h5")
-    for ours, theirs in zip(other.optimizer.variables, model.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
 
 
 def two_layers(**options: Any) -> Any:
