@@ -147,7 +147,7 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
     cls: type, foreach: bool, tensor_lr: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No CPU can capture a graph; that the step reads nothing back can be had here all the same.
-    monkeypatch.setattr("vsgd.torch._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("vsgd.torch_base._get_capturable_supported_devices", lambda: ["cpu"])
     monkeypatch.setattr("vsgd.backends.torch_blocks.CPU_BLOCK", 4)
     (params, _), (others, _) = problem(dtype=torch.float64), problem(dtype=torch.float64)
     lr = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01

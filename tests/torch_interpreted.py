@@ -15,6 +15,7 @@ from torch_optimizers import train
 
 import vsgd.numpy
 import vsgd.torch
+import vsgd.torch_base
 from vsgd import core, rounding
 from vsgd.backends import torch_engines, torch_foreach, torch_loop, torch_triton
 from vsgd.backends.torch_blocks import Leaf, Noise
@@ -253,7 +254,7 @@ def tables() -> None:
 
 def _run_on_the_cpu() -> None:
     torch_engines.FUSED["cpu"] = torch_engines.FUSED["cuda"]
-    vsgd.torch._get_capturable_supported_devices = lambda: ["cpu"]
+    vsgd.torch_base._get_capturable_supported_devices = lambda: ["cpu"]
 
 
 CHECKS = {check.__name__: check for check in (bits, alone, half, rounded, compact, capturable, layouts, tables)}

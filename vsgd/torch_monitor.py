@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vsgd import core
 from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
-from vsgd.torch import _RuleOptimizer
+from vsgd.torch_base import RuleOptimizer
 from vsgd.torch_posterior import scales_of
 
 __all__ = ["watch"]
@@ -68,7 +68,7 @@ def watch(
         >>> looks[0].step, list(looks[0].tensors)
         (2, ['weight'])
     """
-    if not isinstance(optimizer, _RuleOptimizer):
+    if not isinstance(optimizer, RuleOptimizer):
         raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
     core.validate(batch_size=batch_size)
     names = {param: name for name, param in named_parameters}
