@@ -29,7 +29,7 @@ if any(find_spec(name) is None for name in ("jax", "optax", "absl")):
 # Where the user names none: the first that is installed, in the order of how little else it loads.
 _keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
 if find_spec("keras") is None or not _keras_backends:
-    collect_ignore_glob += ["vsgd/keras*.py", "tests/keras_*.py"]
+    collect_ignore_glob += ["vsgd/keras*.py", "vsgd/backends/keras_*.py", "tests/keras_*.py"]
 else:
     os.environ.setdefault("KERAS_BACKEND", _keras_backends[0])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

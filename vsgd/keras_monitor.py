@@ -11,7 +11,8 @@ import numpy as np
 from keras import ops
 
 from vsgd import core
-from vsgd.keras import _RuleOptimizer
+from vsgd.keras_base import RuleOptimizer
+from vsgd.keras_posterior import real_states
 from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
 
 __all__ = ["MonitorCallback", "tensorboard_writer"]
@@ -98,7 +99,7 @@ class MonitorCallback(keras.callbacks.Callback):
         # On JAX, `self.model` brings the state back into the variables: not to be asked for at every batch.
         optimizer = self.model.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        if not isinstance(optimizer, _RuleOptimizer):
+        if not isinstance(optimizer, RuleOptimizer):
             raise TypeError(f"the model's optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
         return optimizer
 
@@ -107,7 +108,7 @@ def _blocks(optimizer: Any) -> Iterator[Block]:
     """The state of all variables, by dtype."""
     kinds: dict[str, list[tuple[str, list[tuple[Any, ...]]]]] = {}
     for index, variable in enumerate(optimizer._trainable_variables):
-        parts = optimizer._real_states(index)
+        parts = real_states(optimizer._states[index])
         if parts and ops.size(parts[0][0]):
             kinds.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
     for members in kinds.values():
