@@ -16,7 +16,7 @@ if find_spec("numba") is None:
 if find_spec("triton") is None:
     collect_ignore_glob += ["vsgd/backends/torch_triton.py", "tests/torch_interpreted.py"]
 if find_spec("jax") is None or find_spec("optax") is None:
-    collect_ignore_glob += ["vsgd/optax*.py", "tests/scaling/jax_*.py"]
+    collect_ignore_glob += ["vsgd/optax*.py", "vsgd/backends/jax_*.py", "tests/scaling/jax_*.py"]
 if find_spec("mlx") is None:
     collect_ignore_glob += ["vsgd/mlx.py"]
 if find_spec("tqdm") is None:

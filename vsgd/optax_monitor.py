@@ -13,9 +13,8 @@ import optax
 from vsgd import core
 from vsgd.monitor import Arrays, Block, Look, digest
 from vsgd.monitor import summarize as _summarize
-from vsgd.optax import _RULES, _scales_of
 from vsgd.optax_numbers import arithmetic_dtype, parts
-from vsgd.optax_posterior import map_states
+from vsgd.optax_posterior import map_states, scales_of
 
 __all__ = ["summarize"]
 
@@ -72,7 +71,7 @@ def summarize(
         >>> [look.step for look in looks], list(looks[0].tensors)
         ([2, 4], ['weight'])
     """
-    scales = _scales_of(prior_strength, variance_ratio, prior_shape)
+    scales = scales_of(prior_strength, variance_ratio, prior_shape)
     blocks = [
         Block(
             names=[name for name, _, _ in members],
@@ -92,7 +91,7 @@ def summarize(
 
 def _kinds(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, _State, Any]]]:
     """The parameters by rule, dtype, and whether they have a gradient: names, states and gradients."""
-    states = map_states(_RULES, opt_state, lambda rule, arrays: _State(rule, arrays))
+    states = map_states(opt_state, lambda rule, arrays: _State(rule, arrays))
     of_path = dict(jax.tree.leaves_with_path(grads))
     kinds: dict[Any, list[tuple[str, _State, Any]]] = {}
     for path, state in jax.tree.leaves_with_path(states, is_leaf=lambda node: isinstance(node, _State)):

@@ -1,7 +1,9 @@
-"""Numbers of JAX as the core takes them: real, and float32 at least."""
+"""Numbers of JAX as the core takes them: arrays real and float32 at least, hyperparameters in the arithmetic's dtype."""
 
 from __future__ import annotations
 
+import sys
+from numbers import Real
 from typing import Any
 
 import jax
@@ -25,3 +27,36 @@ def arithmetic_dtype(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.dtype(jnp.complex128 if double else jnp.complex64)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def dtype_of(array: Any) -> Any:
+    """The dtype of an array, of what only describes one, or of a number."""
+    return array.dtype if hasattr(array, "dtype") else jnp.result_type(array)
+
+
+def weakly_typed(*values: Any) -> tuple[Any, ...]:
+    """Numbers as Python's own floats, which take on an array's dtype; NumPy's would widen it, and a large integer overflow."""
+    return tuple(float(value) if isinstance(value, Real) and _is_foreign(value) else value for value in values)
+
+
+def _is_foreign(value: Any) -> bool:
+    return hasattr(value, "dtype") or (isinstance(value, int) and 2**31 <= abs(value) <= sys.float_info.max)
+
+
+def in_dtype(hyper: Any, dtype: Any) -> Any:
+    """Hyperparameters that are arrays in the dtype of the arithmetic; numbers take it on by themselves."""
+    return hyper._replace(
+        **{
+            name: _array_in_dtype(name, value, dtype)
+            for name, value in hyper._asdict().items()
+            if not (value is None or isinstance(value, Real))
+        }
+    )
+
+
+def _array_in_dtype(name: str, value: Any, dtype: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    if name == "prior_strength" and value.dtype == jnp.float16:
+        # `inject_hyperparams` rounds to the parameters' dtype: 1e-8 to 0, at which all is NaN.
+        return jnp.maximum(value.astype(dtype), float(jnp.finfo(value.dtype).smallest_subnormal))
+    return value.astype(dtype)
