@@ -45,7 +45,7 @@ def test_no_command_hides_in_an_indented_block(page: Path) -> None:
 def test_a_snippet_is_skipped_for_want_of_packages_alone_that_one_environment_requires(page: Path) -> None:
     tox = ConfigParser(interpolation=None)
     tox.read(pages.ROOT / "tox.ini", encoding="utf-8")
-    required = set(re.search(r'--require "(.+?)[;"]', tox["testenv:all"]["commands"])[1].split(","))
+    required = set(re.search(r'--require "(.+?)[;"]', tox["all"]["pytest"])[1].split(","))
     for region in DirectiveInHTMLCommentLexer("skip")(pages.snippets.parse(page)):
         if region.lexemes["arguments"] != "end":
             condition = re.fullmatch(r"(?:start|next) if\(missing\((.+)\)\)", region.lexemes["arguments"])
