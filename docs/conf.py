@@ -12,7 +12,7 @@ version = release = vsgd.__version__
 html_title = "vsgd"
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # MyST for the pages too
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -27,6 +27,7 @@ default_role = "code"  # docstrings have Markdown's single backticks
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
+nb_execution_mode = "off"  # a notebook's outputs are kept in it
 copybutton_prompt_text = ">>> "
 copybutton_copy_empty_lines = False
 linkcheck_retries = 3  # `tox run -e docs-links`

@@ -136,7 +136,7 @@ def test_all_workflows_and_forms_are_linted() -> None:
     assert not {path.relative_to(ROOT).as_posix() for path in (*WORKFLOWS, *forms)} - set(linted)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").rglob("*.ipynb"))], ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if target.startswith("https://"):
