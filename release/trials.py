@@ -42,6 +42,7 @@ TRIALS = {
     "optax": Trial(("optax",)),
     "mlx": Trial(("mlx",)),
     "keras": Trial(("keras",), keras_backend="jax"),
+    "notebooks": Trial(("numpy",), tests=("tests/test_notebooks.py",)),
     "examples": Trial(("torch-fused",), tests=("tests/test_quickstart.py",)),
     "experiments": Trial(("torch-fused", "keras"), tests=("tests/experiments/test_tasks.py",), keras_backend="torch"),
 }
