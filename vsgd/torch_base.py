@@ -328,8 +328,7 @@ def _has_nonzero(grad: Tensor) -> bool:
     """Whether any element of a gradient, on any process, is known not to be 0."""
     if grad.is_meta:
         return True
-    nonzero = (grad != 0).sum()
-    return bool(nonzero.full_tensor() if hasattr(nonzero, "full_tensor") else nonzero)
+    return bool(torch_posterior.sum_of_shards(grad != 0))
 
 
 def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:

@@ -43,7 +43,7 @@ def noise_scales(rule: core.Rule, groups: Groups, states: States, batch_size: fl
     """
     core.validate(batch_size=batch_size)
     tensors = {
-        param: noise_scale(_real_posterior(rule, group, state), batch_size, _sum)
+        param: noise_scale(_real_posterior(rule, group, state), batch_size, sum_of_shards)
         for group, param, state in _stepped(groups, states)
     }
     if not tensors:
@@ -56,7 +56,8 @@ def noise_scales(rule: core.Rule, groups: Groups, states: States, batch_size: fl
 def surprises(rule: core.Rule, groups: Groups, states: States) -> dict[Tensor, Tensor]:
     """The mean surprise of each parameter that has state and a gradient."""
     return {
-        param: _sum(surprise(_gradient(group, param), _real_state(rule, state), scales_of(rule, group))) / _count(param)
+        param: sum_of_shards(surprise(_gradient(group, param), _real_state(rule, state), scales_of(rule, group)))
+        / _count(param)
         for group, param, state in _stepped(groups, states)
         if param.grad is not None
     }
@@ -95,7 +96,7 @@ def _count(param: Tensor) -> int:
     return param.numel() * (2 if param.is_complex() else 1)
 
 
-def _sum(values: Tensor) -> Tensor:
-    """The sum over all shards, where there are shards."""
+def sum_of_shards(values: Tensor) -> Tensor:
+    """The sum of a tensor's elements, over all shards where there are shards; 0-d, on every process."""
     total: Any = values.sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total

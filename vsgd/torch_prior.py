@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vsgd import prior
-from vsgd.torch_posterior import _sum
+from vsgd.torch_posterior import sum_of_shards
 
 Gradients = Iterable[Tensor | None] | Mapping[Any, Tensor | None]
 
@@ -47,7 +47,7 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
         ...         yield torch.autograd.grad(loss, list(model.parameters()))
         >>> optimizer = VSGD(model.parameters(), prior_strength=prior_strength_from(gradients()))
     """
-    return prior.prior_strength_from(gradients, scale, prior.of_list(_leaf), lambda sizes: _sum(sizes).item())
+    return prior.prior_strength_from(gradients, scale, prior.of_list(_leaf), lambda sizes: sum_of_shards(sizes).item())
 
 
 def _leaf(name: str, grad: Any) -> prior.Leaf:
