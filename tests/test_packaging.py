@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -147,3 +148,20 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         if anchor:  # else it may be a picture
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+def public_names(path: Path) -> set[str]:
+    """A module's `__all__`, without an import, for its framework may be missing."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    told = dict(re.findall(r"automodule:: vsgd\.(\w+)\n   :members: (.+)", text))
+    public = {path.stem: names for path in (ROOT / "vsgd").glob("*.py") if (names := public_names(path))}
+    assert len(public) >= 5
+    for module, names in public.items():
+        assert names == set(told[module].split(", ")), module
