@@ -38,7 +38,7 @@ def posterior(
         float64 parameters, else float32. A parameter that is masked out keeps its `optax.MaskedNode`.
 
     Raises:
-        ValueError: there is no state of VSGD.
+        ValueError: there is no state of VSGD, or a hyperparameter, given as a Python number, is out of its range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,7 +79,8 @@ def noise_scale(
         The estimates overall and, in `tensors`, in a tree like the parameters'.
 
     Raises:
-        ValueError: there is no state of VSGD, or `batch_size`, as a Python number, is out of its range.
+        ValueError: there is no state of VSGD; or `batch_size` or a hyperparameter, given as a Python number, is out of its
+            range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,7 +125,7 @@ def surprise(
         model fits. Of a parameter that is masked out it has the `optax.MaskedNode`.
 
     Raises:
-        ValueError: there is no state of VSGD.
+        ValueError: there is no state of VSGD, or a hyperparameter, given as a Python number, is out of its range.
     """
     scales = scales_of(prior_strength, variance_ratio, prior_shape)
 
