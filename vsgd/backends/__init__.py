@@ -2,9 +2,9 @@
 
 A backend is one of two things:
 
-- an array namespace: an object `xp` with `sqrt`, whose arrays have arithmetic operators. `numpy`, `torch`, `jax.numpy` and
-  `keras.ops` are such namespaces as they are; `torch_foreach` adds lists of tensors, `jax_rounding` and `keras_arrays` what
-  these two lack for stochastic rounding.
+- an array namespace: an object `xp` with `sqrt`, whose arrays have arithmetic operators. `numpy`, `torch`, `jax.numpy`,
+  `mlx.core` and `keras.ops` are such namespaces as they are; `torch_foreach` adds lists of tensors, `jax_rounding` and
+  `keras_arrays` what JAX and Keras lack for stochastic rounding.
 - a compiler or scheduler of the core's update: `numba_cpu` and `torch_triton` compile it into one loop over many tensors,
   `torch_loop` runs it block by block.
 
