@@ -182,7 +182,14 @@ def _prior_shape(hyper: Hyperparameters | ConstantHyperparameters) -> float:
 
 
 def shape(hyper: Hyperparameters) -> float:
-    """The shape `a` of both Gamma posteriors: a variance is its rate `b` over `a`."""
+    """The shape `a` of both Gamma posteriors: a variance is its rate `b` over `a`.
+
+    Args:
+        hyper: of VSGD; numbers or 0-d arrays.
+
+    Returns:
+        A number without unit, or a 0-d array.
+    """
     return _prior_shape(hyper) + 0.5 + _SHAPE_OFFSET / 2
 
 
@@ -259,7 +266,14 @@ class ConstantCoefficients(NamedTuple):
 
 
 def constant_shape(hyper: ConstantHyperparameters) -> float:
-    """The shape `a` of the Gamma posterior of Constant VSGD's one precision."""
+    """The shape `a` of the Gamma posterior of Constant VSGD's one precision.
+
+    Args:
+        hyper: of Constant VSGD; numbers or 0-d arrays.
+
+    Returns:
+        A number without unit, or a 0-d array.
+    """
     return _prior_shape(hyper) + 1 + _SHAPE_OFFSET
 
 
@@ -303,7 +317,17 @@ def _make_constant_update(xp: Any) -> Update:
 
 
 def descend(param: Array, direction: Array, lr: Array, decay: Array) -> Array:
-    """Step a parameter: `theta' = theta * decay - lr * direction`, where `decay = 1 - lr * weight_decay` as in AdamW."""
+    """Step a parameter: `theta' = theta * decay - lr * direction`.
+
+    Args:
+        param: of real numbers, in the dtype of the arithmetic.
+        direction: what the update gave, of the parameter's shape and dtype.
+        lr: the step size; a number or a 0-d array.
+        decay: `1 - lr * weight_decay`, as in AdamW; likewise.
+
+    Returns:
+        The new parameter.
+    """
     return param * decay - lr * direction
 
 

@@ -56,7 +56,8 @@ def summarize(
         What is seen, by the parameters' places in their tree, for `vsgd.monitor.Monitor.record`, which smooths the noise scale.
 
     Raises:
-        ValueError: there is no state of VSGD, or `batch_size` is out of its range.
+        ValueError: there is no state of VSGD; or `batch_size` or a hyperparameter, given as a Python number, is out of its
+            range.
 
     Example:
         >>> from vsgd.monitor import Monitor

@@ -71,7 +71,14 @@ def prior_strength_from(
 
 
 def of_list(leaf: Callable[[str, Any], Leaf]) -> Callable[[str, Any], Iterator[Leaf]]:
-    """The gradients of a mini-batch that is a list or a dict of them, None among them, given what each is."""
+    """How to take the gradients of a mini-batch that is a list or a dict of them, None among them.
+
+    Args:
+        leaf: `leaf(name, grad)` makes a `Leaf` of one gradient, or raises a `ValueError` that names it.
+
+    Returns:
+        `leaves(name, batch)` for `prior_strength_from`, which raises a `ValueError` where the batch is neither.
+    """
 
     def leaves(name: str, batch: Any) -> Iterator[Leaf]:
         if not isinstance(batch, Iterable) or hasattr(batch, "shape"):
