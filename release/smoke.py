@@ -1,7 +1,7 @@
-"""Whether an installed vsgd works: `python -m release.smoke VERSION ADAPTER ...`.
+"""Whether an installed vsgd works: `python -P release/smoke.py VERSION ADAPTER ...`.
 
-It needs nothing but what is to be tried out, and must not run beside the package's source, which would be imported instead.
-Each adapter takes the steps of a golden trajectory, of the authors' code, in float64.
+It needs nothing but what is to be tried out. Each adapter takes the steps of a golden trajectory, of the authors' code, in
+float64.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Each extra of the wheel and of the sdist gets an environment of its own, one at 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +23,7 @@ class Trial(NamedTuple):
     """What must work with one extra, and nothing else, installed.
 
     Attributes:
-        adapters: those that `release.smoke` is to step.
+        adapters: those that `release/smoke.py` is to step.
         tests: of the sdist, to be run after that.
         keras_backend: what the user brings to Keras.
     """
@@ -83,7 +82,7 @@ def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
         artifact: a wheel or an sdist.
         extra: of `TRIALS`.
         version: the artifact's.
-        source: the unpacked sdist without the package, where the commands run.
+        source: the unpacked sdist, where the commands run.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
@@ -98,13 +97,14 @@ def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
         python = os.path.join(sysconfig.get_path("scripts", "venv", {"base": folder}), "python")
 
         def run(*arguments: str) -> None:
-            subprocess.run([python, "-m", *arguments], cwd=source, env=variables, check=True)
+            # -P, lest the sdist's own package is imported instead of what is installed.
+            subprocess.run([python, "-P", *arguments], cwd=source, env=variables, check=True)
 
-        run("pip", "install", "--quiet", "--no-compile", f"{artifact.resolve()}{f'[{extra}]' if extra else ''}", *brought)
-        run("release.smoke", version, *trial.adapters)
+        run("-m", "pip", "install", "--quiet", "--no-compile", f"{artifact.resolve()}{f'[{extra}]' if extra else ''}", *brought)
+        run("release/smoke.py", version, *trial.adapters)
         if trial.tests:
-            run("pip", "install", "--quiet", "--no-compile", *_TEST_TOOLS)
-            run("pytest", "--quiet", *trial.tests)
+            run("-m", "pip", "install", "--quiet", "--no-compile", *_TEST_TOOLS)
+            run("-m", "pytest", "--quiet", *trial.tests)
 
 
 def main(dist: Path) -> None:
@@ -122,7 +122,6 @@ def main(dist: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = unpacked(sdist, Path(folder))
         check_contents(wheel, source)
-        shutil.rmtree(source / "vsgd")  # so that it is not imported instead of what is installed
         for artifact in (wheel, sdist):
             for extra in TRIALS:
                 print(f"\n{artifact.name}, {extra or 'no extra'}", flush=True)
