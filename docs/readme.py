@@ -19,9 +19,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.report import replace_section, table
 from benchmarks.timing import paired_ratio
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
-from experiments.report import told, verdict
+from experiments.paper_report import MISSING
+from experiments.report import in_a_word, told
 from experiments.spread import FOLDER, Store
-from experiments.statistics import paired_difference
 from experiments.tasks import TASKS
 
 DOCS = Path(__file__).parent
@@ -118,12 +118,9 @@ def _beside(comparison: Comparison) -> Iterator[str]:
     for other in OTHERS:
         theirs = told(comparison, WIDEST, other)
         if ours is None or theirs is None:
-            yield "not run yet"
+            yield MISSING
             continue
-        words = []
-        for split, name in (("train", "loss"), ("test", metric)):
-            pair = ours.values(split, name), theirs.values(split, name)
-            words.append("diverged" if None in pair else verdict(paired_difference(pair[0] or [], pair[1] or []), name))
+        words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", metric))]
         yield f"{theirs.mean('test', metric)} ({', '.join(words)})"
 
 
@@ -138,7 +135,7 @@ def results(store: Store) -> str:
         comparison = Comparison(task, store.find)
         ours = told(comparison, WIDEST, "vsgd")
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = "not run yet" if ours is None else ours.mean("test", task.metric)
+        mean = MISSING if ours is None else ours.mean("test", task.metric)
         rows.append([f"{task.title}, {unit}", mean, *_beside(comparison)])
     return table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
 

@@ -112,7 +112,15 @@ def _in_full(ours: Told, theirs: Told | None, split: str, metric: str) -> str:
     return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {verdict(found, metric)}"
 
 
-def _in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -> str:
+def in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -> str:
+    """Whether the first is better than the other, or why that cannot be told.
+
+    Args:
+        ours: the first; None while runs are missing.
+        theirs: the other, likewise.
+        split: whose metric.
+        metric: "loss" or "accuracy".
+    """
     found = MISSING if ours is None or theirs is None else _difference(ours, theirs, split, metric)
     return found if isinstance(found, str) else verdict(found, metric)
 
@@ -175,7 +183,7 @@ def summary(arm: str, found: Sequence[Comparison]) -> str:
         ours, cells = told(comparison, arm, OURS), [comparison.task.title]
         for other in others:
             theirs = told(comparison, arm, other)
-            words = [_in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", comparison.task.metric))]
+            words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", comparison.task.metric))]
             for counter, word in zip(counts[other], words, strict=True):
                 counter[word] += 1
             cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))

@@ -11,6 +11,7 @@ from benchmarks.report import replace_section, table
 from experiments import tasks
 from experiments.comparison import Setting, Trial
 from experiments.paper_report import MISSING
+from experiments.report import Told
 from experiments.spread import Store, perform_all
 
 #: Of the records, in the folder of results.
@@ -122,15 +123,10 @@ class Tried(NamedTuple):
         return f"{statistics.fmean(differences):+.2g} ({low:+.2g} to {high:+.2g})"
 
 
-def _tried(found: Sequence[Sequence[Mapping[str, Any] | None]], split: str, metric: str) -> Tried:
-    scale = 100 if metric == "accuracy" else 1
-
-    def values(records: Sequence[Mapping[str, Any] | None]) -> list[float] | None:
-        if any(record is None or record["final"] is None for record in records):
-            return None
-        return [scale * record["final"][split][metric] for record in records if record is not None]
-
-    return Tried([values(records) for records in found], -1 if metric == "accuracy" else 1)
+def _tried(found: Sequence[Sequence[Any]], split: str, metric: str) -> Tried:
+    told = [None if None in records else Told(trial, records) for trial, records in zip(TRIALS, found, strict=True)]
+    values = [None if each is None else each.values(split, metric) for each in told]
+    return Tried(values, -1 if metric == "accuracy" else 1)
 
 
 def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> Iterator[list[str]]:

@@ -156,3 +156,13 @@ def numpy_fit(kind: str, epochs: int, **hyper: Any) -> tuple[np.ndarray, np.ndar
             error = 2 * (x @ kernel + bias - y) / y.size
             optimizer.step([x.T @ error, error.sum(0)])
     return kernel, bias
+
+
+def assert_continues(loaded: Any, model: Any) -> None:
+    """A loaded model has the weights and the state of the one that was saved, and after a fit of both still has."""
+    for _ in range(2):
+        for ours, theirs in zip(
+            [*loaded.weights, *loaded.optimizer.variables], [*model.weights, *model.optimizer.variables], strict=True
+        ):
+            np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
+        assert fit(loaded, epochs=2) == fit(model, epochs=2)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import loaded
 
 for package in ("matplotlib", "scipy", "tqdm"):
     pytest.importorskip(package)
@@ -17,13 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "docs" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def readme() -> Iterator[ModuleType]:
+    with loaded(ROOT / "docs" / "readme.py") as module:
+        yield module
 
 
 def test_the_readme_is_as_its_script_writes_it(readme: ModuleType, tmp_path: Path) -> None:
