@@ -13,7 +13,7 @@ for package in ("matplotlib", "scipy", "tqdm"):
 
 from made_up_runs import Surface, distance, diverged, middle, record  # noqa: E402
 
-from experiments import report, spread, tasks  # noqa: E402
+from experiments import figures, report, spread, tasks  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
 from experiments.comparison import ARMS, ENTRANTS, TEST_SEEDS, Comparison, Setting  # noqa: E402
 from experiments.statistics import Difference  # noqa: E402
@@ -105,6 +105,20 @@ def test_the_summary_counts_vsgd_beside_each_other_one() -> None:
 )
 def test_verdicts(difference: Difference, metric: str, word: str) -> None:
     assert report.verdict(difference, metric) == word
+
+
+def test_plots_show_where_everyone_ends_losing_ones_too() -> None:
+    import matplotlib.pyplot as plt
+
+    found = on(LOSS, lambda setting: record(LOSS, 9.0) if setting.entrant == "sgd" else run(setting))
+    figure, axes = plt.subplots()
+    assert figures._curves(axes, found)
+    ends = [line.get_ydata()[-1] for line in axes.get_lines()]
+    plt.close(figure)
+    # Everyone's line, and the target's.
+    assert len(ends) == len(ENTRANTS) + 1
+    low, high = axes.get_ylim()
+    assert low < min(ends) < 1 < max(ends) == 9.0 < high
 
 
 def test_steps_are_to_the_target_and_runs_that_never_arrive_count() -> None:
