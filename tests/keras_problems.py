@@ -10,13 +10,12 @@ import keras
 import numpy as np
 import pytest
 from engines import x64
+from rules import RULES
 
 import vsgd.keras
 import vsgd.numpy
-from vsgd import core
 
 BACKEND = keras.backend.backend()
-KINDS = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 
 
 @contextlib.contextmanager
@@ -56,7 +55,7 @@ def to_numpy(variable: Any) -> np.ndarray:
 def read(optimizer: Any, variables: Sequence[Any]) -> list[dict[str, np.ndarray]]:
     """The value and state of each variable, the state found by its name among the optimizer's variables."""
     named = {variable.name: variable for variable in optimizer.variables}
-    names = KINDS[type(optimizer).__name__].state_names
+    names = RULES[type(optimizer).__name__].state_names
     return [{"param": to_numpy(each), **{name: to_numpy(named[f"{each.name}_{name}"]) for name in names}} for each in variables]
 
 
@@ -111,7 +110,7 @@ def numpy_run(kind: str, params: list[np.ndarray], grads: list[Any], **hyper: An
     for each in grads:
         optimizer.step([None if grad is None else np.asarray(grad, np.float64) for grad in each])
     pairs = zip(arrays, optimizer.state, strict=True)
-    return [{"param": array, **{name: state[name] for name in KINDS[kind].state_names}} for array, state in pairs]
+    return [{"param": array, **{name: state[name] for name in RULES[kind].state_names}} for array, state in pairs]
 
 
 def assert_equal_runs(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]], rtol: float) -> None:

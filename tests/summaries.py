@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vsgd import core
 from vsgd.monitor import Summary
-
-KINDS = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 
 
 def check(found: Summary, posteriors: list[Any], scale: Any, surprise: float | None) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rules import RULES
 
 from vsgd import core
-
-RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 
 
 def modules_after(statement: str) -> set[str]:

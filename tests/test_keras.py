@@ -16,7 +16,6 @@ keras = pytest.importorskip("keras")
 from keras_problems import (  # noqa: E402
     BACKEND,
     GRADS,
-    KINDS,
     PARAMS,
     allow_float64,
     as_dtype,
@@ -31,6 +30,7 @@ from keras_problems import (  # noqa: E402
     to_numpy,
     variables_of,
 )
+from rules import RULES  # noqa: E402
 from test_extremes import GRADIENTS, assert_sound  # noqa: E402
 
 import vsgd.numpy  # noqa: E402
@@ -38,7 +38,7 @@ from vsgd import core  # noqa: E402
 from vsgd.keras import VSGD, ConstantVSGD  # noqa: E402
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -164,7 +164,7 @@ def test_half_precision_variables_have_float32_state(kind: str, name: str) -> No
         arrays[0][...] = arrays[0].astype(half).astype(np.float32)
     (ours,) = read(optimizer, variables)
     assert variables[0].dtype == name
-    for state_name in KINDS[kind].state_names:
+    for state_name in RULES[kind].state_names:
         assert ours[state_name].dtype == np.float32
         np.testing.assert_allclose(ours[state_name], reference.state[0][state_name], rtol=1e-5)
     np.testing.assert_array_equal(ours["param"].astype(np.float32), arrays[0])

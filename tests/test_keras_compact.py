@@ -14,7 +14,6 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from keras_problems import (  # noqa: E402
     BACKEND,
-    KINDS,
     allow_float64,
     assert_continues,
     fit,
@@ -28,10 +27,11 @@ from keras_problems import (  # noqa: E402
     to_numpy,
     variables_of,
 )
+from rules import RULES  # noqa: E402
 
 from vsgd import core  # noqa: E402
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 SHAPES = ((), (5,), (6, 7, 50), (0,))
 COMPACT: dict[str, Any] = {"state_dtype": "bfloat16", "stochastic_rounding": True}
 
@@ -77,7 +77,7 @@ def run(kind: str, dtype: str, steps: int, how: Any = eager_apply, **options: An
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @kinds
 def test_each_step_rounds_as_the_definition_says(kind: str, dtype: str, jitted: bool, seed: int) -> None:
-    rule, lr, decay = KINDS[kind], 0.0625, 0.125
+    rule, lr, decay = RULES[kind], 0.0625, 0.125
     variables = variables_of(arrays(0, dtype))
     optimizer = make(kind, lr=lr, weight_decay=decay, seed=seed, **COMPACT)
     optimizer.build(variables)

@@ -11,7 +11,8 @@ import pytest
 
 keras = pytest.importorskip("keras")
 
-from keras_problems import BACKEND, BATCH, KINDS, X, Y, linear_model, make, to_numpy  # noqa: E402
+from keras_problems import BACKEND, BATCH, X, Y, linear_model, make, to_numpy  # noqa: E402
+from rules import RULES  # noqa: E402
 
 from vsgd.keras_monitor import MonitorCallback, tensorboard_writer  # noqa: E402
 from vsgd.monitor import Look, Monitor, Summary  # noqa: E402
@@ -27,7 +28,7 @@ def watched(optimizer: Any, every: int, epochs: int, *sinks: Any, **options: Any
     return model, looks
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RULES)
 def test_what_is_seen_is_what_the_posterior_says(kind: str) -> None:
     # The last look is after the last batch, so that the optimizer still has what was seen.
     model, looks = watched(make(kind), 6, 3)

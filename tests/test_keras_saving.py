@@ -15,7 +15,6 @@ keras = pytest.importorskip("keras")
 
 from keras_problems import (  # noqa: E402
     GRADS,
-    KINDS,
     PARAMS,
     as_dtype,
     assert_continues,
@@ -27,10 +26,11 @@ from keras_problems import (  # noqa: E402
     to_numpy,
     variables_of,
 )
+from rules import RULES  # noqa: E402
 
 from vsgd.keras import VSGD, ConstantVSGD  # noqa: E402
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
 def continued(kind: str, restore: Any) -> None:

@@ -15,7 +15,6 @@ from keras_problems import (  # noqa: E402
     BACKEND,
     BIAS,
     KERNEL,
-    KINDS,
     X,
     Y,
     fit,
@@ -28,10 +27,11 @@ from keras_problems import (  # noqa: E402
     to_numpy,
     variables_of,
 )
+from rules import RULES  # noqa: E402
 
 from vsgd.keras import VSGD, ConstantVSGD  # noqa: E402
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
 def assert_weights(model: Any, expected: tuple[np.ndarray, np.ndarray], atol: float) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from summaries import KINDS, check
+from rules import RULES
+from summaries import check
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
 @kinds

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import AVAILABLE, ENGINES
+from rules import RULES
 
 from vsgd import core
 from vsgd.outliers import rule_of
@@ -56,7 +57,7 @@ def test_one_corrupted_batch_ruins_b_without_it_and_not_with_it(engine: str) -> 
 @engines
 @kinds
 def test_what_is_cut_is_cut_to_the_limit(engine: str, kind: str) -> None:
-    rule = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}[kind]
+    rule = RULES[kind]
     before = run(engine, kind, gradients(20), outlier_threshold=3.0)
     state = tuple(before[name] for name in rule.state_names)
     limit = 3.0 * np.sqrt(predicted_variance(state, rule.variance_scales(rule.hyperparameters())))

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rules import RULES
 
 import vsgd.numpy
-from vsgd import core
 from vsgd.posterior import NoiseScale, Posterior, noise_scale, posterior, predicted_variance, surprise
 
-KINDS = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
 def stepped(kind: str, dtype: str = "float64", steps: int = 7) -> tuple[Any, list[np.ndarray]]:
@@ -188,7 +187,7 @@ def in_optax(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[P
     params = [jnp.asarray(param) for param in optimizer.params]
     # In parts, each with a mask, one within a chain: the parameters' tree is put together again.
     solver = optax.multi_transform({"a": optax.chain(optax.identity(), make()), "b": make()}, ["a", "b", "a"])
-    trees = [[jnp.asarray(state[name]) for state in optimizer.state] for name in KINDS[kind].state_names]
+    trees = [[jnp.asarray(state[name]) for state in optimizer.state] for name in RULES[kind].state_names]
     kinds = (ours.ScaleByVsgdState, ours.ScaleByConstantVsgdState)
 
     def fill(node: Any) -> Any:
@@ -219,7 +218,7 @@ def in_keras(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[P
         ours = make(kind, prior_strength=1e-3, variance_ratio=4.0)
         ours.build(variables)
         for states, values in zip(ours._states, optimizer.state, strict=True):
-            for state, name in zip(states, KINDS[kind].state_names, strict=True):
+            for state, name in zip(states, RULES[kind].state_names, strict=True):
                 state.assign(tensors([values[name]])[0])
         known = [Posterior(*map(to_numpy, ours.posterior(variable))) for variable in variables]
         overall = ours.noise_scale(batch_size=8).overall
@@ -338,3 +337,14 @@ def test_optax_has_no_surprise_of_what_is_masked_out() -> None:
     alone = vsgd.optax.surprise({"a": jnp.ones(3)}, vsgd.optax.scale_by_vsgd().init({"a": params["a"]}))
     assert told["a"] == alone["a"]
     assert isinstance(told["b"], optax.MaskedNode)
+
+
+def test_mlx_takes_the_state_of_one_parameter() -> None:
+    mx = pytest.importorskip("mlx.core")
+    from vsgd.mlx import VSGD, ConstantVSGD
+
+    optimizer, other = VSGD(), ConstantVSGD()
+    other.init({"weight": mx.ones(2)})
+    for state in (other.state, other.state["weight"]):
+        with pytest.raises(ValueError, match=r"state has \[.*\], but must be one parameter's: \['b_g', 'b_ghat', 'mu_g'\]"):
+            optimizer.posterior(state)

@@ -12,11 +12,11 @@ from engines import AVAILABLE, ENGINES, HAS_TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from rules import RULES
 
 from vsgd import core
 
-KINDS = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
-kinds = st.sampled_from(sorted(KINDS))
+kinds = st.sampled_from(sorted(RULES))
 # Compilers contract and vectorize by an array's shape.
 BITWISE = [name for name in AVAILABLE if name not in ("torch-fused", "optax-jit")]
 bitwise_engines = st.sampled_from(BITWISE)
@@ -52,7 +52,7 @@ def test_elements_are_independent_of_their_neighbours_and_order(
     (plain,) = run(engine, kind, [[grad] for grad in grads])
     (permuted,) = run(engine, kind, [[grad[order]] for grad in grads])
     alone = run(engine, kind, [[np.array([element]) for element in grad] for grad in grads])
-    for name in ("param", *KINDS[kind].state_names):
+    for name in ("param", *RULES[kind].state_names):
         np.testing.assert_array_equal(plain[name][order], permuted[name])
         np.testing.assert_array_equal(plain[name], np.concatenate([param[name] for param in alone]))
 
@@ -64,7 +64,7 @@ def test_splitting_stacking_and_reshaping_change_no_bit(kind: str, engine: str, 
     head, tail = run(engine, kind, [[grad[:at], grad[at:]] for grad in grads])
     (shaped,) = run(engine, kind, [[grad.reshape(2, 3, 2)] for grad in grads])
     (transposed,) = run(engine, kind, [[grad.reshape(4, 3).T] for grad in grads])
-    for name in ("param", *KINDS[kind].state_names):
+    for name in ("param", *RULES[kind].state_names):
         np.testing.assert_array_equal(plain[name], np.concatenate([head[name], tail[name]]))
         np.testing.assert_array_equal(plain[name], shaped[name].ravel())
         np.testing.assert_array_equal(plain[name], transposed[name].T.ravel())
@@ -74,7 +74,7 @@ def test_splitting_stacking_and_reshaping_change_no_bit(kind: str, engine: str, 
 @given(kind=kinds, grads=gradients(3, np.float64), power=st.integers(-20, 20))
 def test_the_model_has_no_unit_but_the_gradients(kind: str, grads: np.ndarray, power: int) -> None:
     # Gradient and eps times s, rates and prior times s^2: for s a power of two not one bit of the direction changes.
-    rule = KINDS[kind]
+    rule = RULES[kind]
     hyper = rule.hyperparameters()
     update = rule.make_update(np)
     s = 2.0**power
@@ -130,7 +130,7 @@ def test_in_float32_rates_stay_positive_and_the_gain_between_0_and_1(kind: str, 
     for grad in grads:
         step([grad])
         (state,) = read()
-        rates = [state[name] for name in KINDS[kind].state_names if name.startswith("b")]
+        rates = [state[name] for name in RULES[kind].state_names if name.startswith("b")]
         assert all((rate > 0).all() for rate in rates)
         if kind == "VSGD":
             gain = rates[0] / (rates[0] + rates[1])

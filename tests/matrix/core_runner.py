@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matrix.experiments import LR, Snapshot, of_steps
+from rules import RULES
 
 from vsgd import core
 from vsgd.outliers import rule_of
 from vsgd.posterior import posterior
-
-RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 
 
 def _as_they_are(arrays: list[Any]) -> list[Any]:

@@ -25,13 +25,10 @@ from matrix.experiments import (
     training,
 )
 from matrix.numpy_runners import NumpyRunner
+from rules import RULES
 from trajectories import deviation, golden
 
-from vsgd import core
 from vsgd.posterior import Posterior
-
-STATE = {"VSGD": core.VSGD.state_names, "ConstantVSGD": core.CONSTANT_VSGD.state_names}
-
 
 CELLS = [
     pytest.param(
@@ -62,7 +59,7 @@ def compared(experiment: Experiment) -> set[str]:
     """The names of the arrays of each parameter."""
     if experiment.reads == "posterior":
         return set(Posterior._fields)
-    return {"param"} if experiment.case is None else {"param", *STATE[experiment.kind]}
+    return {"param"} if experiment.case is None else {"param", *RULES[experiment.kind].state_names}
 
 
 @pytest.mark.parametrize(("name", "device", "dtype", "experiment"), CELLS)
