@@ -11,7 +11,6 @@ keras = pytest.importorskip("keras")
 from keras_problems import (  # noqa: E402
     BACKEND,
     GRADS,
-    KINDS,
     PARAMS,
     as_dtype,
     assert_equal_runs,
@@ -25,11 +24,12 @@ from keras_problems import (  # noqa: E402
     to_numpy,
     variables_of,
 )
+from rules import RULES  # noqa: E402
 
 import vsgd.numpy  # noqa: E402
 from vsgd import core  # noqa: E402
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
 @pytest.mark.parametrize("clip", [{"clipnorm": 0.5}, {"clipvalue": 0.3}, {"global_clipnorm": 0.7}], ids=str)
@@ -159,6 +159,21 @@ def test_a_variable_that_its_gradient_overwrites_has_no_state() -> None:
     assert to_numpy(scale) == 5
     assert [each.name for each in optimizer.variables] == ["iteration", "learning_rate", "p0_mu_g", "p0_b_g", "p0_b_ghat"]
     np.testing.assert_allclose(to_numpy(plain), numpy_run("VSGD", [np.ones(2)], [[np.ones(2)]])[0]["param"], rtol=1e-6)
+    assert optimizer.noise_scale(batch_size=8).tensors[1] is None
+    surprise, none = optimizer.surprise(tensors([np.ones(2, np.float32), np.asarray(5.0, np.float32)]), [plain, scale])
+    assert to_numpy(surprise) > 0
+    assert none is None
+    with pytest.raises(ValueError, match="variable is p1, which its gradient overwrites, but must be one that is stepped"):
+        optimizer.posterior(scale)
+
+
+def test_without_a_variable_that_is_stepped_there_is_no_noise_scale() -> None:
+    (scale,) = variables_of([np.ones((), np.float32)])
+    scale.overwrite_with_gradient = True
+    optimizer = make("VSGD")
+    optimizer.build([scale])
+    with pytest.raises(ValueError, match="the optimizer has no variable that is stepped, but must have one"):
+        optimizer.noise_scale(batch_size=8)
 
 
 @kinds

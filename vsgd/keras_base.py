@@ -173,9 +173,12 @@ class RuleOptimizer(keras.optimizers.Optimizer):
             The backend's tensors, of the variable's shape, float64 for float64 variables, else float32; copies.
 
         Raises:
-            ValueError: the optimizer was not built with the variable.
+            ValueError: the optimizer was not built with the variable, or its gradient is its new value.
         """
-        return keras_posterior.posterior_of(self._states[self._index(variable)], self._scales())
+        state = self._states[self._index(variable)]
+        if state is None:
+            raise ValueError(f"variable is {_name(variable)}, which its gradient overwrites, but must be one that is stepped")
+        return keras_posterior.posterior_of(state, self._scales())
 
     def noise_scale(self, *, batch_size: float) -> NoiseScales:
         """The gradient noise scale (arXiv 1812.06162) of all variables; see `vsgd.posterior.noise_scale` for how.
@@ -188,11 +191,13 @@ class RuleOptimizer(keras.optimizers.Optimizer):
             None for those that have no gradient but a new value.
 
         Raises:
-            ValueError: `batch_size` is out of its range, or the optimizer is not built.
+            ValueError: `batch_size` is out of its range, or the optimizer is not built, or has no variable with a gradient.
         """
         core.validate(batch_size=batch_size)
         if not self.built:
             raise ValueError("the optimizer has no variables yet, but must be built: call `build` or train")
+        if not any(self._states):
+            raise ValueError("the optimizer has no variable that is stepped, but must have one")
         return keras_posterior.noise_scales(self._states, self._scales(), batch_size)
 
     def surprise(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> list[Any]:
@@ -203,18 +208,18 @@ class RuleOptimizer(keras.optimizers.Optimizer):
             trainable_variables: the variables that they are of; None: those that the optimizer was built with.
 
         Returns:
-            For each gradient the mean of its squared standardized innovations, near 1 where the model fits; or None.
+            For each gradient the mean of its squared standardized innovations, near 1 where the model fits; None where there
+            is no gradient, or it is the variable's new value.
         """
         variables = self._trainable_variables if trainable_variables is None else trainable_variables
-        return [
-            None if grad is None else keras_posterior.mean_surprise(grad, self._states[self._index(variable)], self._scales())
-            for grad, variable in zip(grads, variables, strict=True)
-        ]
+        pairs = zip(grads, variables, strict=True)
+        states = [(grad, None if grad is None else self._states[self._index(variable)]) for grad, variable in pairs]
+        scales = self._scales()
+        return [None if state is None else keras_posterior.mean_surprise(grad, state, scales) for grad, state in states]
 
     def _index(self, variable: Any) -> int:
         if not self.built or self._var_key(variable) not in self._trainable_variables_indices:
-            name = getattr(variable, "path", getattr(variable, "name", type(variable).__name__))
-            raise ValueError(f"variable is {name}, but must be one that the optimizer was built with")
+            raise ValueError(f"variable is {_name(variable)}, but must be one that the optimizer was built with")
         index: int = self._get_variable_index(variable)
         return index
 
@@ -322,3 +327,7 @@ class RuleOptimizer(keras.optimizers.Optimizer):
 
 def _number(value: Any) -> float:
     return float(value if isinstance(value, Real) else ops.convert_to_tensor(value).item())
+
+
+def _name(variable: Any) -> str:
+    return getattr(variable, "path", getattr(variable, "name", type(variable).__name__))

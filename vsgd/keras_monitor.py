@@ -107,8 +107,8 @@ class MonitorCallback(keras.callbacks.Callback):
 def _blocks(optimizer: Any) -> Iterator[Block]:
     """The state of all variables, by dtype."""
     kinds: dict[str, list[tuple[str, list[tuple[Any, ...]]]]] = {}
-    for index, variable in enumerate(optimizer._trainable_variables):
-        parts = real_states(optimizer._states[index])
+    for variable, state in zip(optimizer._trainable_variables, optimizer._states, strict=True):
+        parts = [] if state is None else real_states(state)
         if parts and ops.size(parts[0][0]):
             kinds.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
     for members in kinds.values():

@@ -13,8 +13,8 @@ from keras import ops
 from vsgd.backends.keras_arrays import arithmetic_dtype, parts, whole
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
-#: The state of a variable, in the rule's order; None where it has none.
-State = Sequence[Any] | None
+#: The state of a variable, in the rule's order.
+State = Sequence[Any]
 #: `rule.variance_scales` of the optimizer's hyperparameters.
 Scales = tuple[Any, Any]
 
@@ -27,7 +27,7 @@ def posterior_of(state: State, scales: Scales) -> Posterior:
     return joined._replace(mean=ops.copy(joined.mean))
 
 
-def noise_scales(states: Sequence[State], scales: Scales, batch_size: float) -> NoiseScales:
+def noise_scales(states: Sequence[State | None], scales: Scales, batch_size: float) -> NoiseScales:
     """The noise scales of all variables that have state."""
     tensors = [None if state is None else _noise_scale(state, scales, batch_size) for state in states]
     return NoiseScales(functools.reduce(operator.add, filter(None, tensors)), tensors)
@@ -49,6 +49,6 @@ def mean_surprise(grad: Any, state: State, scales: Scales) -> Any:
 
 def real_states(state: State) -> list[tuple[Any, ...]]:
     """The state of a variable, in its arithmetic's dtype, for each of its real parts."""
-    tensors = [ops.stop_gradient(ops.convert_to_tensor(each)) for each in state or ()]
+    tensors = [ops.stop_gradient(ops.convert_to_tensor(each)) for each in state]
     wide = (ops.cast(each, arithmetic_dtype(keras.backend.standardize_dtype(each.dtype))) for each in tensors)
     return list(zip(*map(parts, wide), strict=True))

@@ -80,7 +80,12 @@ class _RuleOptimizer(Optimizer):
 
         Returns:
             Arrays of the parameter's shape, float64 for float64 parameters, else float32.
+
+        Raises:
+            ValueError: the state is of another rule, or of more than one parameter.
         """
+        if state.keys() != set(self._rule.state_names):
+            raise ValueError(f"state has {sorted(state)}, but must be one parameter's: {sorted(self._rule.state_names)}")
         arrays = tuple(state[name] for name in self._rule.state_names)
         return posterior(arrays, self._rule.variance_scales(self.hyper))
 
