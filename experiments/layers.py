@@ -21,7 +21,7 @@ STEPS = (1, 10, 100)
 SMALLEST = 100
 
 
-class Seen(NamedTuple):
+class Step(NamedTuple):
     """A step of a tensor.
 
     Attributes:
@@ -45,12 +45,12 @@ def _known(bench: Bench, variable: Any) -> Any:
     return [ops.convert_to_numpy(each).astype(np.float64) for each in bench.optimizer.posterior(variable)]
 
 
-def _seen(before: Sequence[Any], after: Sequence[Any], eps: float) -> Seen:
+def _step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
     mean, variance, _, _, gain, _ = before
     # The update is mu' = mu + gain (ghat - mu): so it tells the gradient.
     gradient = mean + (after[0] - mean) / gain
     step = after[0] / (np.sqrt(after[0] ** 2 + variance) + eps)
-    return Seen(
+    return Step(
         _root_mean_square(gradient), float(np.median(np.sqrt(variance))), float(np.median(gain)), _root_mean_square(step)
     )
 
@@ -61,12 +61,12 @@ class Tensor(NamedTuple):
     Attributes:
         name: its path in the model.
         size: how many elements it has.
-        seen: of each step.
+        steps: those that were looked at.
     """
 
     name: str
     size: int
-    seen: list[Seen]
+    steps: list[Step]
 
 
 def watch(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
@@ -87,21 +87,21 @@ def watch(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
         before = [_known(bench, each) for each in variables]
         bench.train(setting.rates[step - 1 : step], batches)
         for tensor, variable, known in zip(found, variables, before, strict=True):
-            tensor.seen.append(_seen(known, _known(bench, variable), bench.optimizer.epsilon))
+            tensor.steps.append(_step(known, _known(bench, variable), bench.optimizer.epsilon))
         taken = step
     return found
 
 
 def _rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
-    for name, size, seen in found:
+    for name, size, steps in found:
         if size >= SMALLEST:
-            columns = zip(*seen, strict=True)
+            columns = zip(*steps, strict=True)
             yield [f"`{name}`", str(size), *(" ".join(f"{value:.1e}" for value in column) for column in columns)]
 
 
 def _mean_square(found: Sequence[Tensor]) -> float:
     """Of all elements of the first gradient that was seen."""
-    return sum(size * seen[0].gradient ** 2 for _, size, seen in found) / sum(size for _, size, _ in found)
+    return sum(size * steps[0].gradient ** 2 for _, size, steps in found) / sum(size for _, size, _ in found)
 
 
 def run(page: Path, backend: str) -> None:

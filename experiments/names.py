@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-Thing = TypeVar("Thing")
+Value = TypeVar("Value")
 
 
-def look_up(kind: str, name: str, known: Mapping[str, Thing]) -> Thing:
+def look_up(kind: str, name: str, known: Mapping[str, Value]) -> Value:
     """What has this name.
 
     Args:

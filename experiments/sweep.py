@@ -81,7 +81,7 @@ def every_setting(backend: str) -> list[Setting]:
     ]
 
 
-class Tried(NamedTuple):
+class Scores(NamedTuple):
     """A metric of an entrant's runs.
 
     Attributes:
@@ -109,7 +109,7 @@ class Tried(NamedTuple):
         ]
         return [f"**{mean}**" if place == self.best else mean for place, mean in enumerate(means)]
 
-    def minus(self, other: Tried) -> str:
+    def minus(self, other: Scores) -> str:
         """How much more this is than another, each at its best, seed by seed: the mean, the least and the most.
 
         Args:
@@ -123,10 +123,10 @@ class Tried(NamedTuple):
         return f"{statistics.fmean(differences):+.2g} ({low:+.2g} to {high:+.2g})"
 
 
-def _tried(found: Sequence[Sequence[Any]], split: str, metric: str) -> Tried:
+def _scores(found: Sequence[Sequence[Any]], split: str, metric: str) -> Scores:
     told = [None if None in records else Told(trial, records) for trial, records in zip(TRIALS, found, strict=True)]
     values = [None if each is None else each.values(split, metric) for each in told]
-    return Tried(values, -1 if metric == "accuracy" else 1)
+    return Scores(values, -1 if metric == "accuracy" else 1)
 
 
 def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> Iterator[list[str]]:
@@ -139,8 +139,8 @@ def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend:
         missing = [MISSING if None in each else "diverged" for each in records]
         row = [f"{value:g}" for value in values]
         for split, metric in (("train", "loss"), ("validation", task.metric)):
-            ours = _tried(records, split, metric)
-            row += [*ours.cells(missing), "" if entrant == DEFAULT else ours.minus(_tried(default, split, metric))]
+            ours = _scores(records, split, metric)
+            row += [*ours.cells(missing), "" if entrant == DEFAULT else ours.minus(_scores(default, split, metric))]
         yield row
 
 

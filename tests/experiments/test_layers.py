@@ -31,16 +31,16 @@ def root_mean_square(array: np.ndarray) -> float:
 
 
 def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
-    seen = layers.watch(SETTING, [1])
+    found = layers.watch(SETTING, [1])
     # At a learning rate of 1 SGD moves by the gradient.
     plain = bench.Bench(tasks.TASKS[TASK], keras.optimizers.SGD(1.0))
     batches = plain.start(200)
     before = values(plain.model)
     plain.train([1.0], batches)
     gradients = [old - new for old, new in zip(before, values(plain.model), strict=True)]
-    assert [tensor.size for tensor in seen] == [gradient.size for gradient in gradients]
+    assert [tensor.size for tensor in found] == [gradient.size for gradient in gradients]
     sigma = math.sqrt(30 / 31 * 2e-8 / (2e-8 + 1e-4))
-    for (_, _, (first,)), gradient in zip(seen, gradients, strict=True):
+    for (_, _, (first,)), gradient in zip(found, gradients, strict=True):
         assert first.gradient == pytest.approx(root_mean_square(gradient), rel=1e-3)
         assert first.sigma == pytest.approx(sigma, rel=1e-5)
         assert first.gain == pytest.approx(1 / 31, rel=1e-6)
@@ -51,8 +51,8 @@ def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
 def test_later_steps_are_of_the_same_run() -> None:
     once, twice = layers.watch(SETTING, [7]), layers.watch(SETTING, [2, 5, 7])
     for one, two in zip(once, twice, strict=True):
-        assert two.seen[2] == pytest.approx(one.seen[0], rel=1e-6)
-        assert two.seen[1] != two.seen[2]
+        assert two.steps[2] == pytest.approx(one.steps[0], rel=1e-6)
+        assert two.steps[1] != two.steps[2]
 
 
 def test_the_command_writes_a_row_for_each_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_the_command_writes_a_row_for_each_large_tensor(tmp_path: Path, monkeypa
     main(["layers", "--backend", keras.backend.backend(), "--page", str(page)])
     text = page.read_text(encoding="utf-8")
     first = layers.watch(SETTING, [1])
-    square = sum(size * seen[0].gradient ** 2 for _, size, seen in first) / sum(size for _, size, _ in first)
+    square = sum(size * steps[0].gradient ** 2 for _, size, steps in first) / sum(size for _, size, _ in first)
     assert f"at steps 1, 3, 5; the first gradient's mean square is {square:.1e}:" in text
     # Of three layers, one has a bias of ten.
     assert (text.count("/kernel`"), text.count("/bias`")) == (3, 2)

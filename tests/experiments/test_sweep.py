@@ -75,12 +75,12 @@ def test_the_best_rate_is_marked_and_differences_are_seed_by_seed() -> None:
 
 
 def test_differences_have_the_least_and_the_most() -> None:
-    ours = sweep.Tried([[3.0, 9.0, 9.0], [1.0, 2.0, 6.0]], 1)
-    other = sweep.Tried([None, [1.5, 1.0, 1.0]], 1)
+    ours = sweep.Scores([[3.0, 9.0, 9.0], [1.0, 2.0, 6.0]], 1)
+    other = sweep.Scores([None, [1.5, 1.0, 1.0]], 1)
     assert (ours.best, other.best) == (1, 1)
     assert ours.minus(other) == f"{statistics.fmean([-0.5, 1.0, 5.0]):+.2g} (-0.5 to +5)"
-    assert sweep.Tried([[3.0], [1.0]], -1).best == 0
-    assert sweep.Tried([None], 1).minus(other) == ""
+    assert sweep.Scores([[3.0], [1.0]], -1).best == 0
+    assert sweep.Scores([None], 1).minus(other) == ""
 
 
 def test_what_is_missing_or_diverged_says_so() -> None:
