@@ -16,8 +16,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-_TEST_TOOLS = ("hypothesis>=6.100", "pytest>=8.3", "sybil>=9")
-
 
 class Trial(NamedTuple):
     """What must work with one extra, and nothing else, installed.
@@ -100,10 +98,14 @@ def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
             # -P, lest the sdist's own package is imported instead of what is installed.
             subprocess.run([python, "-P", *arguments], cwd=source, env=variables, check=True)
 
-        run("-m", "pip", "install", "--quiet", "--no-compile", f"{artifact.resolve()}{f'[{extra}]' if extra else ''}", *brought)
+        def install(*extras: str) -> None:
+            wanted = f"vsgd[{','.join(filter(None, extras))}] @ {artifact.resolve().as_uri()}"
+            run("-m", "pip", "install", "--quiet", "--no-compile", wanted, *brought)
+
+        install(extra)
         run("release/smoke.py", version, *trial.adapters)
         if trial.tests:
-            run("-m", "pip", "install", "--quiet", "--no-compile", *_TEST_TOOLS)
+            install(extra, "tests")
             run("-m", "pytest", "--quiet", *trial.tests)
 
 
