@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -11,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -173,12 +174,21 @@ def perform_all(settings: Sequence[Setting], store: Store, workers: int, title: 
         _perform_missing(pool, settings, store, title)
 
 
-def _processes(workers: int, backend: str) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def _processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
     if workers < 1:
         raise ValueError(f"workers is {workers}, but must be at least 1")
-    os.environ.update(THREADS, KERAS_BACKEND=backend)
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    # The only way in: a spawned process inherits them, and libraries read them as they are imported.
+    ours = {**THREADS, "KERAS_BACKEND": backend}
+    before = {name: os.environ[name] for name in ours if name in os.environ}
+    os.environ.update(ours)
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_follow_parent) as pool:
+            yield pool
+    finally:
+        for name in ours:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _perform_missing(pool: ProcessPoolExecutor, settings: Iterable[Setting], store: Store, title: str) -> None:

@@ -40,19 +40,15 @@ def test_state_stays_finite_and_positive_in_float32(engine: str, kind: str, grad
         assert_sound(read(), kind)
 
 
-# Not the eager one of optax, which takes minutes for so many steps, and runs what the compiled one is made of; nor MLX's,
-# which takes half a minute.
-@pytest.mark.parametrize(
-    ("engine", "kind"),
-    [*((engine, "VSGD") for engine in ENGINES if engine not in ("optax-eager", "mlx")), ("numpy", "ConstantVSGD")],
-)
-def test_a_slow_ramp_keeps_the_rates_positive(engine: str, kind: str) -> None:
-    # By 1e-4 a step, from 1 to 22026: in float32 the authors' expanded square ends below zero here, at -8e-7.
-    step, read = ENGINES[engine](kind, [np.ones(4, np.float32)])
-    for t in range(100_000):
-        step([np.full(4, np.exp(1e-4 * t), np.float32)])
-        if t % 10_000 == 9_999:
-            assert_sound(read(), kind)
+# Not the eager one of optax, which takes half a minute for so many steps, and runs what the compiled one is made of.
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "optax-eager"])
+def test_a_slow_ramp_keeps_the_rates_positive(engine: str) -> None:
+    # By 4e-4 a step, from 1 to 403: in float32 the authors' expanded square makes b_ghat negative at step 10,595.
+    step, read = ENGINES[engine]("VSGD", [np.ones(4, np.float32)], variance_ratio=1.0, kappa1=0.6, kappa2=0.7)
+    for t in range(15_000):
+        step([np.full(4, np.exp(4e-4 * t), np.float32)])
+        if t % 1_000 == 999:
+            assert_sound(read(), "VSGD")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, mo
         store.add(setting, record("quadratic", 0.5), {})
     page = tmp_path / "page.md"
     page.write_text("# Tuning\n\n<!-- sweep-prior -->\n\nold\n\n<!-- /sweep-prior -->\n\nend\n", encoding="utf-8")
+    before = dict(os.environ)
     main(["sweep", "--backend", backend, "--workers", "1", "--results", str(tmp_path), "--page", str(page)])
+    assert dict(os.environ) == before
     found = spread.Store(tmp_path / sweep.FOLDER).find(missing)
     assert found is not None
     text = page.read_text(encoding="utf-8")
