@@ -1,11 +1,12 @@
 """The Triton kernel: interpreted, it is NumPy's step bit for bit; compiled, it moves no byte twice and rounds exactly.
 
-Interpreting must be asked for before Triton is imported, so that each such test runs `tests/torch_interpreted.py`.
+Interpreting must be asked for before Triton is imported, so that `tests/torch_interpreted.py` is a process of its own.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 import triton.language as tl
+from rules import RULES
 from test_torch_compact import emulate, make_params
 from torch_optimizers import randn_like
 from triton.backends.compiler import GPUTarget
@@ -34,17 +36,26 @@ import vsgd.torch
 from vsgd import core, rounding
 from vsgd.backends import torch_engines, torch_triton
 
-RULES = {"VSGD": core.VSGD, "ConstantVSGD": core.CONSTANT_VSGD}
 INTERPRETED = ["bits", "alone", "half", "rounded", "compact", "capturable", "layouts", "tables"]
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted(name: str) -> None:
-    script = Path(__file__).with_name("torch_interpreted.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(script), name], capture_output=True, text=True, check=False, env=environment)
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """What became of each check."""
+    command = [sys.executable, str(Path(__file__).with_name("torch_interpreted.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [name, "passed"]
+    outcomes: dict[str, str] = json.loads(done.stdout)
+    return outcomes
+
+
+def test_all_checks_are_known(interpreted: dict[str, str]) -> None:
+    assert [*interpreted] == INTERPRETED
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == "passed"
 
 
 def wide(stored: Any) -> Any:
