@@ -36,6 +36,7 @@ def run(backend: str, *command: str) -> subprocess.CompletedProcess[str]:
     return run_python(backend, *command)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_adapter_passes_its_tests_on(backend: str) -> None:
     if os.environ.get("KERAS_BACKEND") == backend:

@@ -13,6 +13,8 @@ import pytest
 keras = pytest.importorskip("keras")
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.alone
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "keras_training.py"
 
 

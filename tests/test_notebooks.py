@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 from scripts import loaded
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 FRAMEWORKS = {"jax": ("jax", "optax"), "keras": ("keras",), "torch": ("torch",)}
 PACKAGES = ("nbclient", "ipykernel", "matplotlib", "sklearn")

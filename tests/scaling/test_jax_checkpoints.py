@@ -17,6 +17,8 @@ from scaling.ranks import Ranks
 
 Pool = Callable[[str], Ranks]
 Agreed = Callable[..., None]
+pytestmark = pytest.mark.alone
+
 CASES = {
     "float32": Case(),
     "bfloat16": Case("constant_vsgd", "bfloat16", compact=True),

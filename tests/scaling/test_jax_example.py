@@ -16,6 +16,8 @@ import pytest
 for package in ("jax", "optax", "orbax.checkpoint", "sklearn"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 SHORT = ("--steps", "40", "--every", "10")
 

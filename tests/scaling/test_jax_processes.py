@@ -15,6 +15,8 @@ from scaling.ranks import Ranks
 
 Pool = Callable[[str], Ranks]
 Agreed = Callable[..., None]
+pytestmark = pytest.mark.alone
+
 PROCESSES = "JAX, 2 processes of 2 CPU devices"
 cases = pytest.mark.parametrize("case", [Case(), Case("constant_vsgd", "bfloat16", compact=True)], ids=["float32", "bfloat16"])
 

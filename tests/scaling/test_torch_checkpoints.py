@@ -17,6 +17,8 @@ from scaling.ranks import Ranks  # noqa: E402
 from scaling.torch_problem import Case  # noqa: E402
 
 Pools = Callable[[int], Ranks]
+pytestmark = pytest.mark.alone
+
 CASES = {
     "VSGD": Case({}),
     "ConstantVSGD": Case({}, "ConstantVSGD"),
