@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from summaries import KINDS, check
+from rules import RULES
+from summaries import check
 
 from vsgd.monitor import Look, Monitor
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
 def problem(kind: str, dtypes: tuple[str, ...] = ("float32",), shapes: Any = ((7, 3), (), (0,), (11,)), **flags: Any) -> Any:
