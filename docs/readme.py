@@ -2,7 +2,7 @@
 
 Reads `docs/agreement.md`, and the measurements in `docs/performance` and `docs/results`, and writes the README's sections:
 
-    pip install 'vsgd[experiments]'
+    pip install '.[experiments]'
     python docs/readme.py
 """
 

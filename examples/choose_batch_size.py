@@ -5,7 +5,7 @@ steps and the samples that each needs at the best learning rate of a small grid.
 batch size, the weights held still at a few losses on the way. By theory (arXiv 1812.06162) a batch as large as that needs twice
 the fewest steps and twice the fewest samples, and is as large as the fewest samples over the fewest steps.
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     python examples/choose_batch_size.py
 
 It prints a table and draws both counts over the batch size, with the advice.

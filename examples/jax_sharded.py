@@ -3,7 +3,7 @@
 Trains a small network on scikit-learn's handwritten digits (8x8 pixels, no download) on all devices that there are, in rows and
 columns: a batch is shared out along one axis, weights and VSGD's state along both. Where there is a CPU only, it counts as 8:
 
-    pip install 'vsgd[optax]' orbax-checkpoint scikit-learn
+    pip install '.[optax]' orbax-checkpoint scikit-learn
     python examples/jax_sharded.py
 
 It begins with the last whole checkpoint in `--checkpoints`, where there is one. To see it, let it kill itself in mid-training

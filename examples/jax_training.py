@@ -3,7 +3,7 @@
 Both start from the same weights and see the same batches. All epochs and all seeds are one compiled program: `jax.lax.scan`
 over the steps, `jax.vmap` over the seeds. It prints the test accuracy, mean and standard deviation over the seeds:
 
-    pip install 'vsgd[optax]' scikit-learn
+    pip install '.[optax]' scikit-learn
     python examples/jax_training.py
 
 VSGD runs at the learning rate that the package recommends, AdamW at the best of 0.001, 0.003, 0.01 and 0.03 by accuracy on a

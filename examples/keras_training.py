@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python examples/keras_training.py
 
-Needs `pip install 'vsgd[keras]' scikit-learn` and one of TensorFlow, JAX and PyTorch. Each optimizer starts from the same
+Needs `pip install '.[keras]' scikit-learn` and one of TensorFlow, JAX and PyTorch. Each optimizer starts from the same
 weights and sees the same batches.
 """
 

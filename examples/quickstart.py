@@ -4,7 +4,7 @@ Trains a small ConvMixer on scikit-learn's handwritten digits (8x8 pixels, no do
 same batches, with each optimizer. It prints a table, mean and standard deviation over the seeds, and draws the loss curves
 and, layer by layer, VSGD's gain and signal-to-noise ratio:
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     python examples/quickstart.py
 
 VSGD runs at its defaults. The learning rates of the other two are the best of 0.001, 0.003, 0.01, 0.03 (AdamW) and of 0.01,

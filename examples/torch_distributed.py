@@ -3,7 +3,7 @@
 Trains a small network on scikit-learn's handwritten digits (8x8 pixels, no download) in as many processes as torchrun starts,
 on CPUs or GPUs, parameters and VSGD's state sharded among them:
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     torchrun --standalone --nproc-per-node 2 examples/torch_distributed.py
 
 It begins with the last whole checkpoint in `--checkpoints`, where there is one. To see it, let a process kill itself in

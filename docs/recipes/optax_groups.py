@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install 'vsgd[optax]' scikit-learn
+    pip install '.[optax]' scikit-learn
     python docs/recipes/optax_groups.py
 """
 

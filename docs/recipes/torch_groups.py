@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install 'vsgd[fused]' scikit-learn
+    pip install '.[fused]' scikit-learn
     python docs/recipes/torch_groups.py
 """
 

@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install 'vsgd[fused]' deepspeed scikit-learn
+    pip install '.[fused]' deepspeed scikit-learn
     torchrun --standalone --nproc-per-node 2 docs/recipes/with_deepspeed.py
 """
 

@@ -3,7 +3,7 @@
 Trains MLPs on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download), and noisy least squares.
 Writes the tables `prior_scale.txt`, `prior_run_away.txt` and `prior_rates.txt` for `docs/tuning.md`:
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     python docs/tuning/prior.py
 """
 

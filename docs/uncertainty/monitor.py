@@ -3,7 +3,7 @@
 Draws `monitor.png`, `monitor_noise_scale.png` and `monitor_momenta.png` and writes the table `monitor.txt`, all for
 `docs/uncertainty.md`:
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     python docs/uncertainty/monitor.py
 """
 

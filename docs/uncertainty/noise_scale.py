@@ -3,7 +3,7 @@
 Trains an MLP on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download) and writes the tables
 `noise_scale.txt` and, of gradients that are clipped, `noise_scale_clipped.txt` for `docs/uncertainty.md`:
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     python docs/uncertainty/noise_scale.py
 """
 
@@ -56,7 +56,7 @@ def mnist_1d() -> tuple[Tensor, Tensor]:
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError as error:
-        raise SystemExit("MNIST-1D needs mnist1d: pip install 'vsgd[examples]', or choose --data digits") from error
+        raise SystemExit("MNIST-1D needs mnist1d: pip install '.[examples]', or choose --data digits") from error
     made = make_dataset(get_dataset_args())
     return torch.tensor(made["x"], dtype=torch.float32), torch.tensor(made["y"])
 

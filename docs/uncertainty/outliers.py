@@ -3,7 +3,7 @@
 Trains an MLP on scikit-learn's digits, at one step with gradients 10,000 times as large. Draws `outliers.png` and writes the
 table `outliers.txt`, both for `docs/uncertainty.md`:
 
-    pip install 'vsgd[examples]'
+    pip install '.[examples]'
     python docs/uncertainty/outliers.py
 """
 
