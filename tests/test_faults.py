@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -198,6 +199,37 @@ def test_keras_stores_that_lack_or_fail_change_nothing() -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+def test_keras_gradients_of_other_shapes_change_nothing() -> None:
+    from keras_problems import make, tensors, to_numpy, variables_of
+
+    variables = variables_of([np.ones(3, np.float32), np.ones((2, 3), np.float32)])
+    optimizer = make("VSGD", weight_decay=0.1)
+    optimizer.build(variables)
+    before = [to_numpy(each) for each in (*variables, *optimizer.variables)]
+    for last in ((3,), (1, 3)):  # they would broadcast
+        grads = tensors([np.ones(3, np.float32), np.ones(last, np.float32)])
+        said = re.escape(f"p1 has shape {last}, but must have (2, 3)")
+        for refuse in (optimizer.apply, optimizer.surprise):
+            with pytest.raises(ValueError, match=said):
+                refuse(grads, variables)
+    with pytest.raises(ValueError, match="grads has 1 items, but there are 2 variables"):
+        optimizer.surprise(grads[:1], variables)
+    for each, expected in zip((*variables, *optimizer.variables), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(each), expected)
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+def test_keras_says_that_nothing_is_known_before_it_is_built() -> None:
+    from keras_problems import make, tensors, variables_of
+
+    (variable,) = variables_of([np.ones(3, np.float32)])
+    optimizer, grads = make("VSGD"), tensors([np.ones(3, np.float32)])
+    for ask in (lambda: optimizer.posterior(variable), lambda: optimizer.surprise(grads, [variable])):
+        with pytest.raises(ValueError, match="p0, but must be one that the optimizer was built with"):
+            ask()
+
+
 # --- Optax: state is a tree of the user's. ---
 
 
@@ -277,3 +309,20 @@ def test_mlx_refuses_what_does_not_fit_and_changes_nothing(kind: str) -> None:
             optimizer.apply_gradients(grads, of)
     for name, array in tree_flatten(optimizer.state):
         np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.skipif(not HAS_MLX, reason="MLX is not installed")
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_mlx_makes_the_state_of_the_parameters_whatever_the_first_gradients_are(kind: str) -> None:
+    import mlx.core as mx
+
+    import vsgd.mlx
+
+    optimizer, params = getattr(vsgd.mlx, kind)(), {"w": mx.ones(3)}
+    with pytest.raises(ValueError, match="must have the gradient's"):
+        optimizer.apply_gradients({"w": mx.ones(1)}, params)
+    assert (optimizer.apply_gradients({"w": mx.ones(3)}, params)["w"] < 1).all().item()
+    with mx.stream(mx.cpu):
+        wide = getattr(vsgd.mlx, kind)()
+        wide.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3, mx.float64)})
+        assert wide.state["w"]["mu_g"].dtype == mx.float64

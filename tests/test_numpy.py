@@ -140,3 +140,14 @@ def test_bad_parameters_are_named(param: Any, message: str) -> None:
 def test_a_bad_hyperparameter_is_named(cls: type) -> None:
     with pytest.raises(ValueError, match="Invalid learning rate: -1 "):
         cls([np.ones(1)], lr=-1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("lr", "x"), ("weight_decay", -0.1)])
+def test_an_attribute_out_of_range_changes_nothing(name: str, value: Any) -> None:
+    param = np.ones(2)
+    optimizer = VSGD([param])
+    setattr(optimizer, name, value)
+    with pytest.raises(ValueError, match=rf"\({name} must be a finite number >= 0\)"):
+        optimizer.step([np.ones(2)])
+    assert param.tolist() == [1.0, 1.0]
+    assert optimizer.state[0]["step"] == 0

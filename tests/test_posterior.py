@@ -326,6 +326,17 @@ def test_numpy_takes_gradients_for_the_surprise_as_for_a_step() -> None:
         optimizer.surprise([np.ones(3), *grads[1:]])
 
 
+def test_optax_has_no_surprise_of_gradients_that_do_not_fit() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    import vsgd.optax
+    from vsgd.optax_monitor import summarize
+
+    state = vsgd.optax.scale_by_vsgd().init({"w": jnp.zeros(2)})
+    for look in (lambda grads: vsgd.optax.surprise(grads, state), lambda grads: summarize(1, state, grads)):
+        with pytest.raises(ValueError, match=r"state has arrays of shapes \[\(2,\)\] at \['w'\], but grads has \(1,\)"):
+            look({"w": jnp.ones(1)})
+
+
 def test_optax_has_no_surprise_of_what_is_masked_out() -> None:
     jnp = pytest.importorskip("jax.numpy")
     optax = pytest.importorskip("optax")

@@ -175,7 +175,7 @@ class RuleOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: the optimizer was not built with the variable, or its gradient is its new value.
         """
-        state = self._states[self._index(variable)]
+        state = self._state_of(variable)
         if state is None:
             raise ValueError(f"variable is {_name(variable)}, which its gradient overwrites, but must be one that is stepped")
         return keras_posterior.posterior_of(state, self._scales())
@@ -210,21 +210,42 @@ class RuleOptimizer(keras.optimizers.Optimizer):
         Returns:
             For each gradient the mean of its squared standardized innovations, near 1 where the model fits; None where there
             is no gradient, or it is the variable's new value.
+
+        Raises:
+            ValueError: the optimizer was not built with a variable, or the gradients do not fit the variables.
         """
         variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        if len(grads) != len(variables):
+            raise ValueError(f"grads has {len(grads)} items, but there are {len(variables)} variables")
+        _check_shapes(grads, variables)
         pairs = zip(grads, variables, strict=True)
-        states = [(grad, None if grad is None else self._states[self._index(variable)]) for grad, variable in pairs]
+        states = [(grad, None if grad is None else self._state_of(variable)) for grad, variable in pairs]
         scales = self._scales()
         return [None if state is None else keras_posterior.mean_surprise(grad, state, scales) for grad, state in states]
 
-    def _index(self, variable: Any) -> int:
+    def _state_of(self, variable: Any) -> list[Any] | None:
         if not self.built or self._var_key(variable) not in self._trainable_variables_indices:
             raise ValueError(f"variable is {_name(variable)}, but must be one that the optimizer was built with")
-        index: int = self._get_variable_index(variable)
-        return index
+        state: list[Any] | None = self._states[self._get_variable_index(variable)]
+        return state
 
     def _scales(self) -> tuple[Any, Any]:
         return self._rule.variance_scales(self._hyper())
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Take one step, as the base class does, but refuse gradients of other shapes, which would broadcast.
+
+        Args:
+            grads: a gradient of its variable's shape for each variable; a variable with None is left alone.
+            trainable_variables: the variables that they are of; None: those that the optimizer was built with.
+
+        Raises:
+            ValueError: the optimizer was not built with a variable, or the gradients do not fit the variables. Nothing was
+                changed.
+        """
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        _check_shapes(grads, variables)
+        super().apply(grads, trainable_variables if trainable_variables is None else variables)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -327,6 +348,18 @@ class RuleOptimizer(keras.optimizers.Optimizer):
 
 def _number(value: Any) -> float:
     return float(value if isinstance(value, Real) else ops.convert_to_tensor(value).item())
+
+
+def _check_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> None:
+    for grad, variable in zip(grads, variables, strict=False):  # the base class counts them
+        if grad is not None and not _fits(grad.shape, variable.shape):
+            shapes = f"has shape {tuple(grad.shape)}, but must have {tuple(variable.shape)}"
+            raise ValueError(f"the gradient of {_name(variable)} {shapes}")
+
+
+def _fits(shape: Any, expected: Any) -> bool:
+    # TensorFlow knows some shapes only in part.
+    return shape.is_compatible_with(expected) if hasattr(shape, "is_compatible_with") else tuple(shape) == tuple(expected)
 
 
 def _name(variable: Any) -> str:

@@ -50,7 +50,7 @@ class _RuleOptimizer(Optimizer):
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Step as the base class does, but refuse what does not fit before anything changes."""
         if not self._initialized:
-            self.init(gradients)
+            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         tree_map(self._check, gradients, parameters, self.state)
         return super().apply_gradients(gradients, parameters)
 

@@ -60,14 +60,18 @@ class _RuleOptimizer:
                 count with it.
 
         Raises:
-            ValueError: the gradients do not fit the parameters. Nothing was changed.
+            ValueError: the gradients do not fit the parameters, or `lr` or `weight_decay` was set to what is out of its range.
+                Nothing was changed.
         """
+        core.validate(lr=self.lr, weight_decay=self.weight_decay)
         for param, grad, state in zip(self.params, self._checked(grads), self.state, strict=True):
             if grad is not None:
                 self._step_one(param, grad, state)
 
     def _checked(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
         """The gradients as arrays, where they fit the parameters."""
+        if not hasattr(grads, "__len__"):
+            raise ValueError(f"grads is {type(grads).__name__}, but must be a list with an array or None for each of params")
         if len(grads) != len(self.params):
             raise ValueError(f"grads has {len(grads)} items, but there are {len(self.params)} params")
         pairs = enumerate(zip(self.params, grads, strict=True))

@@ -12,7 +12,7 @@ import optax
 
 from vsgd import core, rounding
 from vsgd.backends import jax_rounding
-from vsgd.optax_numbers import arithmetic_dtype, dtype_of, in_dtype, join, parts, weakly_typed
+from vsgd.optax_numbers import arithmetic_dtype, check_gradient, dtype_of, in_dtype, join, parts, weakly_typed
 from vsgd.outliers import guarded
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -51,7 +51,7 @@ def scale_by_rule(
         def update_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> tuple[Any, ...]:
             if grad is None:
                 return None, *arrays
-            _check_gradient(path, grad, {jnp.shape(array) for array in arrays})
+            check_gradient("updates", path, grad, arrays)
             stored = arrays[0].dtype
             dtype = arithmetic_dtype(stored)
             c = coefficients(jnp.finfo(dtype).dtype)
@@ -128,11 +128,3 @@ def _numbers(tree: Any) -> Any:
     """The tree with each leaf's number in its place."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, range(len(leaves)))
-
-
-def _check_gradient(path: Any, grad: Any, shapes: set[tuple[int, ...]]) -> None:
-    where = f" at {jax.tree_util.keystr(path)}" if path else ""
-    if shapes != {jnp.shape(grad)}:  # it would broadcast
-        raise ValueError(f"state has arrays of shapes {sorted(shapes)}{where}, but updates has {jnp.shape(grad)}")
-    if not jnp.issubdtype(dtype_of(grad), jnp.inexact):
-        raise ValueError(f"updates has an array of {dtype_of(grad)}{where}, but must have floating or complex numbers")

@@ -13,7 +13,7 @@ import optax
 from vsgd import core
 from vsgd.monitor import Arrays, Block, Look, digest
 from vsgd.monitor import summarize as _summarize
-from vsgd.optax_numbers import arithmetic_dtype, parts
+from vsgd.optax_numbers import arithmetic_dtype, check_gradient, parts
 from vsgd.optax_posterior import map_states, scales_of
 
 __all__ = ["summarize"]
@@ -56,8 +56,8 @@ def summarize(
         What is seen, by the parameters' places in their tree, for `vsgd.monitor.Monitor.record`, which smooths the noise scale.
 
     Raises:
-        ValueError: there is no state of VSGD; or `batch_size` or a hyperparameter, given as a Python number, is out of its
-            range.
+        ValueError: there is no state of VSGD; `batch_size` or a hyperparameter, given as a Python number, is out of its
+            range; or a gradient does not fit the state.
 
     Example:
         >>> from vsgd.monitor import Monitor
@@ -99,6 +99,7 @@ def _kinds(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, _State, Any]
         if state.arrays[0].size:
             grad = of_path.get(path)
             if grad is not None:
+                check_gradient("grads", path, grad, state.arrays)
                 grad = jnp.asarray(grad, arithmetic_dtype(state.arrays[0].dtype))
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
             kinds.setdefault((state.rule, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -60,3 +61,17 @@ def _array_in_dtype(name: str, value: Any, dtype: Any) -> jax.Array:
         # `inject_hyperparams` rounds to the parameters' dtype: 1e-8 to 0, at which all is NaN.
         return jnp.maximum(value.astype(dtype), float(jnp.finfo(value.dtype).smallest_subnormal))
     return value.astype(dtype)
+
+
+def check_gradient(name: str, path: Any, grad: Any, arrays: Iterable[Any]) -> None:
+    """Check that a gradient of the argument of this name fits the state's arrays.
+
+    Raises:
+        ValueError: it does not.
+    """
+    where = f" at {jax.tree_util.keystr(path)}" if path else ""
+    shapes = {jnp.shape(array) for array in arrays}
+    if shapes != {jnp.shape(grad)}:  # it would broadcast
+        raise ValueError(f"state has arrays of shapes {sorted(shapes)}{where}, but {name} has {jnp.shape(grad)}")
+    if not jnp.issubdtype(dtype_of(grad), jnp.inexact):
+        raise ValueError(f"{name} has an array of {dtype_of(grad)}{where}, but must have floating or complex numbers")

@@ -13,7 +13,7 @@ import optax
 
 import vsgd.posterior
 from vsgd import core
-from vsgd.optax_numbers import arithmetic_dtype, join, parts
+from vsgd.optax_numbers import arithmetic_dtype, check_gradient, join, parts
 from vsgd.optax_state import RULES
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior
 
@@ -125,12 +125,14 @@ def surprise(
         model fits. Of a parameter that is masked out it has the `optax.MaskedNode`.
 
     Raises:
-        ValueError: there is no state of VSGD, or a hyperparameter, given as a Python number, is out of its range.
+        ValueError: there is no state of VSGD, a hyperparameter, given as a Python number, is out of its range, or a gradient
+            does not fit the state.
     """
     scales = scales_of(prior_strength, variance_ratio, prior_shape)
 
-    def of_leaf(rule: core.Rule, arrays: tuple[jax.Array, ...]) -> Callable[[Any], Any]:
-        def mean(grad: Any) -> jax.Array:
+    def of_leaf(rule: core.Rule, arrays: tuple[jax.Array, ...]) -> Callable[[Any, Any], Any]:
+        def mean(path: Any, grad: Any) -> jax.Array:
+            check_gradient("grads", path, grad, arrays)
             pairs = zip(parts(jnp.asarray(grad, arithmetic_dtype(arrays[0].dtype))), parts_of(arrays), strict=True)
             return jnp.mean(jnp.stack([vsgd.posterior.surprise(part, state, scales(rule)).mean() for part, state in pairs]))
 
@@ -138,12 +140,12 @@ def surprise(
 
     means = map_states(opt_state, of_leaf)
 
-    def told(grad: Any, mean: Any) -> Any:
+    def told(path: Any, grad: Any, mean: Any) -> Any:
         if isinstance(mean, optax.MaskedNode):
             return mean
-        return None if grad is None else mean(grad)
+        return None if grad is None else mean(path, grad)
 
-    return jax.tree.map(told, grads, means, is_leaf=lambda leaf: leaf is None)
+    return jax.tree_util.tree_map_with_path(told, grads, means, is_leaf=lambda leaf: leaf is None)
 
 
 def scales_of(prior_strength: Any, variance_ratio: Any, prior_shape: Any) -> Callable[[core.Rule], tuple[Any, Any]]:
