@@ -15,7 +15,7 @@ keras = pytest.importorskip("keras")
 for package in ("mnist1d", "scipy", "sklearn"):
     pytest.importorskip(package)
 
-from scipy import stats  # noqa: E402
+from scipy import integrate, stats  # noqa: E402
 
 from experiments import bench, networks, tasks  # noqa: E402
 from experiments.comparison import ENTRANTS, SCHEDULES  # noqa: E402
@@ -183,7 +183,7 @@ def test_the_negative_elbo_is_that_of_the_distributions() -> None:
     # The divergence of the code from the standard normal, by integration.
     codes = np.linspace(-15, 15, 20_001)[:, None, None]
     code, prior = stats.norm(mean, np.exp(log_variance / 2)), stats.norm()
-    divergence = np.trapezoid(code.pdf(codes) * (code.logpdf(codes) - prior.logpdf(codes)), codes, axis=0).sum(axis=1)
+    divergence = integrate.trapezoid(code.pdf(codes) * (code.logpdf(codes) - prior.logpdf(codes)), codes, axis=0).sum(axis=1)
     np.testing.assert_allclose(to_numpy(found), distortion + divergence, rtol=1e-5)
 
 
