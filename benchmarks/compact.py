@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.quickstart import load
-from benchmarks.report import replace_section, table
+from benchmarks.report import image, replace_section, table
 from vsgd.torch import VSGD
 
 _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(VSGD, state_dtype="bfloat16")}
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(noise_estimates(), figure)
     torch.set_num_threads(1)
     title = "The noise estimate of each state after a drop of the noise"
-    parts = [loss_table(losses(given.seeds, given.epochs)), f"![{title}]({figure.relative_to(given.page.parent).as_posix()})"]
+    parts = [loss_table(losses(given.seeds, given.epochs)), image(title, figure, given.page)]
     replace_section(given.page, "compact", parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,30 +146,50 @@ def write(folder: Path, page: Path) -> None:
 
     Args:
         folder: that of the JSON files; the plots are written there.
-        page: the Markdown page, which may not exist yet.
+        page: the Markdown page, which may not exist yet, nor its folder.
+
+    Raises:
+        ValueError: a section of the page begins and does not end.
     """
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
         parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", tables(results)]
         drawn = plots.draw(results, folder / file.stem)
-        parts += [f"![{plot.title}]({plot.path.relative_to(page.parent).as_posix()})" for plot in drawn]
+        parts += [image(plot.title, plot.path, page) for plot in drawn]
         replace_section(page, file.stem, parts)
+
+
+def image(title: str, path: Path, page: Path) -> str:
+    """An image in Markdown.
+
+    Args:
+        title: what it shows.
+        path: of the image, which may lie anywhere.
+        page: that shows it.
+    """
+    return f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
 
 
 def replace_section(page: Path, name: str, parts: Iterable[str]) -> None:
     """Write paragraphs between `<!-- NAME -->` and `<!-- /NAME -->` of a page, or at its end.
 
     Args:
-        page: the Markdown page, which may not exist yet.
+        page: the Markdown page, which may not exist yet, nor its folder.
         name: of the section.
         parts: the paragraphs.
+
+    Raises:
+        ValueError: the section begins and does not end.
     """
     text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = "\n\n".join([begin, *parts, end])
     if begin in text:
         before, _, rest = text.partition(begin)
+        if end not in rest:
+            raise ValueError(f"section {name!r} of {page} begins with {begin}, but must end with {end}")
         text = f"{before}{section}{rest.partition(end)[2]}"
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")

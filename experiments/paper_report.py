@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.report import replace_section, table
+from benchmarks.report import image, replace_section, table
 from experiments import datasets, paper, records
 from experiments.optimizers import OPTIMIZERS
 
@@ -137,8 +136,7 @@ def write(results: Path, page: Path) -> None:
         for data, source in datasets.SOURCES.items():
             path = results / f"paper-{data}-{backend}.png"
             if draw(cells, data, path):
-                title = f"{source.title}: training loss and test accuracy, {backend}"
-                parts.append(f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})")
+                parts.append(image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
     if not page.exists():
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text("# Results\n", encoding="utf-8")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import replace_section, table
+from benchmarks.report import image, replace_section, table
 from experiments import figures, tasks
 from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
 from experiments.paper_report import MISSING
@@ -246,15 +245,14 @@ def write(results: Path, page: Path, backend: str = "jax") -> None:
     curves, rates = results / "small-curves.png", results / "small-learning-rates.png"
     figures.draw_curves(found, curves)
     figures.draw_rates(found, rates)
-
-    def shown(path: Path, title: str) -> str:
-        return f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
-
     sections = {
         "runs": facts(store, found),
         "summary": [summary(arm, found) for arm in ARMS],
-        "curves": [shown(curves, "Validation metric over the steps, everyone tuned by 20 trials, task by task")],
-        "sensitivity": [sensitivity(found), shown(rates, "Validation metric at the end over the learning rate, task by task")],
+        "curves": [image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
+        "sensitivity": [
+            sensitivity(found),
+            image("Validation metric at the end over the learning rate, task by task", rates, page),
+        ],
         "tables": list(map(task_section, found)),
     }
     for name, parts in sections.items():

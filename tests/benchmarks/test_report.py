@@ -89,6 +89,25 @@ def test_sweeps_are_drawn(module: Callable[[str], Any], tmp_path: Path) -> None:
     assert imread(tmp_path / "torch-tensors.png").std() > 0.05
 
 
+def test_the_page_and_its_images_may_lie_apart(module: Callable[[str], Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder, page = tmp_path / "results", tmp_path / "new" / "pages" / "page.md"
+    folder.mkdir()
+    swept = {f"tensors={number}": cell(SLOW, tensors=number) for number in (1, 3)}
+    (folder / "torch.json").write_text(json.dumps(results(swept)))
+    module("report").write(folder, page)
+    assert "](../../results/torch-tensors.png)" in page.read_text()
+
+
+def test_a_section_that_does_not_end_is_refused(module: Callable[[str], Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    text = "<!-- /torch -->\n\n<!-- torch -->\nold\n\nAfter.\n"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=r"^section 'torch' of .*page\.md begins with <!-- torch -->, but must end with <"):
+        module("report").replace_section(page, "torch", ["new"])
+    assert page.read_text() == text
+
+
 def test_the_floor_is_traffic_over_bandwidth(module: Callable[[str], Any]) -> None:
     # 36 bytes of each of 100 parameters, at 50 GB/s.
     assert module("plots").floor(cell(SLOW)["times"], "slow") == pytest.approx(3600 / 5e10)
