@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -105,11 +106,18 @@ def test_bad_arguments_are_refused() -> None:
     for every in (0, -1, 2.5):
         with pytest.raises(ValueError, match="every is"):
             Monitor(every=every)  # type: ignore[arg-type]
-    for smoothing in (1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="smoothing is"):
-            Monitor(smoothing=smoothing)
-    with pytest.raises(TypeError, match="a sink is int, but must be"):
-        Monitor(3)
+    for smoothing in (1.0, -0.1, math.nan, "0.9", None, 0.5j):
+        with pytest.raises(ValueError, match=r"smoothing is .*, but must be a number in \[0, 1\)"):
+            Monitor(smoothing=smoothing)  # type: ignore[arg-type]
+    for sink in (3, logging.getLogger("vsgd"), logging.LoggerAdapter(logging.getLogger("vsgd"))):
+        with pytest.raises(TypeError, match=rf"a sink is {type(sink).__name__}, but must be .* log\(dict, step=...\)"):
+            Monitor(sink)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    monitor = Monitor(every=np.int64(5), smoothing=np.float32(0.5))  # type: ignore[arg-type]
+    assert [step for step in range(12) if monitor.due(step)] == [5, 10]
+    assert type(monitor.record(look(5)).overall.noise_trace) is float
 
 
 def test_samples_are_evenly_spread_over_rows_and_columns() -> None:

@@ -11,6 +11,7 @@ as many of all tensors together: exact for tensors of no more elements, else wit
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,12 +138,12 @@ class Monitor:
     """
 
     def __init__(self, *sinks: Any, every: int = 10, smoothing: float = 0.9) -> None:
-        if not (isinstance(every, int) and every >= 1):
+        if not (isinstance(every, (int, np.integer)) and every >= 1):
             raise ValueError(f"every is {every!r}, but must be an integer >= 1")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing is {smoothing!r}, but must be in [0, 1)")
-        self.every = every
-        self.smoothing = smoothing
+        if not (isinstance(smoothing, (int, float, np.floating)) and 0 <= smoothing < 1):
+            raise ValueError(f"smoothing is {smoothing!r}, but must be a number in [0, 1)")
+        self.every = int(every)
+        self.smoothing = float(smoothing)
         self._writers = [_writer(sink) for sink in sinks]
         self._means: dict[str | None, tuple[float, float, float]] = {}
 
@@ -187,9 +188,11 @@ def _writer(sink: Any) -> Callable[[Look], Any]:
         return sink.append
     if hasattr(sink, "add_scalar"):
         return lambda look: [sink.add_scalar(tag, value, look.step) for tag, value in look.scalars().items()]
-    if hasattr(sink, "log"):
+    # Python's loggers take a level first.
+    if hasattr(sink, "log") and not isinstance(sink, (logging.Logger, logging.LoggerAdapter)):
         return lambda look: sink.log(look.scalars(), step=look.step)
-    raise TypeError(f"a sink is {type(sink).__name__}, but must be a path or have one of append, add_scalar, log")
+    allowed = "a path or have one of append(look), add_scalar(tag, value, step), log(dict, step=...)"
+    raise TypeError(f"a sink is {type(sink).__name__}, but must be {allowed}")
 
 
 class CsvFile:
