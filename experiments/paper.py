@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -129,9 +130,10 @@ def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Se
     }
     hyper = {**known.hyper, **hyper, **given.pop("hyper", {})}
     found = Settings(experiment, optimizer, seed=seed, hyper=hyper, **{**chosen, **given})
-    for name in ("batch_size", "iterations", "halve_every", "evaluate_every"):
-        if getattr(found, name) < 1:
-            raise ValueError(f"{name} is {getattr(found, name)}, but must be at least 1")
+    at_least = {"seed": 0, "learning_rate": 0, "batch_size": 1, "iterations": 1, "halve_every": 1, "evaluate_every": 1}
+    for name, least in at_least.items():
+        if not least <= getattr(found, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(found, name)}, but must be finite and at least {least}")
     if found.iterations % found.evaluate_every:
         raise ValueError(f"iterations is {found.iterations}, but must be a multiple of evaluate_every, {found.evaluate_every}")
     return found

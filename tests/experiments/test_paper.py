@@ -49,8 +49,12 @@ def test_what_is_named_stands_in_for_the_papers() -> None:
     [
         ("cifar10-vgg16", "vsgd", {}, "experiment is 'cifar10-vgg16', but must be one of cifar100-vgg16, cifar100-vgg19, "),
         (VGG16, "adm", {}, "optimizer is 'adm', but must be one of vsgd, "),
-        (VGG16, "vsgd", {"batch_size": 0}, "batch_size is 0, but must be at least 1"),
-        (VGG16, "vsgd", {"iterations": -2}, "iterations is -2, but must be at least 1"),
+        (VGG16, "vsgd", {"batch_size": 0}, "batch_size is 0, but must be finite and at least 1"),
+        (VGG16, "vsgd", {"iterations": -2}, "iterations is -2, but must be finite and at least 1"),
+        (VGG16, "vsgd", {"seed": -1}, "seed is -1, but must be finite and at least 0"),
+        (VGG16, "vsgd", {"learning_rate": -1.0}, "learning_rate is -1.0, but must be finite and at least 0"),
+        (VGG16, "vsgd", {"learning_rate": float("nan")}, "learning_rate is nan, but must be finite and at least 0"),
+        (VGG16, "vsgd", {"learning_rate": float("inf")}, "learning_rate is inf, but must be finite and at least 0"),
         (VGG16, "vsgd", {"iterations": 700}, "iterations is 700, but must be a multiple of evaluate_every, 500"),
     ],
 )

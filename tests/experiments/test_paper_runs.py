@@ -167,7 +167,7 @@ def test_the_table_has_no_number_of_tiny_archives(
             ["cifar100-vgg16", "--optimizer", "vsgd", "--batch-size", "99"],
             "batch_size is 99, but must be at most 12, the number of",
         ),
-        (["cifar100-vgg16", "--optimizer", "vsgd", "--iterations", "0"], "iterations is 0, but must be at least 1"),
+        (["cifar100-vgg16", "--optimizer", "vsgd", "--iterations", "0"], "iterations is 0, but must be finite and at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(
