@@ -123,6 +123,13 @@ def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) 
     assert merge(old, other) == other
 
 
+def test_the_quickstart_is_loaded_and_leaves_no_module(module: Callable[[str], Any]) -> None:
+    for package in ("torch", "sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    assert "VSGD" in module("quickstart").load().OPTIMIZERS
+    assert "quickstart" not in sys.modules
+
+
 def test_the_accuracy_of_compact_state_is_told(tmp_path: Path) -> None:
     for package in ("torch", "sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(package)
