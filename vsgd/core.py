@@ -73,9 +73,10 @@ def validate(**values: Any) -> None:
 
     Args:
         **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, and those of `Hyperparameters`
-            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`; `batch_size`; `scale`.
+            and `ConstantHyperparameters`, where `epsilon` may stand for `eps`; `outlier_threshold`; `batch_size`; `scale`.
 
     Raises:
+        KeyError: a name is none of these.
         ValueError: a value is no number or lies outside its range.
 
     Example:
