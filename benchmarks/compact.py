@@ -79,14 +79,12 @@ def draw(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
         estimates: what `noise_estimates` found.
         path: of the image.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
 
     styles = {"float32": "-", "bfloat16": "--", "to the nearest": ":"}
     labels = {"bfloat16": "bfloat16, rounded at random", "to the nearest": "bfloat16, rounded to the nearest"}
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, values in estimates.items():
         axes.plot(values, styles[name], label=labels.get(name, name), linewidth=2)
     axes.step([0, _DROP, _STEPS], [1.0, 0.01, 0.01], "k", where="post", linewidth=1, alpha=0.5, label="the noise's variance")
@@ -96,7 +94,6 @@ def draw(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

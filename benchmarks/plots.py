@@ -44,13 +44,11 @@ def draw(results: Mapping[str, Any], stem: Path) -> list[Plot]:
 
 
 def _draw(results: Mapping[str, Any], name: str, cells: list[Mapping[str, Any]], path: Path) -> Plot:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
 
     label, count = _AXES[name]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for competitor in dict.fromkeys(each for cell in cells for each in cell["times"]["competitors"]):
         points = [(cell[count], cell["times"]["competitors"].get(competitor)) for cell in cells]
         points = [(x, spread(taken(found["seconds"]))) for x, found in points if found is not None]
@@ -66,7 +64,6 @@ def _draw(results: Mapping[str, Any], name: str, cells: list[Mapping[str, Any]],
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return Plot(f"{results['title'].replace('`', '')}: time of a step against the number of {count}", path)
 
 

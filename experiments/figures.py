@@ -14,13 +14,11 @@ from experiments.comparison import ENTRANTS, WIDEST, Comparison
 
 def _panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
     """A panel for each task; one that has nothing to draw says so."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
 
     rows = math.ceil(len(found) / 3)
-    figure, grid = plt.subplots(rows, 3, figsize=(13, 3.8 * rows + 0.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(13, 3.8 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False)
     for axes, comparison in zip(grid.flat, found, strict=False):
         task = comparison.task
         axes.set(title=task.title, ylabel=f"validation {'accuracy, %' if task.metric == 'accuracy' else f'loss, {task.unit}'}")
@@ -34,7 +32,6 @@ def _panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _scale(comparison: Comparison) -> float:

@@ -82,12 +82,10 @@ def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data:
     names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data and any(name == run for run, _ in cells)]
     if not names:
         return False
-    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
 
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 7), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4 * len(names), 7), layout="constrained")
+    axes = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
         axes[0, column].set(title=paper.MODELS[paper.EXPERIMENTS[name].model], yscale="log")
         axes[1, column].set_xlabel("step")
@@ -102,7 +100,6 @@ def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data:
     for each in axes.flat:
         each.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
     return True
 
 

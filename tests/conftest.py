@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -29,3 +30,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
+
+
+@pytest.fixture
+def without_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing pyplot fails: what draws leaves neither a backend nor a figure to the process."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)

@@ -76,6 +76,7 @@ def test_the_page_keeps_what_stands_about_the_tables(module: Callable[[str], Any
         assert text.count("2.00 (1.75 to 3.00)") == 2
 
 
+@pytest.mark.usefixtures("without_pyplot")
 def test_sweeps_are_drawn(module: Callable[[str], Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
@@ -128,6 +129,15 @@ def test_the_quickstart_is_loaded_and_leaves_no_module(module: Callable[[str], A
         pytest.importorskip(package)
     assert "VSGD" in module("quickstart").load().OPTIMIZERS
     assert "quickstart" not in sys.modules
+
+
+@pytest.mark.usefixtures("without_pyplot")
+def test_noise_estimates_are_drawn(module: Callable[[str], Any], tmp_path: Path) -> None:
+    for package in ("torch", "matplotlib"):
+        pytest.importorskip(package)
+    estimates = {name: [1.0, 0.5, 0.2] for name in ("float32", "bfloat16", "to the nearest")}
+    module("compact").draw(estimates, tmp_path / "estimates.png")
+    assert (tmp_path / "estimates.png").stat().st_size > 10_000
 
 
 def test_the_accuracy_of_compact_state_is_told(tmp_path: Path) -> None:

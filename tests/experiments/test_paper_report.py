@@ -93,6 +93,7 @@ def test_backends_are_told_apart(tmp_path: Path) -> None:
     assert page.index("jax backend") < page.index("60.00") < page.index("torch backend") < page.index("70.00")
 
 
+@pytest.mark.usefixtures("without_pyplot")
 def test_curves_are_drawn_of_what_was_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread

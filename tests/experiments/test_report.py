@@ -172,6 +172,7 @@ def test_widths_are_those_of_the_surface() -> None:
     assert row[1 + list(ENTRANTS).index("adamw")].startswith(f"{10 ** (1 / 3 + 0.079 + 0.035):.1f}x (")
 
 
+@pytest.mark.usefixtures("without_pyplot")
 def test_the_page_has_all_sections_and_is_the_same_when_written_again(tmp_path: Path) -> None:
     results, page = tmp_path / "results", tmp_path / "results.md"
     page.write_text("# Results\n\nBefore.\n\n<!-- small-summary -->\n<!-- /small-summary -->\n\nAfter.\n")
