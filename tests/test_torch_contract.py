@@ -265,15 +265,6 @@ def test_a_group_may_join_after_steps_and_parameters_may_have_names(cls: type, e
     assert [group["param_names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
 
 
-def test_a_step_that_is_refused_counts_no_step() -> None:
-    params, closure = problem()
-    optimizer = VSGD(params, capturable=True)
-    closure()
-    with pytest.raises(AssertionError, match="capturable"):
-        optimizer.step()
-    assert [state["step"].item() for state in optimizer.state.values()] == [0, 0]
-
-
 def test_a_meta_parameter_takes_a_dry_run() -> None:
     # As when an optimizer of a model without memory is made ready to load a checkpoint.
     param = nn.Parameter(torch.zeros(3, device="meta"))

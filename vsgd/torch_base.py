@@ -21,6 +21,7 @@ from vsgd.backends.torch_engines import (
     FLAGS,
     FUSED,
     check_installed,
+    fused_engine,
     hyperparameter_numbers,
     may_fuse,
     number,
@@ -46,7 +47,6 @@ class RuleOptimizer(Optimizer):
         self._check_group(defaults)
         self._plans: dict[Any, Any] = {}
         super().__init__(params, defaults)
-        check_installed(param.device.type for group in self.param_groups if group["fused"] for param in group["params"])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -79,10 +79,18 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: an option is out of its range, or a parameter in another group. Nothing was changed.
             RuntimeError: flags that exclude each other.
+            ImportError: `fused=True`, and the package of the engine is missing.
         """
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        if added["fused"]:
+            try:  # only now, for the base class lists parameters of all forms
+                check_installed(param.device.type for param in added["params"])
+            except ImportError:
+                self.param_groups.pop()
+                raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -143,28 +151,50 @@ class RuleOptimizer(Optimizer):
         *states: list[Tensor],
     ) -> None:
         """Collect what has a gradient, and make its state at the first one; `torch.compile` knows this method by its name."""
+        self._check_params(group)  # once more, for the compiler runs this method alone
         for param in group["params"]:
             if param.grad is None:
                 continue
-            if param.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             state = self.state[param]
             if len(state) == 0:
                 self._init_state(group, param, state)
-            if group["differentiable"] and state["step"].requires_grad:
-                raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
             params.append(param)
             grads.append(param.grad)
             steps.append(state["step"])
             for name, tensors in zip(self._kind.state_names, states, strict=True):
                 tensors.append(state[name])
 
+    def _check_params(self, group: dict[str, Any]) -> None:
+        """Refuse parameters that no step can take as the group's flags ask, before anything has changed."""
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if group["fused"] and param.device.type not in FUSED:
+                device = param.device.type
+                raise RuntimeError(
+                    f"`fused=True` requires all the params to be on supported devices: {[*FUSED]} but one is on {device}"
+                )
+            if group["differentiable"] and getattr(self.state.get(param, {}).get("step"), "requires_grad", False):
+                raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+
+    def _check_engines(self, group: dict[str, Any]) -> None:
+        """Refuse a group whose engine cannot be had, or cannot run where the group's tensors are."""
+        params = [param for param in group["params"] if param.grad is not None]
+        if group["fused"]:
+            for device in {param.device.type for param in params}:
+                fused_engine(group, device, batches=FUSED[device].batches)
+        if group["capturable"]:
+            supported = _get_capturable_supported_devices()
+            for param in params:
+                step = self.state.get(param, {}).get("step", param)
+                if param.device.type != step.device.type or param.device.type not in supported:
+                    raise AssertionError(
+                        f"If capturable=True, params and state_steps must be on supported devices: {supported}."
+                    )
+
     def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
-        if group["fused"] and param.device.type not in FUSED:
-            device = param.device.type
-            raise RuntimeError(
-                f"`fused=True` requires all the params to be on supported devices: {[*FUSED]} but one is on {device}"
-            )
         state["step"] = self._step_count(group, param, 0.0)
         initial = self._kind.initial_state(hyperparameter_numbers(self._kind, group))
         for name, value in zip(self._kind.state_names, initial, strict=True):
@@ -188,7 +218,10 @@ class RuleOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or a parameter where `fused=True` has no engine. As with all that follow, no
+                parameter was stepped and no state made.
+            ImportError: the engine of `fused=True` is missing.
+            AssertionError: `capturable=True` on a device without graphs.
         """
         self._accelerator_graph_capture_health_check()
 
@@ -197,18 +230,25 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        compiling = torch.compiler.is_compiling()
+        plans = [None if compiling else self._valid_plan(index, group) for index, group in enumerate(self.param_groups)]
+        rests = [
+            group if plan is None else {**group, "params": plan.others}
+            for group, plan in zip(self.param_groups, plans, strict=True)
+        ]
+        # All groups before any is stepped. Compiled code steps none before it has collected them all.
+        to_check = () if compiling else rests
+        for rest in to_check:
+            self._check_params(rest)
         only_init = self._is_dry_run()
-        for index, group in enumerate(self.param_groups):
-            plan = None if torch.compiler.is_compiling() else self._valid_plan(index, group)
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            steps: list[Tensor] = []
-            states: list[list[Tensor]] = [[] for _ in self._kind.state_names]
-            self._init_group(group if plan is None else {**group, "params": plan.others}, params, grads, steps, *states)
+        for rest in () if only_init else to_check:
+            self._check_engines(rest)
+        collected = [self._collect(rest) for rest in rests]
+        for index, (group, plan, found) in enumerate(zip(self.param_groups, plans, collected, strict=True)):
             if plan is not None:
                 step_batch(self._rule_of(group), group, plan.batch)
-            if params and not only_init:
-                self._step_group(index, group, params, grads, steps, states)
+            if found[0] and not only_init:
+                self._step_group(index, group, *found)
         return loss
 
     def posterior(self, param: Tensor) -> Posterior:
@@ -260,6 +300,15 @@ class RuleOptimizer(Optimizer):
             return None
         return plan
 
+    def _collect(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """Parameters with a gradient, their gradients, step counts and, by name, states."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        steps: list[Tensor] = []
+        states: list[list[Tensor]] = [[] for _ in self._kind.state_names]
+        self._init_group(group, params, grads, steps, *states)
+        return params, grads, steps, states
+
     def _is_dry_run(self) -> bool:
         """Whether this is how `torch.distributed.checkpoint` makes the state: a first step, at lr 0, with zero gradients."""
         if torch.compiler.is_compiling() or self.state or any(number(group["lr"]) != 0 for group in self.param_groups):
@@ -283,8 +332,6 @@ class RuleOptimizer(Optimizer):
             for param, grad, key, *state in zip(params, grads, keys, *states, strict=True)
         ]
         if torch.compiler.is_compiling() or group["capturable"] or group["differentiable"]:
-            if group["capturable"] and not torch.compiler.is_compiling():
-                _check_capturable(leaves, steps)
             step_by_tensors(self._rule_of(group), group, leaves, steps)
             return
         step_by_numbers(self._rule_of(group), group, *self._step_fused(index, group, params, leaves, steps))
@@ -329,11 +376,3 @@ def _has_nonzero(grad: Tensor) -> bool:
     if grad.is_meta:
         return True
     return bool(torch_posterior.sum_of_shards(grad != 0))
-
-
-def _check_capturable(leaves: list[Leaf], steps: list[Tensor]) -> None:
-    supported = _get_capturable_supported_devices()
-    for leaf, step in zip(leaves, steps, strict=True):
-        device = leaf.param.device.type
-        if device != step.device.type or device not in supported:
-            raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {supported}.")
