@@ -268,6 +268,18 @@ def test_state_that_a_load_replaced_is_freed() -> None:
     assert old() is None
 
 
+@pytest.mark.parametrize("option", [{"seed": 1}, {"stochastic_rounding": True}], ids=str)
+def test_the_plan_of_earlier_options_is_freed(option: dict[str, Any]) -> None:
+    params, optimizer = start(fused=True)
+    step(params, optimizer, 0)
+    optimizer.param_groups[0].update(option)
+    step(params, optimizer, 1)
+    old = weakref.ref(optimizer.state[params[0]]["b_g"])
+    optimizer.state[params[0]]["b_g"] = optimizer.state[params[0]]["b_g"].clone()
+    step(params, optimizer, 2)
+    assert old() is None
+
+
 def test_without_the_check_of_the_compiler_each_step_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
     spec = importlib.util.find_spec("vsgd.backends.torch_fused")

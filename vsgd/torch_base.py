@@ -45,7 +45,7 @@ class RuleOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
-        self._plans: dict[Any, Any] = {}
+        self._plans: dict[int, tuple[Any, Any]] = {}  # by group: what its leaves' noise is made of, and how to step them
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -293,12 +293,11 @@ class RuleOptimizer(Optimizer):
 
     def _valid_plan(self, index: int, group: dict[str, Any]) -> Any:
         """How to step again what was stepped fused the last time, where that may be done."""
-        key = _plan_key(index, group)
-        plan = self._plans.get(key)
-        if plan is not None and not (may_fuse(group) and plan.renew(group["params"], self.state)):
-            del self._plans[key]
-            return None
-        return plan
+        noise, plan = self._plans.get(index, (None, None))
+        if plan is None or (noise == _noise_of(group) and may_fuse(group) and plan.renew(group["params"], self.state)):
+            return plan
+        del self._plans[index]
+        return None
 
     def _collect(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[list[Tensor]]]:
         """Parameters with a gradient, their gradients, step counts and, by name, states."""
@@ -358,17 +357,17 @@ class RuleOptimizer(Optimizer):
             batch = fused.Batch(*zip(*own, strict=True))
             step_batch(self._rule_of(group), group, batch)
             # Where there is a plan for others, this step has more than the last one: the next is to plan them together.
-            if self._plans.pop(_plan_key(index, group), None) is None:
+            if self._plans.pop(index, None) is None:
                 plan = fused.make_plan(batch, group["params"], *zip(*own, strict=True), self._kind.state_names)
-                self._plans[_plan_key(index, group)] = plan
+                self._plans[index] = _noise_of(group), plan
         if views:  # made anew in each step
             step_batch(self._rule_of(group), group, fused.Batch(*zip(*views, strict=True)))
         return left
 
 
-def _plan_key(index: int, group: dict[str, Any]) -> tuple[Any, ...]:
-    """What a plan is for: a group, and what its leaves' noise is made of."""
-    return index, group["stochastic_rounding"], group["seed"]
+def _noise_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides the noise that a group's leaves are rounded with."""
+    return group["stochastic_rounding"], group["seed"]
 
 
 def _has_nonzero(grad: Tensor) -> bool:
