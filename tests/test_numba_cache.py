@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import subprocess
@@ -60,3 +61,27 @@ def test_the_kernel_runs_where_nothing_can_be_written(tmp_path: Path) -> None:
     nowhere = "import numba.core.caching as caching\ncaching.CacheImpl._locator_classes = []\n"
     assert run(tmp_path, nowhere) == (0, 1)
     assert not (tmp_path / "cache").exists()
+
+
+def test_without_source_files_another_engine_steps(tmp_path: Path) -> None:
+    shutil.copytree(Path(vsgd.__file__).parent, tmp_path / "vsgd", ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(tmp_path / "vsgd", quiet=1, legacy=True)
+    for source in (tmp_path / "vsgd").rglob("*.py"):
+        source.unlink()
+    script = """
+        import torch
+        from vsgd.torch import VSGD
+        param = torch.nn.Parameter(torch.ones(5))
+        param.grad = torch.ones(5)
+        VSGD([param]).step()
+        assert (param != 1).all()
+        try:
+            VSGD([param], fused=True).step()
+        except ImportError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "vsgd's compiled kernels need the package's source files" in done.stdout

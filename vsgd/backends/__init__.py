@@ -9,5 +9,6 @@ A backend is one of two things:
   `torch_loop` runs it block by block.
 
 A backend takes a `vsgd.core.Rule` (or its update) and never states the update itself. It imports its framework,
-`vsgd.core` and `vsgd.rounding`, nothing of the adapters, and no adapter's user pays for a backend that is not used.
+`vsgd.core` and `vsgd.rounding`, nothing of the adapters, and no adapter's user pays for a backend that is not used. `sources`
+imports the rules' other modules too, only to hash their source for the compilers' disk caches.
 """

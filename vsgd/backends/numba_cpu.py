@@ -7,8 +7,6 @@ function that `vsgd.core` states; numba inlines it, and LLVM vectorizes the loop
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,13 +17,15 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 
-from vsgd import core, outliers, posterior, rounding
-from vsgd.backends import numba_arrays, numba_integers
+from vsgd import core, rounding
+from vsgd.backends import numba_arrays, numba_integers, sources
 from vsgd.backends.chunks import chunks as cut
 from vsgd.backends.numba_arrays import OPTIONS, inline
 
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
+
+_SOURCES = sources.digest(numba_arrays, numba_integers)
 
 #: Elements in a chunk, the unit of work of a thread: the six arrays of a float32 chunk fit a second-level cache.
 CHUNK = 16384
@@ -186,8 +186,7 @@ class Noise(NamedTuple):
 def _kernel_of(rule: core.Rule, indices: Callable[[int], Any], round_params: bool) -> Callable[..., None]:
     # Captured, for the disk cache's key holds captured values: without them it would serve the kernel of an older core, or
     # the serial kernel in place of the parallel one.
-    sources = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, numba_arrays, numba_integers)))
-    version = hashlib.sha256(sources.encode()).hexdigest()
+    version = _SOURCES
     update = inline(rule.make_update(numba_arrays))
     descend = inline(core.descend)
     n_state = len(rule.state_names)

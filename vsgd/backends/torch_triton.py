@@ -9,8 +9,6 @@ The rounding at random of `vsgd.rounding` comes into the kernel in the same way.
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import operator
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,9 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vsgd import core, outliers, posterior, rounding
+from vsgd import core, rounding
+from vsgd.backends import sources
 from vsgd.backends.chunks import chunks
 from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
+
+_SOURCES = sources.digest(sys.modules[__name__])
 
 #: Elements in a chunk, the work of one program: four for each thread of eight warps, so that float32 goes in vectors of 128
 #: bits, and half precision beside it in the same layout.
@@ -150,8 +151,7 @@ class Step:
         n_state = len(rule.state_names)
         of_param = rounding.MULTIPLIERS[n_state] if round_param else None
         self.rounders = (of_param, *(rounding.MULTIPLIERS[:n_state] if round_state else (None,) * n_state))
-        source = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, sys.modules[__name__])))
-        self.version = f"{self.coefficients.__name__} {maximize} {self.rounders} {hashlib.sha256(source.encode()).hexdigest()}"
+        self.version = f"{self.coefficients.__name__} {maximize} {self.rounders} {_SOURCES}"
 
     def __repr__(self) -> str:
         """What Triton keys its disk cache by: an edited core must not be served from there."""
