@@ -88,13 +88,13 @@ def test_a_numba_that_cannot_compile_is_left_aside_unless_asked_for() -> None:
         try:
             optimizer.step()
         except ImportError as error:
-            print(error, optimizer.state[param]["step"].item(), sep="; ")
+            print(error, len(optimizer.state), sep="; ")
     """
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     cause = "vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off"
-    assert done.stdout.splitlines() == ["True", f"the engine of fused=True cannot be imported: {cause}; 0.0"]
+    assert done.stdout.splitlines() == ["True", f"the engine of fused=True cannot be imported: {cause}; 0"]
 
 
 @pytest.mark.parametrize("rule", RULES)
