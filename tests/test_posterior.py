@@ -328,6 +328,7 @@ def test_numpy_takes_gradients_for_the_surprise_as_for_a_step() -> None:
 
 def test_optax_has_no_surprise_of_gradients_that_do_not_fit() -> None:
     jnp = pytest.importorskip("jax.numpy")
+    pytest.importorskip("optax")
     import vsgd.optax
     from vsgd.optax_monitor import summarize
 
