@@ -302,6 +302,7 @@ def run_script(script: str, **environment: str) -> str:
 # --- The tests that optax has for its own optimizers. ---
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("module", "case", "number"),
     [

@@ -111,5 +111,5 @@ def test_mnist_1d_is_made_on_the_spot(script: ModuleType) -> None:
 def test_without_its_package_mnist_1d_says_what_to_install(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mnist1d", None)
     monkeypatch.setitem(sys.modules, "mnist1d.data", None)
-    with pytest.raises(SystemExit, match=r"^MNIST-1D needs mnist1d: pip install 'vsgd\[examples\]', or choose --data digits$"):
+    with pytest.raises(SystemExit, match=r"^MNIST-1D needs mnist1d: pip install '\.\[examples\]', or choose --data digits$"):
         script.DATA["MNIST-1D"]()

@@ -12,6 +12,13 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 
 
+@pytest.fixture(autouse=True)
+def same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line names a backend to the whole process."""
+    if "KERAS_BACKEND" in os.environ:
+        monkeypatch.setenv("KERAS_BACKEND", os.environ["KERAS_BACKEND"])
+
+
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Models as small as these are slower on several, in PyTorch."""

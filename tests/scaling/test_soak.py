@@ -19,6 +19,9 @@ HAS_KERAS = find_spec("keras") is not None and "KERAS_BACKEND" in os.environ
 # The eager transformation is the jitted one's function, and takes a millisecond a step.
 SOAKED = [name for name in AVAILABLE if name != "optax-eager"] + (["keras"] if HAS_KERAS else [])
 
+# What no environment with one framework alone has.
+MIXED = ("torch-fused",)
+
 _rng = np.random.default_rng(0)
 START, CURVATURE = _rng.standard_normal(SIZE), np.geomspace(0.1, 10, SIZE)
 NOISE = _rng.standard_normal((997, SIZE))
@@ -125,7 +128,7 @@ def reference() -> dict[str, np.ndarray]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory of a process from Linux's /proc")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", SOAKED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in MIXED else pytest.mark.alone) for name in SOAKED])
 def test_20000_steps_neither_leak_nor_compile_nor_drift(
     name: str, dtype: Any, reference: dict[str, np.ndarray], agreed: Callable[..., None]
 ) -> None:
