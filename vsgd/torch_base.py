@@ -237,12 +237,13 @@ class RuleOptimizer(Optimizer):
             for group, plan in zip(self.param_groups, plans, strict=True)
         ]
         # All groups before any is stepped. Compiled code steps none before it has collected them all.
-        to_check = () if compiling else rests
-        for rest in to_check:
-            self._check_params(rest)
+        if not compiling:
+            for rest in rests:
+                self._check_params(rest)
         only_init = self._is_dry_run()
-        for rest in () if only_init else to_check:
-            self._check_engines(rest)
+        if not (compiling or only_init):
+            for rest in rests:
+                self._check_engines(rest)
         collected = [self._collect(rest) for rest in rests]
         for index, (group, plan, found) in enumerate(zip(self.param_groups, plans, collected, strict=True)):
             if plan is not None:
