@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -169,11 +169,19 @@ class Comparison:
         task: the problem.
         find: the record of a run, or None where it is not finished.
         backend: of Keras.
+        entrants: who takes part, by name.
     """
 
-    def __init__(self, task: tasks.Task, find: Callable[[Setting], Mapping[str, Any] | None], backend: str = "jax") -> None:
+    def __init__(
+        self,
+        task: tasks.Task,
+        find: Callable[[Setting], Mapping[str, Any] | None],
+        backend: str = "jax",
+        entrants: Sequence[str] = tuple(ENTRANTS),
+    ) -> None:
         self.task = task
         self.backend = backend
+        self.entrants = entrants
         self._find = find
 
     def _setting(self, entrant: str, trial: Trial, seed: int) -> Setting:

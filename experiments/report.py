@@ -74,15 +74,25 @@ def told(comparison: Comparison, arm: str, entrant: str) -> Told | None:
     return None if trial is None or records is None else Told(trial, records)
 
 
-def comparisons(store: Store, backend: str) -> list[Comparison]:
-    """One for each task, and for each longer one that there are records of.
+def comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
+    """Those of our tasks, "small", and those of tasks run "longer", in which whoever has a record of one takes part.
 
     Args:
         store: of the records.
         backend: of Keras.
     """
-    longer = sorted(path.stem for path in store.folder.glob("*@*.jsonl"))
-    return [Comparison(tasks.named(name), store.find, backend) for name in (*tasks.TASKS, *longer)]
+    files = [path.stem for name in tasks.TASKS for path in sorted(store.folder.glob(f"{name}@*.jsonl"))]
+    longer = [Comparison(tasks.named(name), store.find, backend) for name in files]
+    part = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
+    return {
+        "small": [Comparison(task, store.find, backend) for task in tasks.TASKS.values()],
+        "longer": [Comparison(each.task, store.find, backend, part) for each in longer],
+    }
+
+
+def _has_runs(comparison: Comparison, entrant: str, store: Store) -> bool:
+    runs = itertools.chain(comparison.tuning(entrant), comparison.tests(entrant))
+    return any(store.find(each) is not None for each in runs)
 
 
 def verdict(difference: Difference, metric: str) -> str:
@@ -154,7 +164,7 @@ def task_table(comparison: Comparison) -> str:
     task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
     test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
     header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", minus, test, minus]
-    return table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in ENTRANTS])
+    return table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
 
 
 def task_section(comparison: Comparison) -> str:
@@ -174,9 +184,9 @@ def summary(arm: str, found: Sequence[Comparison]) -> str:
 
     Args:
         arm: by name.
-        found: the comparisons, a row each.
+        found: the comparisons, a row each, of the same entrants.
     """
-    others = [each for each in ENTRANTS if each != OURS]
+    others = [each for each in found[0].entrants if each != OURS]
     rows, counts = [], {each: (Counter[str](), Counter[str]()) for each in others}
     for comparison in found:
         ours, cells = told(comparison, arm, OURS), [comparison.task.title]
@@ -203,13 +213,13 @@ def sensitivity(found: Sequence[Comparison]) -> str:
     """How wide the learning rates are whose validation metric is within 1% of the best, with the schedule of the widest arm.
 
     Args:
-        found: the comparisons, a row each.
+        found: the comparisons, a row each, of the same entrants.
     """
     rows = []
     for comparison in found:
-        tried = [comparison.tried(entrant) for entrant in ENTRANTS]
+        tried = [comparison.tried(entrant) for entrant in comparison.entrants]
         rows.append([comparison.task.title, *(MISSING if each is None else _width(useful_range(*each)) for each in tried)])
-    return table(["", *(each.title for each in ENTRANTS.values())], rows)
+    return table(["", *(ENTRANTS[each].title for each in found[0].entrants)], rows)
 
 
 def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
@@ -221,8 +231,8 @@ def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
     """
     rows = []
     for comparison in found:
-        parts = [itertools.chain.from_iterable(map(part, ENTRANTS)) for part in (comparison.tuning, comparison.tests)]
-        done = [[store.find(each) is not None for each in part] for part in parts]
+        parts = (comparison.tuning, comparison.tests)
+        done = [[store.find(each) is not None for who in comparison.entrants for each in part(who)] for part in parts]
         rows.append([comparison.task.title, *(f"{sum(each)} of {len(each)}" for each in done)])
     lines = [table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
     for record in store.of("environments"):
@@ -240,13 +250,19 @@ def write(results: Path, page: Path, backend: str = "jax") -> None:
         backend: of Keras, whose runs are told.
     """
     store = Store(results / FOLDER)
-    found = comparisons(store, backend)
+    groups = comparisons(store, backend)
     results.mkdir(parents=True, exist_ok=True)
-    curves, rates = results / "small-curves.png", results / "small-learning-rates.png"
+    replace_section(page, "small-runs", facts(store, [*itertools.chain.from_iterable(groups.values())]))
+    for group, found in groups.items():
+        if found:
+            _write_group(group, found, results, page)
+
+
+def _write_group(group: str, found: Sequence[Comparison], results: Path, page: Path) -> None:
+    curves, rates = results / f"{group}-curves.png", results / f"{group}-learning-rates.png"
     figures.draw_curves(found, curves)
     figures.draw_rates(found, rates)
     sections = {
-        "runs": facts(store, found),
         "summary": [summary(arm, found) for arm in ARMS],
         "curves": [image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
         "sensitivity": [
@@ -256,4 +272,4 @@ def write(results: Path, page: Path, backend: str = "jax") -> None:
         "tables": list(map(task_section, found)),
     }
     for name, parts in sections.items():
-        replace_section(page, f"small-{name}", parts)
+        replace_section(page, f"{group}-{name}", parts)

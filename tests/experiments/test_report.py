@@ -46,6 +46,10 @@ def rows_of(table: str) -> list[list[str]]:
     return [lines[0], *lines[2:]]
 
 
+def section(text: str, name: str) -> str:
+    return text.partition(f"<!-- {name} -->\n\n")[2].partition(f"\n\n<!-- /{name} -->")[0]
+
+
 def task_rows(comparison: Comparison) -> dict[tuple[str, str], list[str]]:
     _, *rows = rows_of(report.task_table(comparison))
     return {(arm, optimizer): cells for arm, optimizer, *cells in rows}
@@ -193,6 +197,31 @@ def test_the_page_has_all_sections_and_is_the_same_when_written_again(tmp_path: 
         assert (results / f"{image}.png").stat().st_size > 10_000
     main(["report", "--results", str(results), "--page", str(page)])
     assert page.read_text() == text
+
+
+def test_longer_tasks_stand_apart_and_tell_of_those_who_ran_one(tmp_path: Path) -> None:
+    results, page = tmp_path / "results", tmp_path / "results.md"
+    store = spread.Store(results / spread.FOLDER)
+    for name, entrants in ((f"{LOSS}@4", ("vsgd", "adamw")), (f"{ACCURACY}@4", ("lion",))):
+        for entrant in entrants:
+            for setting in Comparison(tasks.named(name), lambda setting: None).tests(entrant):
+                store.add(setting, run(setting), {"processors": 2, "cpu": "a CPU", "versions": {}})
+    main(["report", "--results", str(results), "--page", str(page)])
+    text = page.read_text()
+    assert re.search(r"\| digits, VAE +\| 0 of 420 +\| 0 of 70", text)
+    assert re.search(r"\| digits, VAE, 4 times as long +\| 0 of 180 +\| 20 of 30", text)
+    small, longer = ([*rows_of(section(text, f"{group}-summary"))] for group in ("small", "longer"))
+    assert small[0][1:] == [f"to {entrant.title}" for name, entrant in ENTRANTS.items() if name != "vsgd"]
+    assert small[-1][1:] == ["0-0-0 / 0-0-0"] * 6
+    # In the order of the tasks, with AdamW worse in train loss and better in the test's.
+    assert longer[:4] == [
+        ["VSGD, defaults", "to AdamW", "to Lion"],
+        ["MNIST-1D, CNN, 4 times as long", report.MISSING, report.MISSING],
+        ["digits, VAE, 4 times as long", "better / worse", report.MISSING],
+        ["better-level-worse", "1-0-0 / 0-0-1", "0-0-0 / 0-0-0"],
+    ]
+    assert "4 times as long" not in section(text, "small-tables")
+    assert (results / "longer-curves.png").stat().st_size > 10_000
 
 
 def test_the_list_names_tasks_and_entrants(capsys: pytest.CaptureFixture[str]) -> None:
