@@ -1,4 +1,4 @@
-"""What VSGD sees of each weight tensor as it trains: sizes of gradients, sigma, gain, and of the steps that it takes."""
+"""What VSGD sees of each weight tensor as it trains: sizes of gradients, sigma, gains, and of the steps that it takes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from experiments import comparison, sweep, tasks
 from experiments.bench import Bench
 from experiments.comparison import Setting, Trial
 
+TASKS = (*sweep.TASKS, "digits-vae")
 #: What of the steps is told, beside the last one.
 STEPS = (1, 10, 100)
 #: Tensors of less elements, such as biases, have no row.
 SMALLEST = 100
+#: A gain below takes more than twenty gradients to follow.
+STUCK = 0.05
 
 
 class Step(NamedTuple):
@@ -28,12 +31,14 @@ class Step(NamedTuple):
         gradient: root of the mean square of the mini-batch gradient.
         sigma: the median standard deviation of the posterior by which the step was divided.
         gain: the median gain of the step.
+        stuck: the part of the elements whose gain is below `STUCK`.
         step: root of the mean square of the step, over the learning rate.
     """
 
     gradient: float
     sigma: float
     gain: float
+    stuck: float
     step: float
 
 
@@ -51,7 +56,11 @@ def _step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
     gradient = mean + (after[0] - mean) / gain
     step = after[0] / (np.sqrt(after[0] ** 2 + variance) + eps)
     return Step(
-        _root_mean_square(gradient), float(np.median(np.sqrt(variance))), float(np.median(gain)), _root_mean_square(step)
+        _root_mean_square(gradient),
+        float(np.median(np.sqrt(variance))),
+        float(np.median(gain)),
+        float(np.mean(gain < STUCK)),
+        _root_mean_square(step),
     )
 
 
@@ -112,7 +121,7 @@ def run(page: Path, backend: str) -> None:
         backend: of Keras, which is imported with it.
     """
     parts = []
-    for name in sweep.TASKS:
+    for name in TASKS:
         task = tasks.named(name)
         steps = [*STEPS, task.steps]
         setting = Setting(
@@ -125,6 +134,7 @@ def run(page: Path, backend: str) -> None:
             "gradient, root mean square",
             "sigma, median",
             "gain, median",
+            f"part with a gain below {STUCK}",
             "step / lr, root mean square",
         ]
         told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_mean_square(found):.1e}"

@@ -1,4 +1,4 @@
-"""What VSGD's hyperparameters do: a grid of the prior's strength, one of both kappas, each at several learning rates."""
+"""What VSGD's hyperparameters do: grids of the prior's strength and of both kappas, each at several learning rates."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FOLDER = "sweep"
 TASKS = ("characters", "mnist1d-mlp", "quadratic")
 #: Neither for tuning nor for tests: what is seen here is to be tried on others.
 SEEDS = (200, 201, 202)
-#: The middle of those that are compared, with the cosine schedule.
-TRIALS = tuple(Trial(rate, "cosine") for rate in (0.003, 0.00646, 0.0139, 0.03))
+#: The middle of those that are compared.
+RATES = (0.003, 0.00646, 0.0139, 0.03)
 DEFAULT = "vsgd"
 
 
@@ -31,25 +31,45 @@ class Grid(NamedTuple):
         name: of the section on the page.
         heads: what the hyperparameters are called.
         entrants: who is tried, by the hyperparameters' values; among them the default.
+        tasks: what they are tried on, by name.
+        trials: with what.
     """
 
     name: str
     heads: Sequence[str]
     entrants: Mapping[tuple[float, ...], str]
+    tasks: Sequence[str]
+    trials: Sequence[Trial]
 
 
-def _grid(name: str, heads: Sequence[str], values: Sequence[tuple[float, ...]], default: tuple[float, ...]) -> Grid:
+def _entrants(heads: Sequence[str], values: Sequence[tuple[float, ...]], default: tuple[float, ...]) -> dict[Any, str]:
     def entrant(each: tuple[float, ...]) -> str:
         return f"vsgd:{','.join(f'{head}={value:g}' for head, value in zip(heads, each, strict=True))}"
 
-    return Grid(name, heads, {each: DEFAULT if each == default else entrant(each) for each in values})
+    return {each: DEFAULT if each == default else entrant(each) for each in values}
 
 
+def _prior_grid(name: str, powers: Sequence[int], chosen: Sequence[str], schedule: str) -> Grid:
+    heads, values = ["prior_strength"], [(float(f"1e-{power}"),) for power in powers]
+    return Grid(name, heads, _entrants(heads, values, (1e-8,)), chosen, _trials(schedule))
+
+
+def _kappas_grid(name: str, values: Sequence[tuple[float, float]], chosen: Sequence[str], schedule: str) -> Grid:
+    heads = ["kappa1", "kappa2"]
+    return Grid(name, heads, _entrants(heads, values, (0.81, 0.9)), chosen, _trials(schedule))
+
+
+def _trials(schedule: str) -> list[Trial]:
+    return [Trial(rate, schedule) for rate in RATES]
+
+
+#: Where the comparison saw the default diverge, at a constant rate.
+LONG = ("digits-vae@4",)
 GRIDS = (
-    _grid("prior", ["prior_strength"], [(float(f"1e-{power}"),) for power in range(14, 0, -2)], (1e-8,)),
-    _grid(
-        "kappas", ["kappa1", "kappa2"], [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], (0.81, 0.9)
-    ),
+    _prior_grid("prior", range(14, 0, -2), TASKS, "cosine"),
+    _kappas_grid("kappas", [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], TASKS, "cosine"),
+    _prior_grid("long-prior", [8, 7, 6, 5], LONG, "constant"),
+    _kappas_grid("long-kappas", [(0.81, 0.9), (0.7, 0.7), (0.81, 0.81), (0.9, 0.9), (0.9, 0.81)], LONG, "constant"),
 )
 
 
@@ -73,10 +93,10 @@ def every_setting(backend: str) -> list[Setting]:
     """
     return [
         setting
-        for task in TASKS
         for grid in GRIDS
+        for task in grid.tasks
         for entrant in grid.entrants.values()
-        for trial in TRIALS
+        for trial in grid.trials
         for setting in settings(task, entrant, trial, backend)
     ]
 
@@ -123,15 +143,15 @@ class Scores(NamedTuple):
         return f"{statistics.fmean(differences):+.2g} ({low:+.2g} to {high:+.2g})"
 
 
-def _scores(found: Sequence[Sequence[Any]], split: str, metric: str) -> Scores:
-    told = [None if None in records else Told(trial, records) for trial, records in zip(TRIALS, found, strict=True)]
+def _scores(trials: Sequence[Trial], found: Sequence[Sequence[Any]], split: str, metric: str) -> Scores:
+    told = [None if None in records else Told(trial, records) for trial, records in zip(trials, found, strict=True)]
     values = [None if each is None else each.values(split, metric) for each in told]
     return Scores(values, -1 if metric == "accuracy" else 1)
 
 
 def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> Iterator[list[str]]:
     def found(entrant: str) -> list[list[Any]]:
-        return [[find(setting) for setting in settings(task.name, entrant, trial, backend)] for trial in TRIALS]
+        return [[find(setting) for setting in settings(task.name, entrant, trial, backend)] for trial in grid.trials]
 
     default = found(DEFAULT)
     for values, entrant in grid.entrants.items():
@@ -139,8 +159,11 @@ def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend:
         missing = [MISSING if None in each else "diverged" for each in records]
         row = [f"{value:g}" for value in values]
         for split, metric in (("train", "loss"), ("validation", task.metric)):
-            ours = _scores(records, split, metric)
-            row += [*ours.cells(missing), "" if entrant == DEFAULT else ours.minus(_scores(default, split, metric))]
+            ours = _scores(grid.trials, records, split, metric)
+            row += [
+                *ours.cells(missing),
+                "" if entrant == DEFAULT else ours.minus(_scores(grid.trials, default, split, metric)),
+            ]
         yield row
 
 
@@ -153,7 +176,7 @@ def grid_table(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], bac
         find: the record of a run, or None.
         backend: of Keras.
     """
-    rates = [f"{trial.learning_rate:g}" for trial in TRIALS]
+    rates = [f"{trial.learning_rate:g}" for trial in grid.trials]
     metric = "accuracy, %" if task.metric == "accuracy" else "loss"
     heads = [
         head
@@ -178,6 +201,6 @@ def run(results: Path, page: Path, workers: int, backend: str) -> None:
     store = Store(results / FOLDER)
     perform_all(every_setting(backend), store, workers, "sweep")
     for grid in GRIDS:
-        chosen = [tasks.named(name) for name in TASKS]
+        chosen = [tasks.named(name) for name in grid.tasks]
         parts = [f"{task.title}, {task.steps} steps:\n\n{grid_table(task, grid, store.find, backend)}" for task in chosen]
         replace_section(page, f"sweep-{grid.name}", parts)

@@ -14,7 +14,7 @@ keras = pytest.importorskip("keras")
 for package in ("mnist1d", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
-from experiments import bench, layers, sweep, tasks  # noqa: E402
+from experiments import bench, layers, tasks  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
 from experiments.comparison import Setting, Trial  # noqa: E402
 
@@ -44,6 +44,7 @@ def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
         assert first.gradient == pytest.approx(root_mean_square(gradient), rel=1e-3)
         assert first.sigma == pytest.approx(sigma, rel=1e-5)
         assert first.gain == pytest.approx(1 / 31, rel=1e-6)
+        assert first.stuck == 1
         mean = gradient / 31
         assert first.step == pytest.approx(root_mean_square(mean / np.sqrt(mean**2 + sigma**2)), rel=1e-3)
 
@@ -56,7 +57,7 @@ def test_later_steps_are_of_the_same_run() -> None:
 
 
 def test_the_command_writes_a_row_for_each_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "TASKS", (TASK,))
+    monkeypatch.setattr(layers, "TASKS", (TASK,))
     monkeypatch.setattr(layers, "STEPS", (1, 3))
     monkeypatch.setitem(tasks.TASKS, TASK, dataclasses.replace(tasks.TASKS[TASK], steps=5))
     page = tmp_path / "page.md"

@@ -20,9 +20,8 @@ from experiments.__main__ import main  # noqa: E402
 from experiments.comparison import ENTRANTS, Setting, Trial, named  # noqa: E402
 from experiments.paper_report import MISSING  # noqa: E402
 
-PRIOR, KAPPAS = sweep.GRIDS
+PRIOR, KAPPAS, *LONG = sweep.GRIDS
 TASK = tasks.TASKS["mnist1d-mlp"]
-RATES = [trial.learning_rate for trial in sweep.TRIALS]
 
 
 def rows_of(table: str) -> list[list[str]]:
@@ -32,7 +31,7 @@ def rows_of(table: str) -> list[list[str]]:
 
 def bowl(setting: Setting) -> dict[str, Any]:
     """Best at the second rate; hyperparameters add to the loss, and each seed to all of its runs."""
-    place = RATES.index(setting.trial.learning_rate)
+    place = sweep.RATES.index(setting.trial.learning_rate)
     shift = sum(named(setting.entrant).hyper.values()) + 0.1 * (setting.seed - 200)
     return record(TASK.name, 0.9 - 0.01 * abs(place - 1) - 0.1 * shift, train=1 + abs(place - 1) + shift)
 
@@ -49,7 +48,7 @@ def test_grids_hold_the_default_and_what_the_optimizer_takes() -> None:
                 assert named(entrant).hyper == dict(zip(grid.heads, each, strict=True))
                 named(entrant).make()
     assert {1e-14, 1e-2} <= {value for (value,) in PRIOR.entrants}
-    assert set(RATES) < set(ENTRANTS["vsgd"].base.learning_rates(10))
+    assert set(sweep.RATES) < set(ENTRANTS["vsgd"].base.learning_rates(10))
 
 
 def test_the_best_rate_is_marked_and_differences_are_seed_by_seed() -> None:
@@ -90,7 +89,7 @@ def test_what_is_missing_or_diverged_says_so() -> None:
     def some(setting: Setting) -> dict[str, Any] | None:
         if setting.entrant != weakest[-1] and setting.entrant != sweep.DEFAULT:
             return None
-        return diverged() if setting.trial == sweep.TRIALS[-1] and setting.seed == 201 else bowl(setting)
+        return diverged() if setting.trial == PRIOR.trials[-1] and setting.seed == 201 else bowl(setting)
 
     rows = {float(row[0]): row[1:] for row in rows_of(sweep.grid_table(TASK, PRIOR, some, "jax"))}
     assert rows[1e-2] == [*[MISSING] * 4, "", *[MISSING] * 4, ""]
@@ -101,13 +100,14 @@ def test_what_is_missing_or_diverged_says_so() -> None:
 def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of made-up runs, one is left to do.
     backend = keras.backend.backend()
-    monkeypatch.setattr(sweep, "TASKS", ("quadratic",))
+    small = [grid._replace(tasks=("quadratic",), trials=(Trial(0.03, "cosine"),)) for grid in (PRIOR, KAPPAS)]
+    long = [grid._replace(tasks=("quadratic@2",), trials=(Trial(0.03, "constant"),)) for grid in LONG]
+    monkeypatch.setattr(sweep, "GRIDS", (*small, *long))
     monkeypatch.setattr(sweep, "SEEDS", (200,))
-    monkeypatch.setattr(sweep, "TRIALS", (Trial(0.03, "cosine"),))
     store = spread.Store(tmp_path / sweep.FOLDER)
     missing, *others = dict.fromkeys(sweep.every_setting(backend))
     for setting in others:
-        store.add(setting, record("quadratic", 0.5), {})
+        store.add(setting, record(setting.task, 0.5), {})
     page = tmp_path / "page.md"
     page.write_text("# Tuning\n\n<!-- sweep-prior -->\n\nold\n\n<!-- /sweep-prior -->\n\nend\n", encoding="utf-8")
     before = dict(os.environ)
@@ -118,5 +118,6 @@ def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, mo
     text = page.read_text(encoding="utf-8")
     assert f"{found['final']['train']['loss']:.4g}" in text.partition("<!-- /sweep-prior -->")[0]
     assert "old" not in text
-    assert text.index("\nend\n") < text.index("<!-- sweep-kappas -->")
+    assert text.index("\nend\n") < text.index("<!-- sweep-kappas -->") < text.index("<!-- sweep-long-prior -->")
+    assert "noisy quadratic, 2 times as long, 4000 steps:" in text
     assert MISSING not in text
