@@ -330,6 +330,24 @@ def test_both_rates_move_by_the_same_surprise() -> None:
     assert surprise.sign().unique().numel() == 2
 
 
+@pytest.mark.parametrize(("kappa1", "kappa2"), [(0.81, 0.9), (0.81, 0.81), (0.9, 0.9)])
+def test_growing_noise_is_taken_for_truth_unless_the_kappas_are_equal(kappa1: float, kappa2: float) -> None:
+    hyper = core.Hyperparameters(kappa1=kappa1, kappa2=kappa2)
+    noise = 0.01 * torch.randn(8000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def last_gains(grads: Any) -> Any:
+        state = tuple(torch.full_like(grads[0], value) for value in core.VSGD.initial_state(hyper))
+        for t, grad in enumerate(grads, start=1):
+            momentum, state = vsgd_step(grad, state, core.VSGD.coefficients(t, hyper))
+        return 1 - momentum
+
+    steady = last_gains(noise)
+    assert 0.35 < steady.min() < steady.max() < 0.5
+    # The size of a gradient without any truth in it grows ninefold.
+    gains = last_gains(noise * torch.linspace(1, 9, len(noise), dtype=torch.float64)[:, None])
+    assert (gains > 0.85).all() if kappa1 < kappa2 else (gains < 0.35).all()
+
+
 def test_no_step_exceeds_lr_where_adams_does() -> None:
     grads = torch.zeros(STEPS, 1, dtype=torch.float64)
     grads[-1] = 1.0
