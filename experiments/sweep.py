@@ -42,34 +42,27 @@ class Grid(NamedTuple):
     trials: Sequence[Trial]
 
 
-def _entrants(heads: Sequence[str], values: Sequence[tuple[float, ...]], default: tuple[float, ...]) -> dict[Any, str]:
+def _grid(
+    name: str, default: Mapping[str, float], values: Sequence[tuple[float, ...]], chosen: Sequence[str], schedule: str
+) -> Grid:
     def entrant(each: tuple[float, ...]) -> str:
-        return f"vsgd:{','.join(f'{head}={value:g}' for head, value in zip(heads, each, strict=True))}"
+        if each == tuple(default.values()):
+            return DEFAULT
+        return f"vsgd:{','.join(f'{head}={value:g}' for head, value in zip(default, each, strict=True))}"
 
-    return {each: DEFAULT if each == default else entrant(each) for each in values}
-
-
-def _prior_grid(name: str, powers: Sequence[int], chosen: Sequence[str], schedule: str) -> Grid:
-    heads, values = ["prior_strength"], [(float(f"1e-{power}"),) for power in powers]
-    return Grid(name, heads, _entrants(heads, values, (1e-8,)), chosen, _trials(schedule))
+    trials = [Trial(rate, schedule) for rate in RATES]
+    return Grid(name, list(default), {each: entrant(each) for each in values}, chosen, trials)
 
 
-def _kappas_grid(name: str, values: Sequence[tuple[float, float]], chosen: Sequence[str], schedule: str) -> Grid:
-    heads = ["kappa1", "kappa2"]
-    return Grid(name, heads, _entrants(heads, values, (0.81, 0.9)), chosen, _trials(schedule))
-
-
-def _trials(schedule: str) -> list[Trial]:
-    return [Trial(rate, schedule) for rate in RATES]
-
-
+_PRIOR = {"prior_strength": 1e-8}
+_KAPPAS = {"kappa1": 0.81, "kappa2": 0.9}
 #: Where the comparison saw the default diverge, at a constant rate.
 LONG = ("digits-vae@4",)
 GRIDS = (
-    _prior_grid("prior", range(14, 0, -2), TASKS, "cosine"),
-    _kappas_grid("kappas", [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], TASKS, "cosine"),
-    _prior_grid("long-prior", [8, 7, 6, 5], LONG, "constant"),
-    _kappas_grid("long-kappas", [(0.81, 0.9), (0.7, 0.7), (0.81, 0.81), (0.9, 0.9), (0.9, 0.81)], LONG, "constant"),
+    _grid("prior", _PRIOR, [(float(f"1e-{power}"),) for power in range(14, 0, -2)], TASKS, "cosine"),
+    _grid("kappas", _KAPPAS, [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], TASKS, "cosine"),
+    _grid("long-prior", _PRIOR, [(1e-8,), (1e-7,), (1e-6,), (1e-5,)], LONG, "constant"),
+    _grid("long-kappas", _KAPPAS, [(0.81, 0.9), (0.7, 0.7), (0.81, 0.81), (0.9, 0.9), (0.9, 0.81)], LONG, "constant"),
 )
 
 

@@ -9,6 +9,7 @@ Trains the VAE of the comparison on small tasks, four times as long, and writes 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.report import table
 from experiments import comparison, tasks
 from experiments.bench import Bench
 
@@ -37,7 +41,7 @@ class Run(NamedTuple):
 
     title: str
     entrant: str
-    reset: Callable[[NDArray[Any]], NDArray[Any]] = np.zeros_like
+    reset: Callable[[NDArray[Any]], NDArray[Any]] = lambda gain: gain > 1  # none is
 
 
 RUNS = (
@@ -81,7 +85,7 @@ def watch(run: Run, steps: int, seed: int) -> Iterator[Look]:
         for variable in bench.model.trainable_variables:
             gain = keras.ops.convert_to_numpy(bench.optimizer.posterior(variable).gain)
             gains.append(gain.ravel())
-            count += set_gains(bench.optimizer, variable, run.reset(gain).astype(bool))
+            count += set_gains(bench.optimizer, variable, run.reset(gain))
         yield Look(loss, np.concatenate(gains), count)
         if loss is None:
             return
@@ -136,8 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     heads = ["VSGD", "seed"]
     heads += [f"{what}, step {look}" for what in ("train loss", f"% of gains above {HIGH:g}") for look in arguments.looks]
-    lines = [[*heads, "gains set"], ["---"] + ["---:"] * len(heads), *rows(arguments.steps, arguments.looks, arguments.seeds)]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = table([*heads, "gains set"], rows(arguments.steps, arguments.looks, arguments.seeds)) + "\n"
     (arguments.output / "long_run.txt").write_text(text, encoding="utf-8")
     print(text, end="")
 

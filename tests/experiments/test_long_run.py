@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +48,14 @@ def test_gains_are_set_where_they_are_to_be_and_the_sum_of_rates_stays(script: M
     np.testing.assert_array_equal(after[~where], before[~where])
     np.testing.assert_allclose(new_total, total, rtol=1e-6)
     assert np.median(np.abs(before - 0.3)) > 0.1
+
+
+def test_the_command_needs_nothing_but_its_path(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(SCRIPT), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "--looks" in done.stdout
 
 
 def test_the_command_makes_a_row_for_each_run(

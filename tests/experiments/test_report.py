@@ -210,7 +210,7 @@ def test_longer_tasks_stand_apart_and_tell_of_those_who_ran_one(tmp_path: Path) 
     text = page.read_text()
     assert re.search(r"\| digits, VAE +\| 0 of 420 +\| 0 of 70", text)
     assert re.search(r"\| digits, VAE, 4 times as long +\| 0 of 180 +\| 20 of 30", text)
-    small, longer = ([*rows_of(section(text, f"{group}-summary"))] for group in ("small", "longer"))
+    small, longer = (rows_of(section(text, f"{group}-summary")) for group in ("small", "longer"))
     assert small[0][1:] == [f"to {entrant.title}" for name, entrant in ENTRANTS.items() if name != "vsgd"]
     assert small[-1][1:] == ["0-0-0 / 0-0-0"] * 6
     # In the order of the tasks, with AdamW worse in train loss and better in the test's.
