@@ -18,7 +18,7 @@ if find_spec("triton") is None:
 if find_spec("jax") is None or find_spec("optax") is None:
     collect_ignore_glob += ["vsgd/optax*.py", "vsgd/backends/jax_*.py", "tests/scaling/jax_*.py"]
 if find_spec("mlx") is None:
-    collect_ignore_glob += ["vsgd/mlx.py"]
+    collect_ignore_glob += ["vsgd/mlx*.py"]
 if find_spec("tqdm") is None:
     collect_ignore_glob += ["tests/small_comparison.py"]
 if find_spec("orbax") is None:

@@ -12,20 +12,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import HAS_OPTAX, HAS_TORCH, x64
+from engines import HAS_MLX, HAS_OPTAX, HAS_TORCH, to_mlx, x64
 from processes import run_python
 
 import vsgd.numpy
 
-DOORS = ["numpy", *(["torch"] if HAS_TORCH else []), *(["optax"] if HAS_OPTAX else [])]
+DOORS = [
+    "numpy",
+    *(["torch"] if HAS_TORCH else []),
+    *(["optax"] if HAS_OPTAX else []),
+    *(["mlx"] if HAS_MLX else []),
+]
 doors = pytest.mark.parametrize("door", DOORS)
 
 
 def opened(door: str) -> tuple[Callable[..., float], Callable[[np.ndarray], Any]]:
     """The door, and what makes an array of its library."""
+    prior_strength_from = import_module(f"vsgd.{door}").prior_strength_from
+    if door == "mlx":
+        import_module("mlx.core").set_default_device(import_module("mlx.core").cpu)  # GPUs have no float64
+        return prior_strength_from, to_mlx
     to = {"torch": ("torch", "from_numpy"), "optax": ("jax.numpy", "asarray"), "numpy": ("numpy", "asarray")}[door]
-    module, name = import_module(f"vsgd.{door}"), "prior_strength_from"
-    return getattr(module, name), getattr(import_module(to[0]), to[1])
+    return prior_strength_from, getattr(import_module(to[0]), to[1])
 
 
 def draw(dtype: Any, size: float = 1.0, batches: int = 3) -> list[list[np.ndarray]]:
@@ -55,6 +63,8 @@ def placed(batches: list[list[np.ndarray]], to: Callable[[np.ndarray], Any]) -> 
 @doors
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex64, np.complex128])
 def test_it_is_the_mean_square_of_all_elements(door: str, dtype: Any) -> None:
+    if door == "mlx" and dtype == np.complex128:
+        pytest.skip("MLX has no complex128")
     prior_strength_from, to = opened(door)
     with x64() if door == "optax" else nullcontext():
         found = prior_strength_from(placed(draw(dtype), to), scale=3.0)
@@ -94,12 +104,15 @@ def test_bfloat16_is_squared_in_float32(door: str) -> None:
     prior_strength_from, to = opened(door)
     made = [[grad.astype(np.float32) for grad in batch] for batch in draw(np.float32, 1e25)]
 
+    def cast(array: Any, dtype: str) -> Any:
+        library = import_module({"torch": "torch", "optax": "jax.numpy", "mlx": "mlx.core"}[door])
+        return (array.to if door == "torch" else array.astype)(getattr(library, dtype))
+
     def narrow(array: np.ndarray) -> Any:
-        return to(array).bfloat16() if door == "torch" else to(array).astype("bfloat16")
+        return cast(to(array), "bfloat16")
 
     def back(array: np.ndarray) -> np.ndarray:
-        rounded = narrow(array)
-        return rounded.float().numpy() if door == "torch" else np.asarray(rounded.astype("float32"))
+        return np.asarray(cast(narrow(array), "float32"))
 
     rounded = [[back(grad) for grad in batch] for batch in made]
     assert prior_strength_from(placed(made, narrow)) == pytest.approx(5e-4 * mean_square(rounded), rel=2e-6)
@@ -133,9 +146,9 @@ MISTAKES: dict[str, tuple[Any, float, str]] = {
     "nothing": ([], 10.0, "gradients has no elements, but must have those of one mini-batch at least"),
     "nothing but None": ([[None], [None]], 10.0, "gradients has no elements, but must have those of one mini-batch at least"),
     "zeros": ([[ZEROS], [ZEROS, None]], 10.0, "gradients has 6 elements, all zero, but must have some that are not"),
-    "NaN": ([[ONES], [ONES, NOT_FINITE[0]]], 10.0, r"gradients\[1\]\[1\] has elements or a sum of nan, but must have finite"),
-    "infinity": ([[NOT_FINITE[1]]], 10.0, r"gradients\[0\]\[0\] has elements or a sum of inf, but must have finite ones"),
-    "text": ([[ONES, "x"]], 10.0, r"gradients\[0\]\[1\] is (of <U1|str), but must be"),
+    "NaN": ([[ONES], [ONES, NOT_FINITE[0]]], 10.0, r"gradients\[1\]\[('1'|1)\] has elements or a sum of nan, but must"),
+    "infinity": ([[NOT_FINITE[1]]], 10.0, r"gradients\[0\]\[('0'|0)\] has elements or a sum of inf, but must"),
+    "text": ([[ONES, "x"]], 10.0, r"gradients\[0\]\[('1'|1)\] is (of <U1|str), but must be"),
     "too small": (
         [[1e-14 * ONES]],
         10.0,
@@ -161,7 +174,7 @@ def test_a_strength_beyond_all_numbers_is_named() -> None:
         vsgd.numpy.prior_strength_from([[np.full(3, 1e200)]])
 
 
-@pytest.mark.parametrize("door", [door for door in DOORS if door != "optax"])
+@pytest.mark.parametrize("door", [door for door in DOORS if door in ("numpy", "torch")])
 def test_gradients_that_are_no_list_of_mini_batches_are_named(door: str) -> None:
     prior_strength_from, to = opened(door)
     with pytest.raises(
@@ -201,6 +214,18 @@ def test_trees_of_jax_are_named_by_path_and_may_be_stacked() -> None:
     stacked = [jnp.stack(grads) for grads in zip(*batches, strict=True)]
     assert prior_strength_from([stacked]) == pytest.approx(prior_strength_from(batches), rel=1e-6)
     assert prior_strength_from(jnp.ones((3, 5))) == pytest.approx(5e-4)  # a tree may be an array
+
+
+@pytest.mark.skipif(not HAS_MLX, reason="MLX is not installed")
+def test_trees_of_mlx_are_named_by_path_and_may_be_an_array() -> None:
+    import mlx.core as mx
+
+    prior_strength_from, _ = opened("mlx")
+    with pytest.raises(ValueError, match=r"gradients\[0\]\['layers.1.w'\] is an array of mlx.core.int32, but must be an array"):
+        prior_strength_from([{"layers": [{"w": mx.ones(2)}, {"w": mx.ones(2, mx.int32)}]}])
+    with pytest.raises(ValueError, match=r"gradients\[1\] has elements or a sum of nan"):
+        prior_strength_from(mx.array([[1.0, 2.0], [1.0, mx.nan]]))
+    assert prior_strength_from(mx.ones((3, 5))) == pytest.approx(5e-4)
 
 
 @pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")

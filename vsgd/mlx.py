@@ -13,10 +13,11 @@ except ImportError as error:
     raise ImportError("vsgd.mlx needs MLX: pip install 'vsgd[mlx]'") from error
 
 from vsgd import core
+from vsgd.mlx_prior import prior_strength_from
 from vsgd.outliers import guarded
 from vsgd.posterior import Posterior, posterior
 
-__all__ = ["VSGD", "ConstantVSGD"]
+__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 LearningRate: TypeAlias = float | mx.array | Callable[[mx.array], mx.array]
 
@@ -86,8 +87,7 @@ class _RuleOptimizer(Optimizer):
         """
         if state.keys() != set(self._rule.state_names):
             raise ValueError(f"state has {sorted(state)}, but must be one parameter's: {sorted(self._rule.state_names)}")
-        arrays = tuple(state[name] for name in self._rule.state_names)
-        return posterior(arrays, self._rule.variance_scales(self.hyper))
+        return posterior(tuple(state[name] for name in self._rule.state_names), self._rule.variance_scales(self.hyper))
 
 
 class VSGD(_RuleOptimizer):
