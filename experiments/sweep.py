@@ -56,8 +56,9 @@ def _grid(
 
 _PRIOR = {"prior_strength": 1e-8}
 _KAPPAS = {"kappa1": 0.81, "kappa2": 0.9}
-#: Where the comparison saw the default diverge, at a constant rate: from the default's best one on.
+#: Where the comparison saw the default diverge, at a constant rate.
 DIVERGED = ("digits-vae@4",)
+#: From the default's best constant rate in that comparison on.
 LONG = tuple(Trial(rate, "constant") for rate in (0.00139, *RATES))
 GRIDS = (
     _grid("prior", _PRIOR, [(float(f"1e-{power}"),) for power in range(14, 0, -2)], TASKS, SHORT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,12 +18,7 @@ from processes import run_python
 
 import vsgd.numpy
 
-DOORS = [
-    "numpy",
-    *(["torch"] if HAS_TORCH else []),
-    *(["optax"] if HAS_OPTAX else []),
-    *(["mlx"] if HAS_MLX else []),
-]
+DOORS = ["numpy", *(name for name, here in {"torch": HAS_TORCH, "optax": HAS_OPTAX, "mlx": HAS_MLX}.items() if here)]
 doors = pytest.mark.parametrize("door", DOORS)
 
 
@@ -30,7 +26,8 @@ def opened(door: str) -> tuple[Callable[..., float], Callable[[np.ndarray], Any]
     """The door, and what makes an array of its library."""
     prior_strength_from = import_module(f"vsgd.{door}").prior_strength_from
     if door == "mlx":
-        import_module("mlx.core").set_default_device(import_module("mlx.core").cpu)  # GPUs have no float64
+        mx = import_module("mlx.core")
+        mx.set_default_device(mx.cpu)  # GPUs have no float64
         return prior_strength_from, to_mlx
     to = {"torch": ("torch", "from_numpy"), "optax": ("jax.numpy", "asarray"), "numpy": ("numpy", "asarray")}[door]
     return prior_strength_from, getattr(import_module(to[0]), to[1])
@@ -146,9 +143,9 @@ MISTAKES: dict[str, tuple[Any, float, str]] = {
     "nothing": ([], 10.0, "gradients has no elements, but must have those of one mini-batch at least"),
     "nothing but None": ([[None], [None]], 10.0, "gradients has no elements, but must have those of one mini-batch at least"),
     "zeros": ([[ZEROS], [ZEROS, None]], 10.0, "gradients has 6 elements, all zero, but must have some that are not"),
-    "NaN": ([[ONES], [ONES, NOT_FINITE[0]]], 10.0, r"gradients\[1\]\[('1'|1)\] has elements or a sum of nan, but must"),
-    "infinity": ([[NOT_FINITE[1]]], 10.0, r"gradients\[0\]\[('0'|0)\] has elements or a sum of inf, but must"),
-    "text": ([[ONES, "x"]], 10.0, r"gradients\[0\]\[('1'|1)\] is (of <U1|str), but must be"),
+    "NaN": ([[ONES], [ONES, NOT_FINITE[0]]], 10.0, r"gradients\[1\]\[1\] has elements or a sum of nan, but must have finite"),
+    "infinity": ([[NOT_FINITE[1]]], 10.0, r"gradients\[0\]\[0\] has elements or a sum of inf, but must have finite ones"),
+    "text": ([[ONES, "x"]], 10.0, r"gradients\[0\]\[1\] is (of <U1|str), but must be"),
     "too small": (
         [[1e-14 * ONES]],
         10.0,
@@ -163,6 +160,8 @@ MISTAKES: dict[str, tuple[Any, float, str]] = {
 def test_what_is_no_gradient_is_named(door: str, mistake: str) -> None:
     prior_strength_from, to = opened(door)
     gradients, scale, text = MISTAKES[mistake]
+    if door == "mlx":  # names a place in a tree by its path, which is text
+        text = re.sub(r"\\\]\\\[(\d)", r"\\]\\['\1'", text)
     if isinstance(gradients, list):
         gradients = [[to(grad) if isinstance(grad, np.ndarray) else grad for grad in batch] for batch in gradients]
     with pytest.raises(ValueError, match=text):

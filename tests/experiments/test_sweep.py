@@ -48,7 +48,8 @@ def test_grids_hold_the_default_and_what_the_optimizer_takes() -> None:
                 assert named(entrant).hyper == dict(zip(grid.heads, each, strict=True))
                 named(entrant).make()
     assert {1e-14, 1e-2} <= {value for (value,) in PRIOR.entrants}
-    assert set(sweep.RATES) < set(ENTRANTS["vsgd"].base.learning_rates(10))
+    tried = {trial.learning_rate for grid in sweep.GRIDS for trial in grid.trials}
+    assert set(sweep.RATES) < tried < set(ENTRANTS["vsgd"].base.learning_rates(10))
 
 
 def test_the_best_rate_is_marked_and_differences_are_seed_by_seed() -> None:
