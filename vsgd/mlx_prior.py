@@ -44,7 +44,7 @@ def prior_strength_from(gradients: Iterable[Any], scale: float = 10.0) -> float:
         0.0025
         >>> optimizer = VSGD(prior_strength=strength)
     """
-    return prior.prior_strength_from(gradients, scale, _leaves, mx.sum)
+    return prior.prior_strength_from(gradients, scale, _leaves, lambda sizes: sizes.sum().item())
 
 
 def _leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
