@@ -10,15 +10,15 @@ pytest_plugins = ["pages"]
 
 collect_ignore_glob: list[str] = ["tests/scaling/keras_*.py"]  # each of a process with its own Keras backend
 if find_spec("torch") is None:
-    collect_ignore_glob += ["vsgd/torch*.py", "vsgd/backends/torch_*.py", "tests/torch_*.py", "tests/scaling/torch_*.py"]
+    collect_ignore_glob += ["vsgd/torch", "vsgd/backends/torch", "tests/torch_*.py", "tests/scaling/torch_*.py"]
 if find_spec("numba") is None:
-    collect_ignore_glob += ["vsgd/backends/numba_*.py", "vsgd/backends/torch_fused.py"]
+    collect_ignore_glob += ["vsgd/backends/numba*.py", "vsgd/backends/torch/fused_cpu.py"]
 if find_spec("triton") is None:
-    collect_ignore_glob += ["vsgd/backends/torch_triton.py", "tests/torch_interpreted.py"]
+    collect_ignore_glob += ["vsgd/backends/torch/fused_cuda.py", "tests/torch_interpreted.py"]
 if find_spec("jax") is None or find_spec("optax") is None:
-    collect_ignore_glob += ["vsgd/optax*.py", "vsgd/backends/jax_*.py", "tests/scaling/jax_*.py"]
+    collect_ignore_glob += ["vsgd/optax", "vsgd/backends/jax.py", "tests/scaling/jax_*.py"]
 if find_spec("mlx") is None:
-    collect_ignore_glob += ["vsgd/mlx*.py"]
+    collect_ignore_glob += ["vsgd/mlx.py"]
 if find_spec("tqdm") is None:
     collect_ignore_glob += ["tests/small_comparison.py"]
 if find_spec("orbax") is None:
@@ -29,7 +29,7 @@ if any(find_spec(name) is None for name in ("jax", "optax", "absl")):
 # Where the user names none: the first that is installed, in the order of how little else it loads.
 _keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
 if find_spec("keras") is None or not _keras_backends:
-    collect_ignore_glob += ["vsgd/keras*.py", "vsgd/backends/keras_*.py", "tests/keras_*.py"]
+    collect_ignore_glob += ["vsgd/keras", "vsgd/backends/keras.py", "tests/keras_*.py"]
 else:
     os.environ.setdefault("KERAS_BACKEND", _keras_backends[0])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -14,7 +14,7 @@ from benchmarks.quickstart import load
 from benchmarks.timing import Limits, interleave, paired_ratio, spread, taken
 from vsgd.monitor import Monitor
 from vsgd.torch import VSGD
-from vsgd.torch_monitor import watch
+from vsgd.torch.monitor import watch
 
 _EVERY = 10
 

@@ -128,7 +128,7 @@ SUITE = Suite(
     imports={
         "vsgd.torch": ("torch",),
         # At the first fused step.
-        **({"vsgd.backends.torch_fused": ("torch", "vsgd.torch")} if find_spec("numba") else {}),
+        **({"vsgd.backends.torch.fused_cpu": ("torch", "vsgd.torch")} if find_spec("numba") else {}),
     },
     memory="on a CPU growth of the process's resident memory, on a GPU torch.cuda.max_memory_allocated",
     threads=torch.get_num_threads,

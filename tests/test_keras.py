@@ -354,16 +354,16 @@ def test_on_torch_our_engines_step_all_variables_together(monkeypatch: pytest.Mo
     if BACKEND != "torch":
         pytest.skip("torch's own")
     pytest.importorskip("numba")
-    from vsgd.backends import torch_fused
+    from vsgd.backends.torch import fused_cpu
 
     sizes = []
 
-    class Batch(torch_fused.Batch):
+    class Batch(fused_cpu.Batch):
         def __init__(self, leaves: Any, steps: Any) -> None:
             sizes.append(len(leaves))
             super().__init__(leaves, steps)
 
-    monkeypatch.setattr(torch_fused, "Batch", Batch)
+    monkeypatch.setattr(fused_cpu, "Batch", Batch)
     variables = variables_of([np.ones(shape, np.float32) for shape in [(2, 3), (4,), (), (0,)]])
     make("VSGD").apply(tensors([np.ones(each.shape, np.float32) for each in variables]), variables)
     assert sizes == [4]

@@ -21,9 +21,8 @@ FILES = (
         f"tests/test_keras{name}.py"
         for name in ("", "_base_class", "_compact", "_example", "_monitor", "_prior", "_saving", "_training")
     ),
-    "vsgd/keras.py",
-    "vsgd/keras_monitor.py",
-    "vsgd/keras_prior.py",
+    "vsgd/keras",
+    "vsgd/backends/keras.py",
 )
 
 if find_spec("keras") is None:

@@ -15,7 +15,7 @@ from keras_problems import BACKEND, BATCH, X, Y, linear_model, make, to_numpy  #
 from rules import RULES  # noqa: E402
 from summaries import check  # noqa: E402
 
-from vsgd.keras_monitor import MonitorCallback, tensorboard_writer  # noqa: E402
+from vsgd.keras.monitor import MonitorCallback, tensorboard_writer  # noqa: E402
 from vsgd.monitor import Look, Monitor  # noqa: E402
 from vsgd.posterior import Posterior  # noqa: E402
 

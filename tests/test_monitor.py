@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vsgd import monitor
-from vsgd.monitor import SAMPLE, CsvFile, Look, Monitor, Summary
+from vsgd.monitor import SAMPLE, CsvFile, Look, Monitor, Summary, summaries
 
 
 def look(step: int, trace: float = 8.0, norm: float = 4.0, surprise: float | None = None) -> Look:
@@ -121,9 +120,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_samples_are_evenly_spread_over_rows_and_columns() -> None:
-    assert monitor.spread(SAMPLE).tolist() == list(range(SAMPLE))
+    assert summaries.spread(SAMPLE).tolist() == list(range(SAMPLE))
     for columns in (2, 64, 1000, 1024):
-        places = monitor.spread(1024 * columns)
+        places = summaries.spread(1024 * columns)
         assert len(set(places)) == SAMPLE
         shares = np.histogram(places % columns, bins=2)[0] / SAMPLE
         np.testing.assert_allclose(shares, 0.5, atol=0.02)
@@ -145,7 +144,7 @@ def panels() -> Iterator[Any]:
 
 
 def test_the_plots_show_what_was_seen(panels: Any) -> None:
-    from vsgd.monitor_plots import draw_heat_map, draw_momenta, draw_noise_scale
+    from vsgd.monitor.plots import draw_heat_map, draw_momenta, draw_noise_scale
 
     looks = [look(10), look(20, norm=-1.0), look(30, norm=2.0)]
     heat, scale, momenta = panels
@@ -166,7 +165,7 @@ def test_the_plots_show_what_was_seen(panels: Any) -> None:
 
 
 def test_heat_maps_that_share_their_axis_have_the_first_tensor_above(panels: Any) -> None:
-    from vsgd.monitor_plots import draw_heat_map
+    from vsgd.monitor.plots import draw_heat_map
 
     panels[1].sharey(panels[0])
     for axes in panels[:2]:
@@ -176,7 +175,7 @@ def test_heat_maps_that_share_their_axis_have_the_first_tensor_above(panels: Any
 
 
 def test_a_heat_map_has_no_colours_for_rounding(panels: Any) -> None:
-    from vsgd.monitor_plots import draw_heat_map
+    from vsgd.monitor.plots import draw_heat_map
 
     looks = [look(10), look(20)]
     looks[0].tensors["a/b"] = looks[0].tensors["a/b"]._replace(gain=0.5 + 1e-7)  # type: ignore[index]
@@ -187,7 +186,7 @@ def test_a_heat_map_has_no_colours_for_rounding(panels: Any) -> None:
 
 
 def test_a_heat_map_says_what_no_look_tells(panels: Any) -> None:
-    from vsgd.monitor_plots import draw_heat_map
+    from vsgd.monitor.plots import draw_heat_map
 
     with pytest.raises(ValueError, match="looks tell no surprise"):
         draw_heat_map(panels[0], [look(10)], "surprise")
@@ -203,7 +202,7 @@ def test_a_heat_map_says_what_no_look_tells(panels: Any) -> None:
     ],
 )
 def test_momenta_have_a_few_round_labels(panels: Any, low: float, high: float, labels: list[str]) -> None:
-    from vsgd.monitor_plots import draw_momenta
+    from vsgd.monitor.plots import draw_momenta
 
     draw_momenta(panels[0], {"layer": np.geomspace(low, high, 50)})
     assert [label.get_text() for label in panels[0].get_xticklabels()] == labels

@@ -19,7 +19,7 @@ import vsgd
 
 STEP = """
     import torch
-    from vsgd.backends import numba_cpu
+    from vsgd.backends import numba as numba_cpu
     from vsgd.torch import VSGD
     from vsgd import core
     params = {}

@@ -19,7 +19,7 @@ def test_an_optax_state_tells_what_its_posterior_says(kind: str, dtype: str) -> 
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     import vsgd.optax as ours
-    from vsgd.optax_monitor import summarize
+    from vsgd.optax.monitor import summarize
 
     make: Callable[..., Any] = {"VSGD": ours.vsgd, "ConstantVSGD": ours.constant_vsgd}[kind]
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_an_optax_state_in_bfloat16_is_surprised_by_the_gradient_as_it_is() -> N
     jnp = pytest.importorskip("jax.numpy")
     pytest.importorskip("optax")
     import vsgd.optax as ours
-    from vsgd.optax_monitor import summarize
+    from vsgd.optax.monitor import summarize
 
     solver = ours.scale_by_constant_vsgd(state_dtype="bfloat16")
     # Not a number of bfloat16: rounded, it would be off by much of its distance to the mean.

@@ -330,7 +330,7 @@ def test_optax_has_no_surprise_of_gradients_that_do_not_fit() -> None:
     jnp = pytest.importorskip("jax.numpy")
     pytest.importorskip("optax")
     import vsgd.optax
-    from vsgd.optax_monitor import summarize
+    from vsgd.optax.monitor import summarize
 
     state = vsgd.optax.scale_by_vsgd().init({"w": jnp.zeros(2)})
     for look in (lambda grads: vsgd.optax.surprise(grads, state), lambda grads: summarize(1, state, grads)):

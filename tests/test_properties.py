@@ -40,7 +40,7 @@ def run(engine: str, kind: str, grads: list[list[np.ndarray]]) -> list[dict[str,
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks() -> Any:
     """Blocks of a few elements, so that small arrays are cut."""
-    with mock.patch("vsgd.backends.torch_blocks.CPU_BLOCK", 5) if HAS_TORCH else contextlib.nullcontext():
+    with mock.patch("vsgd.backends.torch.leaves.CPU_BLOCK", 5) if HAS_TORCH else contextlib.nullcontext():
         yield
 
 
@@ -143,7 +143,7 @@ def test_splitting_a_large_array_changes_no_bit(engine: str, at: int) -> None:
     # Beyond a block and beyond where torch starts threads; odd sizes, so that vectors end in the middle.
     size = 100_003
     rng = np.random.default_rng(0)
-    with mock.patch("vsgd.backends.torch_blocks.CPU_BLOCK", 65536) if HAS_TORCH else contextlib.nullcontext():
+    with mock.patch("vsgd.backends.torch.leaves.CPU_BLOCK", 65536) if HAS_TORCH else contextlib.nullcontext():
         grads = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
         (whole,) = run(engine, "VSGD", [[grad] for grad in grads])
         head, tail = run(engine, "VSGD", [[grad[:at], grad[at:]] for grad in grads])

@@ -83,7 +83,7 @@ def train_assorted(cls: type, **options: Any) -> tuple[list[nn.Parameter], Any]:
 @classes
 @pytest.mark.parametrize("block", [4, 65536])
 def test_all_engines_agree_on_all_kinds_of_parameters(cls: type, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vsgd.backends.torch_blocks.CPU_BLOCK", block)
+    monkeypatch.setattr("vsgd.backends.torch.leaves.CPU_BLOCK", block)
     reference, reference_optimizer = train_assorted(cls, foreach=False)
     for engine in (*ENGINES[1:], {}):
         params, optimizer = train_assorted(cls, **engine)
@@ -147,8 +147,8 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
     cls: type, foreach: bool, tensor_lr: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No CPU can capture a graph; that the step reads nothing back can be had here all the same.
-    monkeypatch.setattr("vsgd.torch_base._get_capturable_supported_devices", lambda: ["cpu"])
-    monkeypatch.setattr("vsgd.backends.torch_blocks.CPU_BLOCK", 4)
+    monkeypatch.setattr("vsgd.torch.optimizer._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("vsgd.backends.torch.leaves.CPU_BLOCK", 4)
     (params, _), (others, _) = problem(dtype=torch.float64), problem(dtype=torch.float64)
     lr = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01
     captured = cls(params, lr=lr, weight_decay=0.1, capturable=True, foreach=foreach)
@@ -210,7 +210,7 @@ def test_a_parameter_of_a_subclass_without_operations_of_its_own_is_plain(engine
     class Weight(nn.Parameter):
         pass
 
-    from vsgd.backends.torch_blocks import is_plain
+    from vsgd.backends.torch.leaves import is_plain
 
     one, other = Weight(torch.ones(9)), nn.Parameter(torch.ones(9))
     assert is_plain(one)

@@ -36,7 +36,7 @@ def problem(kind: str, dtypes: tuple[str, ...] = ("float32",), shapes: Any = ((7
 
 
 def watch(optimizer: Any, watching: Monitor, named: Any = (), **options: Any) -> Any:
-    from vsgd.torch_monitor import watch
+    from vsgd.torch.monitor import watch
 
     return watch(optimizer, watching, named, **options)
 
@@ -85,9 +85,9 @@ def to_numpy(known: Any) -> Any:
 
 def test_large_tensors_are_sampled_and_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params, step = problem("VSGD", shapes=((300, 200), (99,), (50, 400)))
-    import vsgd.torch_monitor
+    import vsgd.torch.monitor
 
-    monkeypatch.setattr(vsgd.torch_monitor, "_BLOCK", 25_000)
+    monkeypatch.setattr(vsgd.torch.monitor, "_BLOCK", 25_000)
     looks: list[Look] = []
     for _ in range(2):
         step()
@@ -144,11 +144,11 @@ def test_watching_changes_no_bit(kind: str, engine: str) -> None:
 
 def test_on_the_other_steps_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, _, step = problem("VSGD")
-    import vsgd.torch_monitor
+    import vsgd.torch.monitor
 
     reads: list[int] = []
-    summarize = vsgd.torch_monitor.summarize
-    monkeypatch.setattr(vsgd.torch_monitor, "summarize", lambda step, *rest: reads.append(step) or summarize(step, *rest))
+    summarize = vsgd.torch.monitor.summarize
+    monkeypatch.setattr(vsgd.torch.monitor, "summarize", lambda step, *rest: reads.append(step) or summarize(step, *rest))
     with watch(optimizer, Monitor(every=5)):
         for _ in range(16):
             step()

@@ -16,7 +16,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 from torch_optimizers import randn_like  # noqa: E402
 
-from vsgd.backends import torch_engines  # noqa: E402
+from vsgd.backends.torch import dispatch  # noqa: E402
 from vsgd.torch import VSGD  # noqa: E402
 
 SHAPES = ((4, 4), (5,), (3, 2))
@@ -282,12 +282,12 @@ def test_the_plan_of_earlier_options_is_freed(option: dict[str, Any]) -> None:
 
 def test_without_the_check_of_the_compiler_each_step_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
-    spec = importlib.util.find_spec("vsgd.backends.torch_fused")
+    spec = importlib.util.find_spec("vsgd.backends.torch.fused_cpu")
     engine = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(engine)
     batches = []
     monkeypatch.setattr(engine, "Batch", lambda *made_of, batch=engine.Batch: batches.append(made_of) or batch(*made_of))
-    monkeypatch.setattr(torch_engines, "_import_fused", lambda device: engine)
+    monkeypatch.setattr(dispatch, "_import_fused", lambda device: engine)
     (params, fused), (others, loop) = start(fused=True), start(foreach=False)
     for seed in range(4):
         step(params, fused, seed)

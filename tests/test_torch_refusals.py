@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 from torch_optimizers import ENGINES, problem, train  # noqa: E402
 
-from vsgd.backends import torch_engines  # noqa: E402
+from vsgd.backends.torch import dispatch  # noqa: E402
 from vsgd.torch import VSGD  # noqa: E402
 
 Patch = pytest.MonkeyPatch
@@ -32,8 +32,8 @@ def fused_without_a_kernel(optimizer: VSGD, patch: Patch) -> None:
 
 
 def fused_that_cannot_be_imported(optimizer: VSGD, patch: Patch) -> None:
-    patch.setitem(torch_engines.FUSED, "cpu", torch_engines.FUSED["cpu"]._replace(package="torch"))
-    patch.setattr(torch_engines, "_import_fused", lambda device: ImportError("broken"))
+    patch.setitem(dispatch.FUSED, "cpu", dispatch.FUSED["cpu"]._replace(package="torch"))
+    patch.setattr(dispatch, "_import_fused", lambda device: ImportError("broken"))
     optimizer.param_groups[1].update(foreach=None, fused=True)
 
 
@@ -90,7 +90,7 @@ def test_a_sparse_gradient_in_a_warm_up_from_0_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("form", [list, iter, lambda params: params[0]], ids=["list", "iterator", "tensor"])
 def test_a_group_whose_engine_is_missing_is_not_added(form: Callable[[list[nn.Parameter]], Any], monkeypatch: Patch) -> None:
-    monkeypatch.setitem(torch_engines.FUSED, "cpu", torch_engines.FUSED["cpu"]._replace(package="a_package_that_is_not"))
+    monkeypatch.setitem(dispatch.FUSED, "cpu", dispatch.FUSED["cpu"]._replace(package="a_package_that_is_not"))
     first, second = problem()[0]
     optimizer = VSGD([first], foreach=False)
     options = {"foreach": None, "fused": True}

@@ -34,7 +34,8 @@ from triton.compiler import ASTSource
 import vsgd.numpy
 import vsgd.torch
 from vsgd import core, rounding
-from vsgd.backends import sources, torch_engines, torch_triton
+from vsgd.backends import kernels
+from vsgd.backends.torch import dispatch, fused_cuda
 
 INTERPRETED = ["bits", "alone", "half", "rounded", "compact", "capturable", "layouts", "tables"]
 
@@ -71,22 +72,22 @@ def compiled(
     types = (param, param, *(stored for _ in rule.state_names))
     count = len(rule.coefficients(1, rule.hyperparameters())) + 2
     constants = {
-        "step": torch_triton.Step(
+        "step": fused_cuda.Step(
             rule, maximize=False, round_param=rounds and param is tl.bfloat16, round_state=rounds and stored is tl.bfloat16
         ),
         "types": types,
         "count": count,
         "aligned": aligned,
-        "size": torch_triton.CHUNK,
+        "size": fused_cuda.CHUNK,
     }
     pointers = {"tensors": "*i64", "chunks": "*i64", "scalars": f"*{wide(stored)}", "keys": "*i32"}
     if not rounds:
         constants["keys"] = None
     signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(torch_triton.kernel, signature=signature, constexprs=constants)
+    source = ASTSource(fused_cuda.kernel, signature=signature, constexprs=constants)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(folder)
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=torch_triton.OPTIONS)
+        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused_cuda.OPTIONS)
     assert kernel.asm["cubin"]
     return Counter(re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", kernel.asm["ptx"], flags=re.MULTILINE)), count
 
@@ -118,8 +119,8 @@ def test_compiled_it_moves_what_it_must_and_rounds_exactly(
 ) -> None:
     instructions, scalars = compiled(tmp_path, kind, param, stored, capability, rounds=rounds)
     size = wide(stored).primitive_bitwidth
-    threads = 32 * torch_triton.OPTIONS["num_warps"]
-    elements = torch_triton.CHUNK // threads
+    threads = 32 * fused_cuda.OPTIONS["num_warps"]
+    elements = fused_cuda.CHUNK // threads
     narrow, state = param.primitive_bitwidth // 8, len(RULES[kind].state_names) * stored.primitive_bitwidth // 8
     read, written = elements * (2 * narrow + state), elements * (narrow + state)
     # A whole chunk in vectors; then, for the end of a tensor, each element by itself. Beside them the table: a chunk's two
@@ -149,26 +150,26 @@ def test_addresses_that_vectors_cannot_take_are_taken_one_by_one(tmp_path: Path)
 
 def test_the_compiler_tells_an_edited_core_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(*options: Any) -> str:
-        return str(torch_triton.Step(*options))
+        return str(fused_cuda.Step(*options))
 
     versions = {version(*options) for options in product(RULES.values(), *[(False, True)] * 3)}
     assert len(versions) == 16
     assert version(core.VSGD, False) in versions
     source_of = inspect.getsource
-    assert version(core.VSGD, False).endswith(sources.digest(torch_triton))
-    for edited in (core, rounding, torch_triton):
+    assert version(core.VSGD, False).endswith(kernels.digest(fused_cuda))
+    for edited in (core, rounding, fused_cuda):
         monkeypatch.setattr("inspect.getsource", lambda module, edited=edited: source_of(module) + "#" * (module is edited))
-        assert not version(core.VSGD, False).endswith(sources.digest(torch_triton))
+        assert not version(core.VSGD, False).endswith(kernels.digest(fused_cuda))
 
 
 def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "vsgd.backends.torch_triton")
-    torch_engines._import_fused.cache_clear()
+    monkeypatch.delitem(sys.modules, "vsgd.backends.torch.fused_cuda")
+    dispatch._import_fused.cache_clear()
     with pytest.raises(ImportError, match=r"^fused=True on CUDA needs triton: pip install 'triton>=3.6'$"):
-        torch_engines.fused_engine({"fused": True, "foreach": None}, "cuda", batches=False)
-    assert torch_engines.fused_engine({"fused": None, "foreach": None}, "cuda", batches=False) is None
-    torch_engines._import_fused.cache_clear()
+        dispatch.fused_engine({"fused": True, "foreach": None}, "cuda", batches=False)
+    assert dispatch.fused_engine({"fused": None, "foreach": None}, "cuda", batches=False) is None
+    dispatch._import_fused.cache_clear()
 
 
 @pytest.mark.gpu
@@ -222,5 +223,5 @@ def test_later_steps_compile_nothing() -> None:
             param.grad = torch.randn_like(param)
         optimizer.param_groups[0]["lr"] *= 0.5
         optimizer.step()
-        counts.append(len(torch_triton.kernel.device_caches[torch.cuda.current_device()][0]))
+        counts.append(len(fused_cuda.kernel.device_caches[torch.cuda.current_device()][0]))
     assert counts[0] == counts[2] > 0

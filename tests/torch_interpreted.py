@@ -22,10 +22,10 @@ from torch_optimizers import train
 
 import vsgd.numpy
 import vsgd.torch
-import vsgd.torch_base
+import vsgd.torch.optimizer
 from vsgd import core, rounding
-from vsgd.backends import torch_engines, torch_foreach, torch_loop, torch_triton
-from vsgd.backends.torch_blocks import Leaf, Noise
+from vsgd.backends.torch import dispatch, foreach, fused_cuda, loop
+from vsgd.backends.torch.leaves import Leaf, Noise
 
 # Shorter than a chunk, none at all, whole chunks, and whole chunks with a rest.
 SIZES = (5, 0, 2048, 2500)
@@ -79,12 +79,12 @@ def bits() -> None:
                 arrays = [param.numpy().copy() for param in params]
                 reference = getattr(vsgd.numpy, kind)(arrays, weight_decay=0.1)
                 leaves = leaves_of(rule, params)
-                assert all(map(torch_triton.accepts, leaves))
+                assert all(map(fused_cuda.accepts, leaves))
                 for count in (1, 2, 3):
                     feed(leaves, rng)
                     reference.step([(-leaf.grad if maximize else leaf.grad).numpy() for leaf in leaves])
                     c = rule.coefficients(count, rule.hyperparameters())
-                    torch_triton.step(rule, leaves, c, 0.01, DECAY, maximize=maximize)
+                    fused_cuda.step(rule, leaves, c, 0.01, DECAY, maximize=maximize)
                 for leaf, array, state in zip(leaves, arrays, reference.state, strict=True):
                     for ours, theirs in zip((leaf.param, *leaf.state), (array, *map(state.get, rule.state_names)), strict=True):
                         same(ours, torch.from_numpy(theirs))
@@ -94,7 +94,7 @@ def alone() -> None:
     """Memory beside the tensors, and the gradients, stay as they are."""
     memory = torch.full((6, 3000), 7.0)
     param, grad, *state = (row[100:2700] for row in memory[:5])
-    torch_triton.step(core.VSGD, [Leaf(param, grad, tuple(state))], core.VSGD.coefficients(1, core.Hyperparameters()), 0.1, 1.0)
+    fused_cuda.step(core.VSGD, [Leaf(param, grad, tuple(state))], core.VSGD.coefficients(1, core.Hyperparameters()), 0.1, 1.0)
     assert (param != 7).all()
     assert (memory[1] == 7).all()
     for row in memory:
@@ -114,7 +114,7 @@ def half() -> None:
             feed(leaves, rng)
             c = core.VSGD.coefficients(count, core.Hyperparameters())
             expected = [numpy_step(core.VSGD, leaf, c, 0.01) for leaf in leaves]
-            torch_triton.step(core.VSGD, leaves, c, 0.01, DECAY)
+            fused_cuda.step(core.VSGD, leaves, c, 0.01, DECAY)
             for leaf, (param, _, state, _) in zip(leaves, expected, strict=True):
                 torch.testing.assert_close(leaf.param, param, rtol=bound, atol=0)
                 for ours, theirs in zip(leaf.state, state, strict=True):
@@ -140,14 +140,14 @@ def rounded() -> None:
                 state = [torch.nn.functional.pad(array.to(stored), (number, 0))[number:] for array in leaf.state]
                 noise = None if of_param is None else Noise(0, number - (0, 0, 777, 2**31 - 1000)[number], of_param)
                 leaves.append(Leaf(leaf.param, leaf.grad, tuple(state), noise))
-        assert all(map(torch_triton.accepts, leaves))
+        assert all(map(fused_cuda.accepts, leaves))
         for count in (1, 2, 3):
             feed(leaves, rng)
             # As a number or as the tensor that a step on the device has.
             leaves = [leaf_at(leaf, rounding.host_key(number, count), count == 2) for number, leaf in enumerate(leaves)]
             c = rule.coefficients(count, rule.hyperparameters())
             expected = [numpy_step(rule, leaf, c, 0.01) for leaf in leaves]
-            torch_triton.step(rule, leaves, c, 0.01, DECAY)
+            fused_cuda.step(rule, leaves, c, 0.01, DECAY)
             for leaf, (param, _, state, _) in zip(leaves, expected, strict=True):
                 for ours, theirs in zip((leaf.param, *leaf.state), (param, *state), strict=True):
                     same(ours, theirs)
@@ -164,7 +164,7 @@ def compact() -> None:
     """Through the adapter, every bit of what NumPy and the definition of the rounding say."""
     _run_on_the_cpu()
     # So that the kernel takes every step.
-    with mock.patch.object(torch_loop, "step_in_blocks", None), mock.patch.object(torch_foreach, "step", None):
+    with mock.patch.object(loop, "step_in_blocks", None), mock.patch.object(foreach, "step", None):
         _compact_equals_the_definition()
 
 
@@ -226,13 +226,13 @@ def layouts() -> None:
         torch.view_as_complex(torch.from_numpy(rng.standard_normal((5, 2)))),
     ]
     taken: list[int] = []
-    step = torch_triton.step
+    step = fused_cuda.step
 
     def spy(rule: core.Rule, leaves: Sequence[Leaf], *args: Any, **kwargs: Any) -> None:
         taken.append(len(leaves))
         step(rule, leaves, *args, **kwargs)
 
-    torch_triton.step = spy
+    fused_cuda.step = spy
     twins = [torch.nn.Parameter(param.clone()) for param in params]
     params = [torch.nn.Parameter(param) for param in params]
     optimizer, eager = vsgd.torch.VSGD(params, fused=True), vsgd.torch.VSGD(twins, foreach=False)
@@ -249,7 +249,7 @@ def layouts() -> None:
 def tables() -> None:
     """Tables are kept while addresses stay, whatever else changes, and no longer."""
     old = leaves = leaves_of(core.VSGD, [torch.ones(5), torch.ones(2500)])
-    kept, lengths = torch_triton._kept_tensors, torch_triton._kept_chunks
+    kept, lengths = fused_cuda._kept_tensors, fused_cuda._kept_chunks
     kept.cache_clear()
     lengths.cache_clear()
     for count, (hits, misses) in enumerate([(0, 1), (1, 1), (2, 1), (2, 2), (3, 2)], start=1):
@@ -258,7 +258,7 @@ def tables() -> None:
         feed(leaves, np.random.default_rng(count))
         c = core.VSGD.coefficients(count, core.Hyperparameters())
         expected = [numpy_step(core.VSGD, leaf, c, 0.1 / count).param for leaf in leaves]
-        torch_triton.step(core.VSGD, leaves, c, 0.1 / count, DECAY)
+        fused_cuda.step(core.VSGD, leaves, c, 0.1 / count, DECAY)
         assert kept.cache_info()[:2] == (hits, misses)
         assert lengths.cache_info()[:2] == (count - 1, 1)
         for leaf, param in zip(leaves, expected, strict=True):
@@ -266,8 +266,8 @@ def tables() -> None:
 
 
 def _run_on_the_cpu() -> None:
-    torch_engines.FUSED["cpu"] = torch_engines.FUSED["cuda"]
-    vsgd.torch_base._get_capturable_supported_devices = lambda: ["cpu"]
+    dispatch.FUSED["cpu"] = dispatch.FUSED["cuda"]
+    vsgd.torch.optimizer._get_capturable_supported_devices = lambda: ["cpu"]
 
 
 CHECKS = {check.__name__: check for check in (bits, alone, half, rounded, compact, capturable, layouts, tables)}

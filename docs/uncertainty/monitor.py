@@ -32,9 +32,9 @@ from noise_scale import held_still
 from quickstart import BATCH_SIZE, Digits, batches, conv_mixer, layer_weights, load_data
 
 from vsgd.monitor import Look, Monitor
-from vsgd.monitor_plots import draw_heat_map, draw_momenta, draw_noise_scale
+from vsgd.monitor.plots import draw_heat_map, draw_momenta, draw_noise_scale
 from vsgd.torch import VSGD, ConstantVSGD
-from vsgd.torch_monitor import watch
+from vsgd.torch.monitor import watch
 
 EVERY = 5  # steps between two looks
 

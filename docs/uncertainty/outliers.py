@@ -30,7 +30,7 @@ from noise_scale import BATCH_SIZE, batches, digits, make_model
 
 from vsgd.monitor import Look, Monitor
 from vsgd.torch import VSGD
-from vsgd.torch_monitor import watch
+from vsgd.torch.monitor import watch
 
 AT = 200  # the step whose batch is corrupted
 LATER = (1, 100, 1000)  # so many steps after it, what the table tells

@@ -13,7 +13,7 @@ from matrix.core_runner import RULES, CoreRunner, Library
 from matrix.experiments import Snapshot, of_steps
 
 import vsgd.torch
-from vsgd.backends import torch_foreach
+from vsgd.backends.torch import foreach
 
 _device = torch.device("cpu")
 
@@ -90,8 +90,8 @@ class TorchRunner:
 
 _TENSORS = Library(torch, from_numpy, to_numpy, gradients)
 _LISTS = _TENSORS._replace(
-    xp=torch_foreach._Namespace,
-    pack=lambda tensors: [torch_foreach.TensorList(tensors)],
+    xp=foreach._Namespace,
+    pack=lambda tensors: [foreach.TensorList(tensors)],
     unpack=lambda lists: lists[0].tensors,
 )
 RUNNERS = {

@@ -13,13 +13,13 @@ import triton
 from matrix import torch_runners
 from matrix.torch_runners import TorchRunner, scope
 
-from vsgd.backends import torch_engines, torch_loop
+from vsgd.backends.torch import dispatch, loop
 
 __all__ = ["RUNNERS", "gpu", "scope", "versions"]
 
-torch_engines.FUSED["cpu"] = torch_engines.FUSED["cuda"]
+dispatch.FUSED["cpu"] = dispatch.FUSED["cuda"]
 # So that no step is taken by another engine.
-torch_loop.step_in_blocks = None
+loop.step_in_blocks = None
 
 RUNNERS = {"torch-triton-interpreted": partial(TorchRunner, flags={"fused": True})}
 

@@ -69,7 +69,7 @@ def compiled() -> dict[str, int]:
         counts["optax"] = optax_solver("VSGD", jit=True, lr=LR)[1]._cache_size()
     if "torch-fused" in AVAILABLE:
         from vsgd import core
-        from vsgd.backends import numba_cpu
+        from vsgd.backends import numba as numba_cpu
 
         kernels = [numba_cpu._compiled(core.VSGD, False, parallel=parallel) for parallel in (False, True)]
         counts["numba"] = sum(len(each.signatures) for each in (*kernels, numba_cpu._compiled_count()))

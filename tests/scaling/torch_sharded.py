@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vsgd.monitor import Monitor
 from vsgd.torch import VSGD
-from vsgd.torch_monitor import watch
+from vsgd.torch.monitor import watch
 
 
 def ddp(case: Case) -> tuple[float, list[Any]]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vsgd import core, rounding
-from vsgd.backends import numba_cpu
-from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
+from vsgd.backends import numba as numba_cpu
+from vsgd.backends.torch.leaves import Leaf, is_flat, is_plain
 
 try:
     from torch._C._dynamo.guards import TensorGuards

@@ -15,9 +15,8 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from vsgd import checkpoints, core, rounding, torch_posterior
-from vsgd.backends.torch_blocks import Leaf, leaf_of, state_dtype
-from vsgd.backends.torch_engines import (
+from vsgd import core, rounding
+from vsgd.backends.torch.dispatch import (
     FLAGS,
     FUSED,
     check_installed,
@@ -30,9 +29,12 @@ from vsgd.backends.torch_engines import (
     step_by_numbers,
     step_by_tensors,
 )
+from vsgd.backends.torch.leaves import Leaf, leaf_of, state_dtype
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScales, Posterior
-from vsgd.torch_loading import check_form, hide_tensors, show_tensors
+from vsgd.torch import checkpoints
+from vsgd.torch import posterior as torch_posterior
+from vsgd.torch.checkpoints import check_form, hide_tensors, show_tensors
 
 # What groups of older checkpoints lack.
 _ADDED = {"state_dtype": "float32", "stochastic_rounding": False, "seed": 0, "outlier_threshold": None, "prior_shape": None}

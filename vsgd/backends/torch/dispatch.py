@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import _to_scalar
 
 from vsgd import core
-from vsgd.backends import torch_foreach, torch_loop, torch_rounding
-from vsgd.backends.torch_blocks import Leaf, block_size, blocks, is_plain
+from vsgd.backends.torch import foreach, loop, rounding
+from vsgd.backends.torch.leaves import Leaf, block_size, blocks, is_plain
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
@@ -38,8 +38,8 @@ class Fused(NamedTuple):
 
 #: By type of device.
 FUSED = {
-    "cpu": Fused("torch_fused", "numba", "fused=True needs numba: pip install 'vsgd[fused]'", batches=True),
-    "cuda": Fused("torch_triton", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", batches=False),
+    "cpu": Fused("fused_cpu", "numba", "fused=True needs numba: pip install 'vsgd[fused]'", batches=True),
+    "cuda": Fused("fused_cuda", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", batches=False),
 }
 
 
@@ -82,7 +82,7 @@ def fused_engine(group: dict[str, Any], device: str, *, batches: bool) -> Module
 def _import_fused(device: str) -> ModuleType | ImportError:
     # At the first use, and not above: importing numba takes half a second.
     try:
-        return importlib.import_module(f"vsgd.backends.{FUSED[device].module}")
+        return importlib.import_module(f"vsgd.backends.torch.{FUSED[device].module}")
     except ImportError as error:
         return error
 
@@ -91,7 +91,7 @@ def _engine(group: dict[str, Any], leaf: Leaf) -> Callable[..., None]:
     fused = fused_engine(group, leaf.param.device.type, batches=False)
     if fused is not None and fused.accepts(leaf):
         return fused.step
-    return torch_foreach.step if _wants_foreach(group, [leaf]) else torch_loop.step_in_blocks
+    return foreach.step if _wants_foreach(group, [leaf]) else loop.step_in_blocks
 
 
 def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
@@ -190,11 +190,11 @@ def step_by_tensors(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], 
     leaves = [_at(leaf, step) for leaf, step in zip(leaves, steps, strict=True)]
     steps = [step.to(leaf.dtype) for step, leaf in zip(steps, leaves, strict=True)]
     if leaves and _wants_foreach(group, leaves):
-        coefficients = rule.coefficients(torch_foreach.TensorList(steps), hyper)
+        coefficients = rule.coefficients(foreach.TensorList(steps), hyper)
         if isinstance(lr, Tensor):
-            lr = torch_foreach.TensorList([lr] * len(leaves))
+            lr = foreach.TensorList([lr] * len(leaves))
         decay = 1 - lr * group["weight_decay"]
-        torch_foreach.step(rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
+        foreach.step(rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
         return
     decay = 1 - lr * group["weight_decay"]
     whole = torch.compiler.is_compiling() or group["differentiable"]
@@ -203,7 +203,7 @@ def step_by_tensors(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], 
         if torch.compiler.is_compiling() and leaf.param.is_cpu:
             coefficients = type(coefficients)(*map(_in_memory, coefficients))
         parts = [leaf] if whole else blocks(leaf, block_size(leaf))
-        torch_loop.step(rule, parts, coefficients, lr, decay, maximize=group["maximize"])
+        loop.step(rule, parts, coefficients, lr, decay, maximize=group["maximize"])
 
 
 def _step_fused(
@@ -224,14 +224,14 @@ def _step_fused(
         # In float64, as numbers are: of the kernel's scalars each is rounded once.
         counts = torch.stack([step for _, step in pairs]).double()
         coefficients = rule.coefficients(counts, hyperparameters(rule, group))
-        batch = torch_rounding.leaves_at([leaf for leaf, _ in pairs], counts)
+        batch = rounding.leaves_at([leaf for leaf, _ in pairs], counts)
         engine.step(rule, batch, coefficients, lr, decay, maximize=group["maximize"])
     return [leaf for leaf, _ in rest], [step for _, step in rest]
 
 
 def _at(leaf: Leaf, step: float | Tensor) -> Leaf:
     """The leaf with the noise of a step."""
-    return leaf if leaf.noise is None else leaf._replace(noise=torch_rounding.noise_at(leaf.noise, step))
+    return leaf if leaf.noise is None else leaf._replace(noise=rounding.noise_at(leaf.noise, step))
 
 
 def _in_memory(value: float | Tensor) -> float | Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vsgd import rounding
-from vsgd.backends.torch_blocks import Leaf, Noise, Part, is_plain
+from vsgd.backends.torch.leaves import Leaf, Noise, Part, is_plain
 
 
 class _Namespace(rounding.Wrapping):

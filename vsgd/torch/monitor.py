@@ -11,9 +11,10 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from vsgd import core
-from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
-from vsgd.torch_base import RuleOptimizer
-from vsgd.torch_posterior import scales_of
+from vsgd.monitor import Monitor
+from vsgd.monitor.summaries import Arrays, Block, digest, summarize
+from vsgd.torch.optimizer import RuleOptimizer
+from vsgd.torch.posterior import scales_of
 
 __all__ = ["watch"]
 

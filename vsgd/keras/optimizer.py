@@ -12,17 +12,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from vsgd import core, keras_posterior, rounding
-from vsgd.backends import keras_arrays
-from vsgd.keras_loading import assign_all
+from vsgd import core, rounding
+from vsgd.backends import keras as keras_arrays
+from vsgd.keras import posterior as keras_posterior
+from vsgd.keras.checkpoints import assign_all
 from vsgd.outliers import rule_of
 from vsgd.posterior import NoiseScales, Posterior
 
 if keras.backend.backend() == "torch":
     import torch
 
-    from vsgd.backends import torch_engines
-    from vsgd.backends.torch_blocks import leaf_of
+    from vsgd.backends.torch import dispatch as torch_engines
+    from vsgd.backends.torch.leaves import leaf_of
 
 # What Keras calls otherwise.
 _KERAS_NAMES = {"eps": "epsilon"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch_engines import hyperparameters
+from vsgd.backends.torch.dispatch import hyperparameters
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
 Groups = Sequence[dict[str, Any]]

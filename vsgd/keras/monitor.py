@@ -11,9 +11,10 @@ import numpy as np
 from keras import ops
 
 from vsgd import core
-from vsgd.keras_base import RuleOptimizer
-from vsgd.keras_posterior import real_states
-from vsgd.monitor import Arrays, Block, Monitor, digest, summarize
+from vsgd.keras.optimizer import RuleOptimizer
+from vsgd.keras.posterior import real_states
+from vsgd.monitor import Monitor
+from vsgd.monitor.summaries import Arrays, Block, digest, summarize
 
 __all__ = ["MonitorCallback", "tensorboard_writer"]
 

@@ -1,12 +1,21 @@
-"""Numba's integer namespace, for `vsgd.rounding`: each function on one number, inlined."""
+"""Numba's array and integer namespaces, for the update and for `vsgd.rounding`: each function on one number, inlined."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import types
 from numba.extending import intrinsic, register_jitable
+from numpy import maximum, minimum, sqrt
 
 from vsgd import rounding
+
+__all__ = ["OPTIONS", "bits", "floats", "inline", "maximum", "minimum", "shift", "sqrt", "times", "where", "wrap"]
+
+#: What functions are compiled with. Never nnan or ninf: a NaN gradient must show.
+OPTIONS = {"fastmath": {"contract", "arcp", "nsz"}, "error_model": "numpy"}
+
+#: Makes a function one that a compiled function may call.
+inline = register_jitable(**OPTIONS)
 
 
 @intrinsic

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from vsgd.backends.keras_arrays import arithmetic_dtype, parts, whole
+from vsgd.backends.keras import arithmetic_dtype, parts, whole
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
 
 #: The state of a variable, in the rule's order.

@@ -12,8 +12,8 @@ except ImportError as error:
 from torch.optim.optimizer import ParamsT
 
 from vsgd import core
-from vsgd.torch_base import RuleOptimizer
-from vsgd.torch_prior import prior_strength_from
+from vsgd.torch.optimizer import RuleOptimizer
+from vsgd.torch.prior import prior_strength_from
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 

@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vsgd import core, rounding
-from vsgd.backends import sources
-from vsgd.backends.chunks import chunks
-from vsgd.backends.torch_blocks import Leaf, is_flat, is_plain
+from vsgd.backends import kernels
+from vsgd.backends.kernels import chunks
+from vsgd.backends.torch.leaves import Leaf, is_flat, is_plain
 
-_SOURCES = sources.digest(sys.modules[__name__])
+_SOURCES = kernels.digest(sys.modules[__name__])
 
 #: Elements in a chunk, the work of one program: four for each thread of eight warps, so that float32 goes in vectors of 128
 #: bits, and half precision beside it in the same layout.

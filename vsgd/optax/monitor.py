@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from vsgd import core
-from vsgd.monitor import Arrays, Block, Look, digest
-from vsgd.monitor import summarize as _summarize
-from vsgd.optax_numbers import arithmetic_dtype, check_gradient, parts
-from vsgd.optax_posterior import map_states, scales_of
+from vsgd.monitor.summaries import Arrays, Block, Look, digest
+from vsgd.monitor.summaries import summarize as _summarize
+from vsgd.optax.numerics import arithmetic_dtype, check_gradient, parts
+from vsgd.optax.posteriors import map_states, scales_of
 
 __all__ = ["summarize"]
 

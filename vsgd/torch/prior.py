@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vsgd import prior
-from vsgd.torch_posterior import sum_of_shards
+from vsgd.torch.posterior import sum_of_shards
 
 Gradients = Iterable[Tensor | None] | Mapping[Any, Tensor | None]
 

@@ -18,14 +18,13 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from vsgd import core, rounding
-from vsgd.backends import numba_arrays, numba_integers, sources
-from vsgd.backends.chunks import chunks as cut
-from vsgd.backends.numba_arrays import OPTIONS, inline
+from vsgd.backends import kernels, numba_ops
+from vsgd.backends.numba_ops import OPTIONS, inline
 
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
 
-_SOURCES = sources.digest(numba_arrays, numba_integers)
+_SOURCES = kernels.digest(numba_ops)
 
 #: Elements in a chunk, the unit of work of a thread: the six arrays of a float32 chunk fit a second-level cache.
 CHUNK = 16384
@@ -48,8 +47,8 @@ def _pointer(typing_context, address, like):
     return pointer(address, like), codegen
 
 
-_word = inline(rounding.make_word(numba_integers))
-_to_bfloat16 = inline(rounding.make_round(numba_integers))
+_word = inline(rounding.make_word(numba_ops))
+_to_bfloat16 = inline(rounding.make_round(numba_ops))
 
 
 def _get(array, i):
@@ -59,7 +58,7 @@ def _get(array, i):
 @overload(_get, jit_options=OPTIONS)
 def _(array, i):
     if array.dtype is types.uint16:
-        return lambda array, i: numba_integers.floats(np.int32(np.int32(array[i]) << 16))
+        return lambda array, i: numba_ops.floats(np.int32(np.int32(array[i]) << 16))
     return lambda array, i: array[i]
 
 
@@ -79,14 +78,14 @@ def _(array, i, value, rounder, word):
 
         def put_nearest(array, i, value, rounder, word):
             # Less than a half goes down, more goes up, and a half to the even one.
-            half = np.int32(0x7FFF + ((numba_integers.bits(value) >> 16) & 1))
+            half = np.int32(0x7FFF + ((numba_ops.bits(value) >> 16) & 1))
             rounded = _to_bfloat16(value, np.int32(half << 16), 1)
-            array[i] = np.uint16(numba_integers.bits(rounded) >> 16)
+            array[i] = np.uint16(numba_ops.bits(rounded) >> 16)
 
         return put_nearest
 
     def put_at_random(array, i, value, rounder, word):
-        array[i] = np.uint16(numba_integers.bits(_to_bfloat16(value, word, rounder)) >> 16)
+        array[i] = np.uint16(numba_ops.bits(_to_bfloat16(value, word, rounder)) >> 16)
 
     return put_at_random
 
@@ -167,7 +166,7 @@ def chunks(sizes: np.ndarray) -> Chunks:
         >>> tensors.tolist(), (stops - starts).tolist()
         ([0, 2, 2], [3, 16384, 1])
     """
-    tensors, starts = cut(sizes, CHUNK)
+    tensors, starts = kernels.chunks(sizes, CHUNK)
     return Chunks(tensors, starts, np.minimum(starts + CHUNK, sizes[tensors]))
 
 
@@ -187,7 +186,7 @@ def _kernel_of(rule: core.Rule, indices: Callable[[int], Any], round_params: boo
     # Captured, for the disk cache's key holds captured values: without them it would serve the kernel of an older core, or
     # the serial kernel in place of the parallel one.
     version = _SOURCES
-    update = inline(rule.make_update(numba_arrays))
+    update = inline(rule.make_update(numba_ops))
     descend = inline(core.descend)
     n_state = len(rule.state_names)
     of_state, of_param = rounding.MULTIPLIERS[:n_state], rounding.MULTIPLIERS[n_state] if round_params else None

@@ -10,11 +10,11 @@ except ImportError as error:
     raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
 
 from vsgd import core
-from vsgd.optax_base import Mask, descend, round_steps, scale_by_rule
-from vsgd.optax_numbers import weakly_typed
-from vsgd.optax_posterior import noise_scale, posterior, surprise
-from vsgd.optax_prior import prior_strength_from
-from vsgd.optax_state import ScaleByConstantVsgdState, ScaleByVsgdState
+from vsgd.optax.numerics import weakly_typed
+from vsgd.optax.posteriors import noise_scale, posterior, surprise
+from vsgd.optax.prior import prior_strength_from
+from vsgd.optax.state import ScaleByConstantVsgdState, ScaleByVsgdState
+from vsgd.optax.transform import Mask, descend, round_steps, scale_by_rule
 
 __all__ = [
     "ScaleByConstantVsgdState",

@@ -14,8 +14,8 @@ except ImportError as error:
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
 from vsgd import core
-from vsgd.keras_base import RuleOptimizer
-from vsgd.keras_prior import prior_strength_from
+from vsgd.keras.optimizer import RuleOptimizer
+from vsgd.keras.prior import prior_strength_from
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 

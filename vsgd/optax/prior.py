@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from vsgd import prior
-from vsgd.optax_numbers import arithmetic_dtype
+from vsgd.optax.numerics import arithmetic_dtype
 
 
 def prior_strength_from(gradients: Iterable[optax.Updates], scale: float = 10.0) -> float:

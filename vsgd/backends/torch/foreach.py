@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch_blocks import Leaf, batches, block_size
-from vsgd.backends.torch_rounding import rounded
+from vsgd.backends.torch.leaves import Leaf, batches, block_size
+from vsgd.backends.torch.rounding import rounded
 
 
 class TensorList:

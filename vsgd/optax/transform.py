@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from vsgd import core, rounding
-from vsgd.backends import jax_rounding
-from vsgd.optax_numbers import arithmetic_dtype, check_gradient, dtype_of, in_dtype, join, parts, weakly_typed
+from vsgd.backends import jax as jax_rounding
+from vsgd.optax.numerics import arithmetic_dtype, check_gradient, dtype_of, in_dtype, join, parts, weakly_typed
 from vsgd.outliers import guarded
 
 Mask = Any | Callable[[optax.Params], Any] | None

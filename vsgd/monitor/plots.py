@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vsgd.monitor import Look
+from vsgd.monitor.summaries import Look
 from vsgd.posterior import Array
 
 __all__ = ["draw_heat_map", "draw_momenta", "draw_noise_scale"]

@@ -13,8 +13,8 @@ import optax
 
 import vsgd.posterior
 from vsgd import core
-from vsgd.optax_numbers import arithmetic_dtype, check_gradient, join, parts
-from vsgd.optax_state import RULES
+from vsgd.optax.numerics import arithmetic_dtype, check_gradient, join, parts
+from vsgd.optax.state import RULES
 from vsgd.posterior import NoiseScale, NoiseScales, Posterior
 
 
