@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rules import RULES
 
 import vsgd.numpy
 
@@ -100,11 +101,15 @@ def optax_engine(
             arrays, state = take_step(arrays, state, [None if grad is None else jnp.asarray(grad) for grad in grads])
 
     def read() -> list[dict[str, np.ndarray]]:
-        count, *trees = state[0]
-        names = state[0]._fields[1:]
+        names = RULES[kind].state_names
+        trees = [getattr(state[0], name) for name in names]
         columns = zip(arrays, *trees, strict=True)
         return [
-            {"param": np.array(param), "step": np.array(count), **dict(zip(names, map(np.array, of_param), strict=True))}
+            {
+                "param": np.array(param),
+                "step": np.array(state[0].count),
+                **dict(zip(names, map(np.array, of_param), strict=True)),
+            }
             for param, *of_param in columns
         ]
 

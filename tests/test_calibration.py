@@ -58,7 +58,7 @@ def covered(ratio: float) -> list[float]:
 def frozen_vsgd(gain: float, innovation_variance: float, elements: int) -> vsgd.numpy.VSGD:
     """VSGD that has learned for so long that it learns no more."""
     optimizer = vsgd.numpy.VSGD([np.zeros(elements)], lr=0.0)
-    rate = innovation_variance * core.shape(optimizer.hyper)
+    rate = innovation_variance * core.compute_shape(optimizer.hyper)
     optimizer.state[0].update(step=10**12)
     optimizer.state[0]["b_g"][...] = gain * rate
     optimizer.state[0]["b_ghat"][...] = (1 - gain) * rate

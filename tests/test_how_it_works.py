@@ -81,7 +81,7 @@ class Model:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.shape = core.shape(case.hyper)
+        self.shape = core.compute_shape(case.hyper)
         self.precisions = [gamma(self.shape, rate) for rate in case.state[1:]]
 
     def drift(self, precisions: list[Density]) -> Density:
@@ -139,7 +139,7 @@ class ConstantModel(Model):
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.shape = core.constant_shape(case.hyper)
+        self.shape = core.compute_constant_shape(case.hyper)
         self.precisions = [gamma(self.shape, case.state[1])]
 
     def noise(self, precisions: list[Density]) -> tuple[Density, float]:

@@ -229,7 +229,7 @@ def test_the_rule_sees_sparse_gradients_dense() -> None:
         return lambda grad, state, c: seen.append(grad) or update(grad, state, c)
 
     class Watched(VSGD):
-        _kind = dataclasses.replace(core.VSGD, make_update=make_update)
+        _plain_rule = dataclasses.replace(core.VSGD, make_update=make_update)
 
     variables = variables_of([np.ones((6, 3), np.float32)])
     tf.config.run_functions_eagerly(True)  # for the values
@@ -359,9 +359,9 @@ def test_on_torch_our_engines_step_all_variables_together(monkeypatch: pytest.Mo
     sizes = []
 
     class Batch(fused_cpu.Batch):
-        def __init__(self, leaves: Any, steps: Any) -> None:
+        def __init__(self, leaves: Any) -> None:
             sizes.append(len(leaves))
-            super().__init__(leaves, steps)
+            super().__init__(leaves)
 
     monkeypatch.setattr(fused_cpu, "Batch", Batch)
     variables = variables_of([np.ones(shape, np.float32) for shape in [(2, 3), (4,), (), (0,)]])

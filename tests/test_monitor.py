@@ -120,9 +120,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_samples_are_evenly_spread_over_rows_and_columns() -> None:
-    assert summaries.spread(SAMPLE).tolist() == list(range(SAMPLE))
+    assert summaries.choose_evenly(SAMPLE).tolist() == list(range(SAMPLE))
     for columns in (2, 64, 1000, 1024):
-        places = summaries.spread(1024 * columns)
+        places = summaries.choose_evenly(1024 * columns)
         assert len(set(places)) == SAMPLE
         shares = np.histogram(places % columns, bins=2)[0] / SAMPLE
         np.testing.assert_allclose(shares, 0.5, atol=0.02)
@@ -188,7 +188,7 @@ def test_a_heat_map_has_no_colours_for_rounding(panels: Any) -> None:
 def test_a_heat_map_says_what_no_look_tells(panels: Any) -> None:
     from vsgd.monitor.plots import draw_heat_map
 
-    with pytest.raises(ValueError, match="looks tell no surprise"):
+    with pytest.raises(ValueError, match="looks contain no surprise"):
         draw_heat_map(panels[0], [look(10)], "surprise")
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from vsgd import core  # noqa: E402
 from vsgd.optax import constant_vsgd, scale_by_constant_vsgd, scale_by_vsgd, vsgd  # noqa: E402
+from vsgd.optax.state import get_arrays  # noqa: E402
 
 RULES = {vsgd: core.VSGD, constant_vsgd: core.CONSTANT_VSGD}
 solvers = pytest.mark.parametrize("make", RULES)
@@ -79,15 +80,18 @@ def test_each_step_rounds_as_the_contract_says(make: Callable[..., Any], seed: i
         _, (new_state, *_) = update(grads, (state, *rest), params)
         expected: dict[str, list[Any]] = {}
         for number, (name, shape) in enumerate(SHAPES.items()):
-            old = [np.asarray(tree[name], np.float32) for tree in state[1:]]
+            old = [np.asarray(tree[name], np.float32) for tree in get_arrays(state)]
             _, expected[name] = emulate_step(RULES[make], step, grads[name], old, words(seed, number, step, shape))
-            for ours, theirs in zip((tree[name] for tree in new_state[1:]), expected[name], strict=True):
+            for ours, theirs in zip((tree[name] for tree in get_arrays(new_state)), expected[name], strict=True):
                 apart = steps_apart(np.asarray(ours, np.float32), theirs)
                 assert apart.max() <= 1
                 differ, total = differ + np.count_nonzero(apart), total + apart.size
         # From the emulated state, so that a difference does not grow.
-        trees = ({name: jnp.asarray(expected[name][i], jnp.bfloat16) for name in SHAPES} for i in range(len(state) - 1))
-        state = type(state)(new_state.count, *trees)
+        trees = {
+            rate: {name: jnp.asarray(expected[name][i], jnp.bfloat16) for name in SHAPES}
+            for i, rate in enumerate(RULES[make].state_names)
+        }
+        state = new_state._replace(**trees)
     # A last digit of float32, which compilers round in other ways, decides in one of 65536 roundings.
     assert differ < total / 10_000
     assert total > 100_000
@@ -146,7 +150,7 @@ def donated(solver: Any, params: Any, grads: list[Any]) -> Any:
     for grad in grads:
         before = state
         params, state = step(params, state, grad)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before[0].count, get_arrays(before[0]))))
     return params, state
 
 
@@ -188,9 +192,9 @@ def test_a_run_continues_from_its_saved_state(make: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(("make", "size"), [(scale_by_vsgd, 6), (scale_by_constant_vsgd, 4)])
 def test_bytes_of_state(make: Callable[..., Any], size: int) -> None:
     state = make(state_dtype="bfloat16").init(ones())
-    assert {leaf.dtype for leaf in jax.tree.leaves(state[1:])} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(get_arrays(state))} == {jnp.dtype(jnp.bfloat16)}
     number = sum(leaf.size for leaf in jax.tree.leaves(ones()))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state[1:])) == size * number
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(get_arrays(state))) == size * number
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex64, jnp.complex128])
@@ -305,7 +309,7 @@ def test_injected_hyperparameters(make: Callable[..., Any]) -> None:
     result, state = train(compact(injected), params, grads)
     expected = train(compact(make), params, grads)
     assert equal_share((result, state.inner_state), expected) > 0.99
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.inner_state[0][1:])} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(get_arrays(state.inner_state[0]))} == {jnp.dtype(jnp.bfloat16)}
     # The seed is an array among the others, and may be set.
     other, _ = train(compact(injected, seed=8), params, grads)
     assert equal_share(other, expected[0]) < 0.9

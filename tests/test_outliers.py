@@ -10,8 +10,8 @@ from engines import AVAILABLE, ENGINES
 from rules import RULES
 
 from vsgd import core
-from vsgd.outliers import rule_of
-from vsgd.posterior import predicted_variance
+from vsgd.outliers import choose_rule
+from vsgd.posterior import predict_variance
 
 SIZE = 500
 engines = pytest.mark.parametrize("engine", AVAILABLE)
@@ -60,7 +60,7 @@ def test_what_is_cut_is_cut_to_the_limit(engine: str, kind: str) -> None:
     rule = RULES[kind]
     before = run(engine, kind, gradients(20), outlier_threshold=3.0)
     state = tuple(before[name] for name in rule.state_names)
-    limit = 3.0 * np.sqrt(predicted_variance(state, rule.variance_scales(rule.hyperparameters())))
+    limit = 3.0 * np.sqrt(predict_variance(state, rule.variance_scales(rule.hyperparameters())))
     for sign in (-1.0, 1.0):
         far = np.full(SIZE, sign * np.inf, np.float32)
         at_the_limit = (before["mu_g"] + sign * limit).astype(np.float32)
@@ -87,8 +87,8 @@ def test_a_bad_threshold_is_refused(engine: str, threshold: Any) -> None:
 
 
 def test_without_a_threshold_the_rule_is_the_plain_one() -> None:
-    assert rule_of(core.VSGD, None) is core.VSGD
-    assert rule_of(core.VSGD, 3.0) is rule_of(core.VSGD, 4.0)
+    assert choose_rule(core.VSGD, None) is core.VSGD
+    assert choose_rule(core.VSGD, 3.0) is choose_rule(core.VSGD, 4.0)
 
 
 @pytest.mark.compiler

@@ -10,7 +10,7 @@ import pytest
 from rules import RULES
 
 import vsgd.numpy
-from vsgd.posterior import NoiseScale, Posterior, noise_scale, posterior, predicted_variance, surprise
+from vsgd.posterior import NoiseScale, Posterior, compute_posterior, compute_surprise, estimate_noise_scale, predict_variance
 
 kinds = pytest.mark.parametrize("kind", RULES)
 
@@ -166,14 +166,15 @@ def in_torch(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[P
     import vsgd.torch
 
     params = [torch.nn.Parameter(torch.from_numpy(np.array(param))) for param in optimizer.params]
-    ours = getattr(vsgd.torch, kind)(params, prior_strength=1e-3, variance_ratio=4.0)
+    named = [(f"layer.{index}", param) for index, param in enumerate(params)]
+    ours = getattr(vsgd.torch, kind)(named, prior_strength=1e-3, variance_ratio=4.0)
     for param, state, grad in zip(params, optimizer.state, grads, strict=True):
         ours.state[param] = {name: torch.as_tensor(np.array(value)) for name, value in state.items()}
         param.grad = torch.from_numpy(np.array(grad))
     known = [Posterior(*(part.numpy() for part in ours.posterior(param))) for param in params]
     scales, surprises = ours.noise_scale(batch_size=8), ours.surprise()
-    assert list(scales.tensors) == params
-    return known, scales.overall, [surprises[param].item() for param in params]
+    assert list(scales.tensors) == list(surprises) == [name for name, _ in named]
+    return known, scales.overall, [surprise.item() for surprise in surprises.values()]
 
 
 def in_optax(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[Posterior], Any, list[Any]]:
@@ -185,26 +186,27 @@ def in_optax(optimizer: Any, kind: str, grads: list[np.ndarray]) -> tuple[list[P
 
     make = {"VSGD": ours.scale_by_vsgd, "ConstantVSGD": ours.scale_by_constant_vsgd}[kind]
     params = [jnp.asarray(param) for param in optimizer.params]
+    options: dict[str, Any] = {"prior_strength": 1e-3, "variance_ratio": 4.0}
     # In parts, each with a mask, one within a chain: the parameters' tree is put together again.
-    solver = optax.multi_transform({"a": optax.chain(optax.identity(), make()), "b": make()}, ["a", "b", "a"])
+    solver = optax.multi_transform({"a": optax.chain(optax.identity(), make(**options)), "b": make(**options)}, ["a", "b", "a"])
     trees = [[jnp.asarray(state[name]) for state in optimizer.state] for name in RULES[kind].state_names]
     kinds = (ours.ScaleByVsgdState, ours.ScaleByConstantVsgdState)
 
     def fill(node: Any) -> Any:
         if not isinstance(node, kinds):
             return node
-        masked = [isinstance(leaf, optax.MaskedNode) for leaf in node[1]]
-        filled = [
-            [old if skip else new for old, new, skip in zip(*both, masked, strict=True)]
-            for both in zip(node[1:], trees, strict=True)
-        ]
-        return type(node)(node.count, *filled)
+        masked = [isinstance(leaf, optax.MaskedNode) for leaf in node.mu_g]
+        return node._replace(
+            **{
+                name: [old if skip else new for old, new, skip in zip(getattr(node, name), tree, masked, strict=True)]
+                for name, tree in zip(RULES[kind].state_names, trees, strict=True)
+            }
+        )
 
     state = jax.tree.map(fill, solver.init(params), is_leaf=lambda node: isinstance(node, kinds))
-    options: dict[str, Any] = {"prior_strength": 1e-3, "variance_ratio": 4.0}
-    known = ours.posterior(state, **options)
-    scales = ours.noise_scale(state, batch_size=8, **options)
-    surprises = ours.surprise([jnp.asarray(grad) for grad in grads], state, **options)
+    known = ours.posterior(state)
+    scales = ours.noise_scale(state, batch_size=8)
+    surprises = ours.surprise([jnp.asarray(grad) for grad in grads], state)
     return [Posterior(*map(np.asarray, each)) for each in known], scales.overall, [each.item() for each in surprises]
 
 
@@ -269,12 +271,12 @@ def test_optax_says_what_it_finds_no_state_in() -> None:
 def test_the_core_of_it_works_on_any_arrays() -> None:
     # Of scalars: by hand. a = 1, so the rates are the variances.
     state, scales = (2.0, 1.0, 3.0), (1.0, 1.0)
-    known = posterior(state, scales)
+    known = compute_posterior(state, scales)
     assert known == Posterior(2.0, 0.75, 3.0, 1.0, 0.25, 4 / 0.75)
-    assert predicted_variance(state, scales) == 4.75
-    assert surprise(5.0, state, scales) == 9 / 4.75
+    assert predict_variance(state, scales) == 4.75
+    assert compute_surprise(5.0, state, scales) == 9 / 4.75
     # Innovations vary by 4, of which w / 2 = 1/8 is the mean's own error.
-    assert noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
+    assert estimate_noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
 
 
 def test_of_state_in_bfloat16_the_posterior_is_float32() -> None:
@@ -307,7 +309,7 @@ def test_torch_maximizes_with_the_opposite_gradient() -> None:
         for _ in range(3):
             param.grad = (-1.0 if maximize else 1.0) * torch.linspace(0.5, 2, 50)
             optimizer.step()
-        told.append((optimizer.posterior(param).mean, optimizer.surprise()[param]))
+        told.append((optimizer.posterior(param).mean, optimizer.surprise()[0]))
     torch.testing.assert_close(told[0], told[1])
 
 
@@ -315,7 +317,7 @@ def test_variances_beyond_the_root_of_the_largest_number_are_predicted() -> None
     # Their product would overflow, and so would that of the smallest ones vanish.
     for size in (1e-22, 1e25):
         state = tuple(np.full(3, value, np.float32) for value in (0.0, size, 3 * size))
-        np.testing.assert_allclose(predicted_variance(state, (1.0, 1.0)), 4.75 * size, rtol=1e-6)
+        np.testing.assert_allclose(predict_variance(state, (1.0, 1.0)), 4.75 * size, rtol=1e-6)
 
 
 def test_numpy_takes_gradients_for_the_surprise_as_for_a_step() -> None:

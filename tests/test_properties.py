@@ -116,7 +116,7 @@ def test_variances_are_positive_and_the_gain_lies_between_0_and_1(grads: np.ndar
         _, b_g, b_ghat = state
         gain = b_g / (b_g + b_ghat)
         assert ((gain > 0) & (gain < 1)).all()
-        assert (gain * b_ghat / core.shape(settings_) > 0).all()
+        assert (gain * b_ghat / core.compute_shape(settings_) > 0).all()
         direction, state = update(grad, state, core.VSGD.coefficients(t, settings_))
         assert (np.abs(direction) <= 1).all()
         assert (state[1] > 0).all()

@@ -184,7 +184,7 @@ def test_distance_from_sign_falls_as_b() -> None:
 @pytest.mark.parametrize("rho", [None, 0.001, 0.3, 1.0], ids=["default", "0.001", "0.3", "1"])
 def test_b_is_an_average_that_forgets_at_half_of_rho(beta1: float, rho: float | None) -> None:
     hyper = hyper_of(beta1, prior_strength=0.05)
-    a = core.constant_shape(hyper)
+    a = core.compute_constant_shape(hyper)
     ratio = hyper.variance_ratio
     start = 3.0
     ours = run(GRADS, lambda t: RULE.coefficients(t, hyper) if rho is None else at_rho(rho, hyper), start)
@@ -228,7 +228,7 @@ def like_adabelief(grads: Any, beta1: float, beta2: float, eps: float = 0.0) -> 
     """Constant VSGD from b = 0 with AdaBelief's memory, and its 2a - 1."""
     ratio = beta1 / (1 - beta1)
     hyper = hyper_of(beta1, prior_strength=eps * (ratio + 1) / (2 * ratio**2 * (1 - beta2)))
-    a = core.constant_shape(hyper)
+    a = core.compute_constant_shape(hyper)
     c = at_rho((1 - beta2) * 2 * a / (2 * a - 1), hyper)
     return run(grads, lambda _: c, b=0.0), 2 * a - 1
 
@@ -380,8 +380,8 @@ def test_literal_start_fades_slowly() -> None:
         for t in range(1, 100):
             _, state = update(grad, state, core.VSGD.coefficients(t, hyper))
         _, b_g, b_ghat = state
-        return (b_g * b_ghat / (b_g + b_ghat) / core.shape(hyper)).item()
+        return (b_g * b_ghat / (b_g + b_ghat) / core.compute_shape(hyper)).item()
 
     # Algorithm 1 divides gamma by the prior's shape, gamma, at its first step: a variance of 1, or b_g = a here.
-    assert sigma2_at_100(core.shape(hyper)) == pytest.approx(0.02, rel=0.02)
+    assert sigma2_at_100(core.compute_shape(hyper)) == pytest.approx(0.02, rel=0.02)
     assert sigma2_at_100(core.VSGD.initial_state(hyper)[1]) == pytest.approx(4.2e-6, rel=0.02)

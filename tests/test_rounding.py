@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vsgd import rounding
+from vsgd.ops import BitOps
 
 
-class Integers(rounding.Wrapping):
-    """NumPy's integer namespace, in as few words as there can be."""
+class Integers(BitOps):
+    """NumPy's integer operations."""
 
-    where = staticmethod(np.where)
+    def where(self, condition: np.ndarray, x: Any, y: Any) -> np.ndarray:
+        return np.where(condition, x, y)
 
-    @staticmethod
-    def bits(x: np.ndarray) -> np.ndarray:
+    def view_as_int32(self, x: np.ndarray) -> np.ndarray:
         return x.view(np.int32)
 
-    @staticmethod
-    def floats(i: np.ndarray) -> np.ndarray:
+    def view_as_float32(self, i: np.ndarray) -> np.ndarray:
         return i.view(np.float32)
 
 
-KEY, WORD, ROUND = rounding.make_key(Integers), rounding.make_word(Integers), rounding.make_round(Integers)
+OPS = Integers()
+KEY, WORD, ROUND = rounding.make_key(OPS), rounding.make_word(OPS), rounding.make_round(OPS)
 COUNT = 2**16
 
 

@@ -70,12 +70,12 @@ def test_what_is_seen_is_what_the_posterior_says(kind: str, engine: str, dtypes:
     names[-1] = (str(len(params) - 1), params[-1])  # which was given none
     assert seen.step == 4
     assert set(seen.tensors) == {name for name, param in names if param.numel()}
-    for name, param in names:
+    for index, (name, param) in enumerate(names):
         if param.numel():
-            check(seen.tensors[name], known[param], scales.tensors[param], surprises[param])
+            check(seen.tensors[name], known[param], scales.tensors[index], surprises[index])
     if len(dtypes) == 1:
         sizes = np.array([param.numel() for param in params])
-        each = np.array([float(surprises[param]) if param.numel() else 0.0 for param in params])
+        each = np.array([float(surprises[index]) if param.numel() else 0.0 for index, param in enumerate(params)])
         check(seen.overall, [known[param][0] for param in params], scales.overall, (sizes * each).sum() / sizes.sum())
 
 

@@ -287,7 +287,7 @@ def test_without_the_check_of_the_compiler_each_step_is_one_of_its_own(monkeypat
     spec.loader.exec_module(engine)
     batches = []
     monkeypatch.setattr(engine, "Batch", lambda *made_of, batch=engine.Batch: batches.append(made_of) or batch(*made_of))
-    monkeypatch.setattr(dispatch, "_import_fused", lambda device: engine)
+    monkeypatch.setattr(dispatch, "_import_fused", lambda device: engine.FusedCpu())
     (params, fused), (others, loop) = start(fused=True), start(foreach=False)
     for seed in range(4):
         step(params, fused, seed)

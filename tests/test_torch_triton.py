@@ -156,10 +156,10 @@ def test_the_compiler_tells_an_edited_core_from_the_one_before(monkeypatch: pyte
     assert len(versions) == 16
     assert version(core.VSGD, False) in versions
     source_of = inspect.getsource
-    assert version(core.VSGD, False).endswith(kernels.digest(fused_cuda))
+    assert version(core.VSGD, False).endswith(kernels.hash_sources(fused_cuda))
     for edited in (core, rounding, fused_cuda):
         monkeypatch.setattr("inspect.getsource", lambda module, edited=edited: source_of(module) + "#" * (module is edited))
-        assert not version(core.VSGD, False).endswith(kernels.digest(fused_cuda))
+        assert not version(core.VSGD, False).endswith(kernels.hash_sources(fused_cuda))
 
 
 def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +167,8 @@ def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(sys.modules, "vsgd.backends.torch.fused_cuda")
     dispatch._import_fused.cache_clear()
     with pytest.raises(ImportError, match=r"^fused=True on CUDA needs triton: pip install 'triton>=3.6'$"):
-        dispatch.fused_engine({"fused": True, "foreach": None}, "cuda", batches=False)
-    assert dispatch.fused_engine({"fused": None, "foreach": None}, "cuda", batches=False) is None
+        dispatch.load_fused("cuda", required=True)
+    assert dispatch.load_fused("cuda", required=False) is None
     dispatch._import_fused.cache_clear()
 
 
@@ -198,7 +198,7 @@ def test_on_a_gpu_it_is_numpys_step_bit_for_bit(kind: str, dtype: type) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", RULES)
 def test_on_a_gpu_it_rounds_as_the_definition_says(kind: str, dtype: torch.dtype, capturable: bool) -> None:
-    cls, hyper = getattr(vsgd.torch, kind), RULES[kind].hyperparameters()
+    cls = getattr(vsgd.torch, kind)
     params = [torch.nn.Parameter(param.detach().cuda()) for param in make_params(dtype)]
     flags = {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 5, "capturable": capturable}
     optimizer = cls(params, 0.01, weight_decay=0.1, fused=True, **flags)
@@ -206,7 +206,7 @@ def test_on_a_gpu_it_rounds_as_the_definition_says(kind: str, dtype: torch.dtype
         for param, grad in zip(params, randn_like(params, seed), strict=True):
             param.grad = grad.cuda()
         optimizer.step()
-    expected, states = emulate(cls, 10, dtype, hyper, 0.01, 1 - 0.01 * 0.1, seed=5)
+    expected, states = emulate(cls, 10, dtype, 0.01, 1 - 0.01 * 0.1, seed=5)
     for param, array, arrays in zip(params, expected, states, strict=True):
         for name, values in zip(RULES[kind].state_names, arrays, strict=True):
             np.testing.assert_array_equal(optimizer.state[param][name].float().flatten().cpu().numpy(), values)

@@ -25,11 +25,20 @@ import vsgd.torch
 import vsgd.torch.optimizer
 from vsgd import core, rounding
 from vsgd.backends.torch import dispatch, foreach, fused_cuda, loop
-from vsgd.backends.torch.leaves import Leaf, Noise
+from vsgd.backends.torch.leaves import Leaf, Noise, StepOptions, get_arithmetic_dtype, list_tensors
 
 # Shorter than a chunk, none at all, whole chunks, and whole chunks with a rest.
 SIZES = (5, 0, 2048, 2500)
 DECAY = 1 - 0.01 * 0.1
+ENGINE = fused_cuda.FusedCuda()
+
+
+def accepts(leaf: Leaf) -> bool:
+    return ENGINE.accepts(leaf, options(core.VSGD))
+
+
+def options(rule: core.Rule, lr: float = 0.01, weight_decay: float = 0.1, **others: Any) -> StepOptions:
+    return StepOptions(rule, rule.hyperparameters(), lr, weight_decay, **others)
 
 
 def leaves_of(rule: core.Rule, params: Sequence[torch.Tensor], grad_dtype: torch.dtype | None = None) -> list[Leaf]:
@@ -52,15 +61,16 @@ def feed(leaves: Sequence[Leaf], rng: np.random.Generator) -> None:
         leaf.grad.copy_(torch.from_numpy(rng.standard_normal(leaf.param.shape)))
 
 
-def numpy_step(rule: core.Rule, leaf: Leaf, c: Any, lr: float) -> Leaf:
+def numpy_step(rule: core.Rule, leaf: Leaf, count: int, lr: float = 0.01, decay: float = DECAY) -> Leaf:
     """The core on NumPy's arrays, rounded to the leaf's dtypes: torch's own roots on the CPU are not exact."""
-    param, grad, *state = (tensor.to(leaf.dtype).numpy() for tensor in leaf.tensors)
+    c = rule.coefficients(count, rule.hyperparameters())
+    param, grad, *state = (tensor.to(get_arithmetic_dtype(leaf)).numpy() for tensor in list_tensors(leaf))
     direction, new_state = rule.make_update(np)(grad, tuple(state), c)
-    new = [*new_state, core.descend(param, direction, lr, DECAY)]
+    new = [*new_state, core.descend(param, direction, lr, decay)]
     if leaf.noise is not None:
         place = leaf.state[0].storage_offset() - leaf.noise.origin + np.arange(param.size)
-        word = WORD(place.astype(np.int32), np.int32(leaf.noise.key))
-        chosen = [*(array.dtype is torch.bfloat16 for array in leaf.state), leaf.noise.of_param]
+        word = WORD(place.astype(np.int32), np.int32(rounding.host_key(leaf.noise.key, count)))
+        chosen = [*(array.dtype is torch.bfloat16 for array in leaf.state), leaf.noise.round_param]
         new = [
             ROUND(x, word, m) if at_random else x for x, m, at_random in zip(new, rounding.MULTIPLIERS, chosen, strict=False)
         ]
@@ -79,12 +89,11 @@ def bits() -> None:
                 arrays = [param.numpy().copy() for param in params]
                 reference = getattr(vsgd.numpy, kind)(arrays, weight_decay=0.1)
                 leaves = leaves_of(rule, params)
-                assert all(map(fused_cuda.accepts, leaves))
+                assert all(map(accepts, leaves))
                 for count in (1, 2, 3):
                     feed(leaves, rng)
                     reference.step([(-leaf.grad if maximize else leaf.grad).numpy() for leaf in leaves])
-                    c = rule.coefficients(count, rule.hyperparameters())
-                    fused_cuda.step(rule, leaves, c, 0.01, DECAY, maximize=maximize)
+                    ENGINE.step(leaves, count, options(rule, maximize=maximize))
                 for leaf, array, state in zip(leaves, arrays, reference.state, strict=True):
                     for ours, theirs in zip((leaf.param, *leaf.state), (array, *map(state.get, rule.state_names)), strict=True):
                         same(ours, torch.from_numpy(theirs))
@@ -94,7 +103,7 @@ def alone() -> None:
     """Memory beside the tensors, and the gradients, stay as they are."""
     memory = torch.full((6, 3000), 7.0)
     param, grad, *state = (row[100:2700] for row in memory[:5])
-    fused_cuda.step(core.VSGD, [Leaf(param, grad, tuple(state))], core.VSGD.coefficients(1, core.Hyperparameters()), 0.1, 1.0)
+    ENGINE.step([Leaf(param, grad, tuple(state))], 1, options(core.VSGD, 0.1, 0.0))
     assert (param != 7).all()
     assert (memory[1] == 7).all()
     for row in memory:
@@ -112,9 +121,8 @@ def half() -> None:
         leaves = leaves_of(core.VSGD, params, grad_dtype)
         for count in (1, 2, 3):
             feed(leaves, rng)
-            c = core.VSGD.coefficients(count, core.Hyperparameters())
-            expected = [numpy_step(core.VSGD, leaf, c, 0.01) for leaf in leaves]
-            fused_cuda.step(core.VSGD, leaves, c, 0.01, DECAY)
+            expected = [numpy_step(core.VSGD, leaf, count) for leaf in leaves]
+            ENGINE.step(leaves, count, options(core.VSGD))
             for leaf, (param, _, state, _) in zip(leaves, expected, strict=True):
                 torch.testing.assert_close(leaf.param, param, rtol=bound, atol=0)
                 for ours, theirs in zip(leaf.state, state, strict=True):
@@ -138,33 +146,27 @@ def rounded() -> None:
             for number, leaf in enumerate(leaves_of(rule, params)):
                 # Within a larger array, and one that lies beyond what 32 bits count.
                 state = [torch.nn.functional.pad(array.to(stored), (number, 0))[number:] for array in leaf.state]
-                noise = None if of_param is None else Noise(0, number - (0, 0, 777, 2**31 - 1000)[number], of_param)
+                noise = (
+                    None
+                    if of_param is None
+                    else Noise(rounding.base_key(0, number), number - (0, 0, 777, 2**31 - 1000)[number], of_param)
+                )
                 leaves.append(Leaf(leaf.param, leaf.grad, tuple(state), noise))
-        assert all(map(fused_cuda.accepts, leaves))
+        assert all(map(accepts, leaves))
         for count in (1, 2, 3):
             feed(leaves, rng)
-            # As a number or as the tensor that a step on the device has.
-            leaves = [leaf_at(leaf, rounding.host_key(number, count), count == 2) for number, leaf in enumerate(leaves)]
-            c = rule.coefficients(count, rule.hyperparameters())
-            expected = [numpy_step(rule, leaf, c, 0.01) for leaf in leaves]
-            fused_cuda.step(rule, leaves, c, 0.01, DECAY)
+            expected = [numpy_step(rule, leaf, count) for leaf in leaves]
+            ENGINE.step(leaves, count, options(rule))
             for leaf, (param, _, state, _) in zip(leaves, expected, strict=True):
                 for ours, theirs in zip((leaf.param, *leaf.state), (param, *state), strict=True):
                     same(ours, theirs)
-
-
-def leaf_at(leaf: Leaf, key: int, on_device: bool) -> Leaf:
-    """The leaf with the key of a step, where it is rounded at all."""
-    if leaf.noise is None:
-        return leaf
-    return leaf._replace(noise=leaf.noise._replace(key=torch.tensor(key, dtype=torch.int32) if on_device else key))
 
 
 def compact() -> None:
     """Through the adapter, every bit of what NumPy and the definition of the rounding say."""
     _run_on_the_cpu()
     # So that the kernel takes every step.
-    with mock.patch.object(loop, "step_in_blocks", None), mock.patch.object(foreach, "step", None):
+    with mock.patch.object(loop.Loop, "step", None), mock.patch.object(foreach.Foreach, "step", None):
         _compact_equals_the_definition()
 
 
@@ -226,13 +228,13 @@ def layouts() -> None:
         torch.view_as_complex(torch.from_numpy(rng.standard_normal((5, 2)))),
     ]
     taken: list[int] = []
-    step = fused_cuda.step
+    step = fused_cuda.FusedCuda.step
 
-    def spy(rule: core.Rule, leaves: Sequence[Leaf], *args: Any, **kwargs: Any) -> None:
+    def spy(self: Any, leaves: Sequence[Leaf], *arguments: Any) -> None:
         taken.append(len(leaves))
-        step(rule, leaves, *args, **kwargs)
+        step(self, leaves, *arguments)
 
-    fused_cuda.step = spy
+    fused_cuda.FusedCuda.step = spy
     twins = [torch.nn.Parameter(param.clone()) for param in params]
     params = [torch.nn.Parameter(param) for param in params]
     optimizer, eager = vsgd.torch.VSGD(params, fused=True), vsgd.torch.VSGD(twins, foreach=False)
@@ -249,16 +251,16 @@ def layouts() -> None:
 def tables() -> None:
     """Tables are kept while addresses stay, whatever else changes, and no longer."""
     old = leaves = leaves_of(core.VSGD, [torch.ones(5), torch.ones(2500)])
-    kept, lengths = fused_cuda._kept_tensors, fused_cuda._kept_chunks
+    kept, lengths = fused_cuda._make_cached_table, fused_cuda._make_cached_chunks
     kept.cache_clear()
     lengths.cache_clear()
     for count, (hits, misses) in enumerate([(0, 1), (1, 1), (2, 1), (2, 2), (3, 2)], start=1):
         if count == 4:  # gradients elsewhere, while the old ones keep their memory
             leaves = [leaf._replace(grad=torch.zeros_like(leaf.grad)) for leaf in old]
         feed(leaves, np.random.default_rng(count))
-        c = core.VSGD.coefficients(count, core.Hyperparameters())
-        expected = [numpy_step(core.VSGD, leaf, c, 0.1 / count).param for leaf in leaves]
-        fused_cuda.step(core.VSGD, leaves, c, 0.1 / count, DECAY)
+        lr = 0.1 / count
+        expected = [numpy_step(core.VSGD, leaf, count, lr, 1 - lr * 0.1).param for leaf in leaves]
+        ENGINE.step(leaves, count, options(core.VSGD, lr))
         assert kept.cache_info()[:2] == (hits, misses)
         assert lengths.cache_info()[:2] == (count - 1, 1)
         for leaf, param in zip(leaves, expected, strict=True):

@@ -13,8 +13,9 @@ except ImportError as error:
     raise ImportError("vsgd.mlx needs MLX: pip install 'vsgd[mlx]'") from error
 
 from vsgd import core, prior
-from vsgd.outliers import guarded
-from vsgd.posterior import Posterior, posterior
+from vsgd.outliers import choose_rule
+from vsgd.posterior import Posterior, compute_posterior
+from vsgd.validation import document_options, validate_numbers
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
@@ -22,33 +23,29 @@ LearningRate: TypeAlias = float | mx.array | Callable[[mx.array], mx.array]
 
 
 class _RuleOptimizer(Optimizer):
-    """What VSGD and ConstantVSGD share: everything but the rule."""
+    """The code that VSGD and ConstantVSGD share: everything but the rule and its hyperparameters."""
 
-    _kind: ClassVar[core.Rule]
+    _plain_rule: ClassVar[core.Rule]
 
-    def __init__(
-        self,
-        learning_rate: LearningRate = 0.01,
-        weight_decay: float = 0.0,
-        outlier_threshold: float | None = None,
-        **hyper: Any,
-    ) -> None:
+    def __init__(self, learning_rate: LearningRate, weight_decay: float, **options: Any) -> None:
         super().__init__()
-        self._rule, self.hyper = guarded(self._kind, self._kind.hyperparameters(**hyper), outlier_threshold)
-        known = {} if callable(learning_rate) else {"learning_rate": learning_rate}
-        core.validate(**known, weight_decay=weight_decay, **self.hyper._asdict())
+        self._rule = choose_rule(self._plain_rule, options["outlier_threshold"])
+        self.hyper = self._rule.select_hyperparameters(options)
+        if not callable(learning_rate):
+            validate_numbers(learning_rate=learning_rate)
+        validate_numbers(weight_decay=weight_decay, **self.hyper._asdict())
         self.weight_decay = weight_decay
         self._maybe_schedule("learning_rate", learning_rate)
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """Fill the state of one parameter."""
+        """Create the state of one parameter."""
         # Half precision holds neither b_g (it falls to 1e-8) nor its small changes.
         dtype = mx.float64 if parameter.dtype == mx.float64 else mx.float32
         for name, value in zip(self._rule.state_names, self._rule.initial_state(self.hyper), strict=True):
             state[name] = mx.full(parameter.shape, value, dtype)
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """Step as the base class does, but refuse what does not fit before anything changes."""
+        """Take a step as the base class does, but refuse arrays that do not fit before anything changes."""
         if not self._initialized:
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         tree_map(self._check, gradients, parameters, self.state)
@@ -73,40 +70,45 @@ class _RuleOptimizer(Optimizer):
         return core.descend(parameter.astype(dtype), direction, lr, 1 - lr * self.weight_decay).astype(parameter.dtype)
 
     def posterior(self, state: dict[str, mx.array]) -> Posterior:
-        """What is known of a parameter's gradient: the uncertainty of the gradient, not of the weights.
+        """Return the posterior of a parameter's gradient: the uncertainty of the gradient, not of the weights.
 
         Args:
-            state: the parameter's in the optimizer's, such as `optimizer.state["layers"][0]["weight"]`.
+            state: the parameter's state in the optimizer, such as `optimizer.state["layers"][0]["weight"]`.
 
         Returns:
             Arrays of the parameter's shape, float64 for float64 parameters, else float32.
 
         Raises:
-            ValueError: the state is of another rule, or of more than one parameter.
+            ValueError: the state belongs to another rule, or to more than one parameter.
         """
         if state.keys() != set(self._rule.state_names):
             raise ValueError(f"state has {sorted(state)}, but must be one parameter's: {sorted(self._rule.state_names)}")
-        return posterior(tuple(state[name] for name in self._rule.state_names), self._rule.variance_scales(self.hyper))
+        arrays = tuple(state[name] for name in self._rule.state_names)
+        return compute_posterior(arrays, self._rule.variance_scales(self.hyper))
 
 
+@document_options()
 class VSGD(_RuleOptimizer):
     """Variational stochastic gradient descent (Chen et al., TMLR 2025, arXiv 2404.06549) for MLX.
 
-    State of each parameter, in `state` at the parameter's place: `mu_g`, `b_g`, `b_ghat` (arrays of the parameter's shape;
-    float64 for float64 parameters, else float32). All parameters share the count `state["step"]`.
+    `state` holds `mu_g`, `b_g`, `b_ghat` at each parameter's place, arrays of the parameter's shape, float64 for float64
+    parameters, else float32. All parameters share the count `state["step"]`.
 
     Args:
         learning_rate: the paper's eta, the step size: a number, or a schedule, called with the count of steps before this one.
-            MLX keeps a number as float32; an array keeps its dtype, for a run in float64.
+            MLX stores a number as float32; an array keeps its dtype, which a run in float64 needs.
+        variance_ratio: {variance_ratio}
+        prior_strength: {prior_strength}
+        kappa1: {kappa1}
+        kappa2: {kappa2}
+        eps: {eps}
         weight_decay: decoupled weight decay, as in `mlx.optimizers.AdamW`, applied before the step.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        **hyper: the fields of `vsgd.core.Hyperparameters`, by name: `variance_ratio`, `prior_strength`, `kappa1`, `kappa2`,
-            `eps`, `prior_shape`.
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Raises:
-        ValueError: a hyperparameter is out of its range; or, in a step, a parameter is not of real floating numbers, or a
-            shape does not fit. Nothing was changed.
+        ValueError: a hyperparameter is out of its range; or, in a step, a parameter is not of real floating numbers, or a shape
+            does not fit. Nothing has changed.
 
     Example:
         >>> import mlx.core as mx
@@ -122,24 +124,54 @@ class VSGD(_RuleOptimizer):
         (2,)
     """
 
-    _kind = core.VSGD
+    _plain_rule = core.VSGD
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.01,
+        variance_ratio: float = 30.0,
+        prior_strength: float = 1e-8,
+        kappa1: float = 0.81,
+        kappa2: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            weight_decay,
+            variance_ratio=variance_ratio,
+            prior_strength=prior_strength,
+            kappa1=kappa1,
+            kappa2=kappa2,
+            eps=eps,
+            outlier_threshold=outlier_threshold,
+            prior_shape=prior_shape,
+        )
 
 
+@document_options()
 class ConstantVSGD(_RuleOptimizer):
     """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), for MLX.
 
-    State of each parameter, in `state` at the parameter's place: `mu_g`, `b` (arrays of the parameter's shape; float64 for
-    float64 parameters, else float32). All parameters share the count `state["step"]`.
+    `state` holds `mu_g`, `b` at each parameter's place, arrays of the parameter's shape, float64 for float64 parameters, else
+    float32. All parameters share the count `state["step"]`.
 
     Args:
-        learning_rate: as for `VSGD`.
-        weight_decay: as for `VSGD`.
-        outlier_threshold: as for `VSGD`.
-        **hyper: the fields of `vsgd.core.ConstantHyperparameters`, by name: `variance_ratio`, `prior_strength`, `kappa`,
-            `eps`, `prior_shape`.
+        learning_rate: the paper's eta, the step size: a number, or a schedule, called with the count of steps before this one.
+            MLX stores a number as float32; an array keeps its dtype, which a run in float64 needs.
+        variance_ratio: {constant_variance_ratio}
+        prior_strength: {prior_strength}
+        kappa: {kappa}
+        eps: {eps}
+        weight_decay: decoupled weight decay, as in `mlx.optimizers.AdamW`, applied before the step.
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Raises:
-        ValueError: as for `VSGD`.
+        ValueError: a hyperparameter is out of its range; or, in a step, a parameter is not of real floating numbers, or a shape
+            does not fit. Nothing has changed.
 
     Example:
         >>> import mlx.core as mx, mlx.optimizers as optim
@@ -150,29 +182,49 @@ class ConstantVSGD(_RuleOptimizer):
         array([0.9, -1.9], dtype=float32)
     """
 
-    _kind = core.CONSTANT_VSGD
+    _plain_rule = core.CONSTANT_VSGD
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.01,
+        variance_ratio: float = 3.0,
+        prior_strength: float = 1e-8,
+        kappa: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        outlier_threshold: float | None = None,
+        prior_shape: float | None = None,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            weight_decay,
+            variance_ratio=variance_ratio,
+            prior_strength=prior_strength,
+            kappa=kappa,
+            eps=eps,
+            outlier_threshold=outlier_threshold,
+            prior_shape=prior_shape,
+        )
 
 
+@document_options()
 def prior_strength_from(gradients: Iterable[Any], scale: float = 10.0) -> float:
-    """A `prior_strength` in the units of a model's gradients, to be taken before training: see `docs/tuning.md`.
+    """Compute a `prior_strength` in the units of a model's gradients, before training: see `docs/tuning.md`.
 
-    It is `5e-5 * scale` times the mean of the squares of all elements, over all parameters and mini-batches together. So the
-    first steps expect a variance of about `scale` times what a squared gradient is.
-
-    The mini-batches are taken one after the other: a generator need not hold the gradients of more than one. Gradients are to
-    be those that the optimizer will see, of the loss that is trained on.
+    The result is `5e-5 * scale` times the mean square of all gradient elements, over all parameters and mini-batches. Pass the
+    gradients that the optimizer will see: those of the training loss, unscaled.
 
     Args:
-        gradients: for each of a few mini-batches, 10 are advised, a tree of gradients, as `mlx.nn.value_and_grad` returns it.
-            None is left out.
-        scale: the variance to start with, over the mean squared gradient. Larger starts slower, far smaller is unsafe.
+        gradients: for each of a few mini-batches, about 10, a tree of gradients, as `mlx.nn.value_and_grad` returns it. None is
+            skipped.
+        scale: {scale}
 
     Returns:
-        A number for `VSGD` or `ConstantVSGD`.
+        A number for `prior_strength`.
 
     Raises:
-        ValueError: `scale` is out of its range; there are no gradients, all are zero, one is not finite or none of numbers; or
-            they are so small or large that what would be returned is no prior strength.
+        ValueError: `scale` is out of its range; the gradients are missing, all zero, not finite or not of numbers; or the
+            result is not a valid prior strength.
 
     Example:
         >>> import mlx.core as mx
@@ -186,16 +238,16 @@ def prior_strength_from(gradients: Iterable[Any], scale: float = 10.0) -> float:
         0.0025
         >>> optimizer = VSGD(prior_strength=strength)
     """
-    return prior.prior_strength_from(gradients, scale, _leaves, lambda sizes: sizes.sum().item())
+    return prior.prior_strength_from(gradients, scale, _iterate_leaves, lambda magnitudes: magnitudes.sum().item())
 
 
-def _leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
+def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
     for path, grad in tree_flatten(batch):
         if grad is not None:
-            yield _leaf(f"{name}[{path!r}]" if path else name, grad)
+            yield _make_leaf(f"{name}[{path!r}]" if path else name, grad)
 
 
-def _leaf(name: str, grad: Any) -> prior.Leaf:
+def _make_leaf(name: str, grad: Any) -> prior.Leaf:
     if not (isinstance(grad, mx.array) and mx.issubdtype(grad.dtype, mx.inexact)):
         kind = f"an array of {grad.dtype}" if isinstance(grad, mx.array) else type(grad).__name__
         raise ValueError(f"{name} is {kind}, but must be an array of floating or complex numbers")

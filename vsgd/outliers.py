@@ -1,56 +1,93 @@
-"""Gradients beyond what the state predicts, cut to what it does: a robust Kalman filter.
+"""Rules that clip gradients to what the state predicts: a robust Kalman filter.
 
-One corrupted batch with gradients ten thousand times as large would raise the noise estimates by the square of that, and
-steps would be tiny for as long as they take to forget it.
+Without clipping, one corrupted batch with gradients ten thousand times as large raises the noise estimates by the square of
+that, and steps stay tiny until the estimates have forgotten it.
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vsgd import core
-from vsgd.posterior import predicted_variance
+from vsgd.ops import Array, ArrayOps, inline
+from vsgd.posterior import predict_variance
 
 
-def _extended(plain: type[Any], name: str, *added: str, **defaults: Any) -> type[Any]:
-    """A type of named tuples with more fields, the last ones with defaults."""
-    values = (*plain._field_defaults.values(), *defaults.values())
-    return namedtuple(name, (*plain._fields, *added, *defaults), defaults=values, module=__name__)
+class RobustHyperparameters(NamedTuple):
+    """`vsgd.core.Hyperparameters` and the outlier threshold."""
+
+    variance_ratio: float = 30.0
+    prior_strength: float = 1e-8
+    kappa1: float = 0.81
+    kappa2: float = 0.9
+    eps: float = 1e-8
+    prior_shape: float | None = None
+    outlier_threshold: float = 5.0
 
 
-#: What a step needs besides.
-_LIMITS = ("outlier_threshold", "drift_scale", "noise_scale")
+class RobustCoefficients(NamedTuple):
+    """`vsgd.core.Coefficients`, and what the limit of a step needs."""
 
-# By name, for what holds one is pickled with it.
-RobustHyperparameters = _extended(core.Hyperparameters, "RobustHyperparameters", outlier_threshold=5.0)
-RobustConstantHyperparameters = _extended(core.ConstantHyperparameters, "RobustConstantHyperparameters", outlier_threshold=5.0)
-RobustCoefficients = _extended(core.Coefficients, "RobustCoefficients", *_LIMITS)
-RobustConstantCoefficients = _extended(core.ConstantCoefficients, "RobustConstantCoefficients", *_LIMITS)
+    keep_g: Any
+    prior_g: Any
+    half_rho_g: Any
+    keep_ghat: Any
+    prior_ghat: Any
+    half_rho_ghat: Any
+    inverse_shape: float
+    eps: float
+    outlier_threshold: float
+    drift_scale: float
+    noise_scale: float
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+class RobustConstantHyperparameters(NamedTuple):
+    """`vsgd.core.ConstantHyperparameters` and the outlier threshold."""
+
+    variance_ratio: float = 3.0
+    prior_strength: float = 1e-8
+    kappa: float = 0.9
+    eps: float = 1e-8
+    prior_shape: float | None = None
+    outlier_threshold: float = 5.0
 
 
-def _robust(rule: core.Rule, hyperparameters: type[Any], coefficients: type[Any]) -> core.Rule:
-    """The rule with one more hyperparameter, and what it needs of it in a step."""
-    plain = rule.hyperparameters._fields
+class RobustConstantCoefficients(NamedTuple):
+    """`vsgd.core.ConstantCoefficients`, and what the limit of a step needs."""
 
-    def of_rule(hyper: Any) -> Any:
-        return rule.hyperparameters(*hyper[: len(plain)])
+    gain: float
+    keep: Any
+    prior: Any
+    half_rho: Any
+    half_rho_over_ratio: Any
+    sigma2_per_b: float
+    eps: float
+    outlier_threshold: float
+    drift_scale: float
+    noise_scale: float
 
-    def of_step(step: Any, hyper: Any) -> Any:
-        scales = rule.variance_scales(of_rule(hyper))
-        return coefficients(*rule.coefficients(step, of_rule(hyper)), hyper.outlier_threshold, *scales)
 
-    def make_update(xp: Any) -> core.Update:
-        inline = getattr(xp, "inline", _as_it_is)
-        update, variance = inline(rule.make_update(xp)), inline(predicted_variance)
+def _make_robust(rule: core.Rule, hyperparameters: type[Any], coefficients: type[Any]) -> core.Rule:
+    """Return the rule with clipped gradients.
 
-        def robust_update(grad: core.Array, state: core.State, c: Any) -> tuple[core.Array, core.State]:
+    Args:
+        rule: the plain rule.
+        hyperparameters: its hyperparameters, followed by `outlier_threshold`.
+        coefficients: its coefficients, followed by `outlier_threshold` and the two variance scales.
+    """
+
+    def drop_threshold(hyper: Any) -> Any:
+        return rule.hyperparameters(*hyper[:-1])
+
+    def compute_coefficients(step: Any, hyper: Any) -> Any:
+        plain = drop_threshold(hyper)
+        return coefficients(*rule.coefficients(step, plain), hyper.outlier_threshold, *rule.variance_scales(plain))
+
+    def make_update(xp: ArrayOps) -> core.Update:
+        update, variance = inline(xp, rule.make_update(xp)), inline(xp, predict_variance)
+
+        def robust_update(grad: Array, state: core.State, c: Any) -> tuple[Any, core.State]:
             limit = c.outlier_threshold * xp.sqrt(variance(state, (c.drift_scale, c.noise_scale)))
             grad = xp.minimum(xp.maximum(grad, state[0] - limit), state[0] + limit)
             return update(grad, state, c)
@@ -60,49 +97,43 @@ def _robust(rule: core.Rule, hyperparameters: type[Any], coefficients: type[Any]
     return replace(
         rule,
         hyperparameters=hyperparameters,
-        initial_state=lambda hyper: rule.initial_state(of_rule(hyper)),
-        coefficients=of_step,
+        initial_state=lambda hyper: rule.initial_state(drop_threshold(hyper)),
+        coefficients=compute_coefficients,
         make_update=make_update,
-        variance_scales=lambda hyper: rule.variance_scales(of_rule(hyper)),
+        variance_scales=lambda hyper: rule.variance_scales(drop_threshold(hyper)),
     )
 
 
-ROBUST = {
-    core.VSGD: _robust(core.VSGD, RobustHyperparameters, RobustCoefficients),
-    core.CONSTANT_VSGD: _robust(core.CONSTANT_VSGD, RobustConstantHyperparameters, RobustConstantCoefficients),
+_ROBUST_RULES = {
+    core.VSGD: _make_robust(core.VSGD, RobustHyperparameters, RobustCoefficients),
+    core.CONSTANT_VSGD: _make_robust(core.CONSTANT_VSGD, RobustConstantHyperparameters, RobustConstantCoefficients),
 }
 
 
-def guarded(rule: core.Rule, hyper: Any, outlier_threshold: Any) -> tuple[core.Rule, Any]:
-    """The rule that runs, and its hyperparameters from the plain rule's: see `rule_of`."""
-    rule = rule_of(rule, outlier_threshold)
-    return rule, hyper if outlier_threshold is None else rule.hyperparameters(*hyper, outlier_threshold)
+def choose_rule(rule: core.Rule, outlier_threshold: Any) -> core.Rule:
+    """Return the rule that runs with this outlier threshold: the plain rule, or the one that clips outliers.
 
-
-def rule_of(rule: core.Rule, outlier_threshold: Any) -> core.Rule:
-    """The rule that runs: where there is a threshold, the one that cuts outliers.
-
-    What lies beyond so many predicted standard deviations, element by element, is cut to there before the update. A gradient
-    within is used as it is, so that without outliers the trajectory is the plain rule's own. At the first step the prior
-    predicts. NaN stays NaN; infinity is cut.
+    The robust rule clips each gradient element to `outlier_threshold` predicted standard deviations around the predicted
+    gradient. A gradient within the limit is used as it is, so a run without outliers follows the plain rule bit for bit. At the
+    first step the prior predicts. NaN stays NaN; infinity is clipped.
 
     Args:
         rule: `core.VSGD` or `core.CONSTANT_VSGD`.
-        outlier_threshold: a number or an array; None: none.
+        outlier_threshold: a number or an array; None for the plain rule.
 
     Returns:
-        The rule itself, or one with the same state and one more hyperparameter, `outlier_threshold`. The array namespace of
-        that offers `minimum` and `maximum`, which keep NaN, and `inline` where functions that others call must be made for it.
+        The rule itself, or one with the same state and one more hyperparameter, `outlier_threshold`, whose update needs
+        `minimum` and `maximum`.
 
     Example:
         >>> import numpy as np
-        >>> rule = rule_of(core.VSGD, 5.0)
+        >>> rule = choose_rule(core.VSGD, 5.0)
         >>> hyper = rule.hyperparameters(outlier_threshold=5.0)
         >>> update, coefficients = rule.make_update(np), rule.coefficients(1, hyper)
         >>> state = tuple(np.array([value]) for value in rule.initial_state(hyper))
-        >>> float(update(np.array([1e4]), state, coefficients)[1][0][0]) < 0.02  # mu_g, of a gain of 1/31
+        >>> float(update(np.array([1e4]), state, coefficients)[1][0][0]) < 0.02  # mu_g, with a gain of 1/31
         True
 
-    Source: the innovations' clipping of Masreliez and Martin (1977), with the variances of arXiv 2404.06549's model.
+    Source: the clipped innovations of Masreliez and Martin (1977), with the variances of arXiv 2404.06549's model.
     """
-    return rule if outlier_threshold is None else ROBUST[rule]
+    return rule if outlier_threshold is None else _ROBUST_RULES[rule]

@@ -1,7 +1,7 @@
-"""What the state says of each gradient: a posterior, its noise, and how large a batch that noise asks for.
+"""The posterior of each gradient element, the gradient noise scale and the surprise, computed from the state.
 
-It is the uncertainty of the *gradient*, not of the weights. Everything is computed from the state after a step, by operators
-on arrays of any library; adapters say where the state is.
+All of it is the uncertainty of the *gradient*, not of the weights. The functions use operators on arrays of any library;
+adapters pass their state.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ Array = Any
 
 
 class Posterior(NamedTuple):
-    """What is known of the gradient of one parameter, element by element.
+    """The posterior of one parameter's gradient, element by element.
 
-    Of a complex parameter each field holds the numbers of the two parts, as complex numbers do.
+    For a complex parameter each field is complex: its real part describes the gradient's real part, its imaginary part the
+    gradient's imaginary part.
 
     Attributes:
-        mean: the posterior mean, `mu_g`, in units of the gradient.
-        variance: the posterior variance sigma^2 that the noise levels of the state give, in units of gradient^2; the next
-            step's, for sigma^2 does not depend on the gradient that the step sees.
+        mean: the posterior mean `mu_g`, in units of the gradient.
+        variance: the posterior variance sigma^2 that the noise levels of the state give, in units of gradient^2. It is the
+            next step's, for sigma^2 does not depend on the gradient of its step.
         noise_variance: the variance of the mini-batch noise, `b_ghat / a`.
         drift_variance: the variance of the gradient's change from step to step, `b_g / a`.
-        gain: the share of an innovation by which the mean moves, `b_g / (b_g + b_ghat)`, between 0 and 1.
-        snr: signal to noise, `mean**2 / variance`.
+        gain: how far the mean moves towards each new gradient, `b_g / (b_g + b_ghat)`: 0 ignores it, 1 copies it.
+        snr: the signal-to-noise ratio, `mean**2 / variance`.
     """
 
     mean: Array
@@ -39,15 +40,15 @@ class Posterior(NamedTuple):
 
     @property
     def momentum(self) -> Array:
-        """The effective momentum, `1 - gain`: Adam's beta1, for each element its own."""
+        """The effective momentum, `1 - gain`: Adam's beta1, one for each element."""
         return 1 - self.gain
 
 
-def posterior(state: core.State, scales: Sequence[Array]) -> Posterior:
-    """The posterior of one parameter's gradient.
+def compute_posterior(state: core.State, scales: Sequence[Array]) -> Posterior:
+    """Return the posterior of one parameter's gradient.
 
     Args:
-        state: the state arrays of one parameter in the rule's order, of real numbers, float32 or float64.
+        state: the state arrays of one parameter in the rule's order, real, float32 or float64.
         scales: `rule.variance_scales(hyper)`.
 
     Returns:
@@ -57,8 +58,8 @@ def posterior(state: core.State, scales: Sequence[Array]) -> Posterior:
         >>> import numpy as np
         >>> hyper = core.VSGD.hyperparameters()
         >>> state = tuple(np.array([value]) for value in (0.3, 1e-3, 3e-2))
-        >>> known = posterior(state, core.VSGD.variance_scales(hyper))
-        >>> float(known.gain[0].round(4)), float(known.snr[0].round(1))
+        >>> posterior = compute_posterior(state, core.VSGD.variance_scales(hyper))
+        >>> float(posterior.gain[0].round(4)), float(posterior.snr[0].round(1))
         (0.0323, 46.5)
 
     Source: arXiv 2404.06549, Algorithm 1 (`vsgd.core` has the constants).
@@ -70,8 +71,8 @@ def posterior(state: core.State, scales: Sequence[Array]) -> Posterior:
     return Posterior(mean, variance, noise_variance, drift_variance, gain, mean * mean / variance)
 
 
-def predicted_variance(state: core.State, scales: Sequence[Array]) -> Array:
-    """The variance of the next innovation, `ghat - mu_g`: of the mean, the drift and the noise together.
+def predict_variance(state: core.State, scales: Sequence[Array]) -> Array:
+    """Return the variance of the next innovation `ghat - mu_g`: the mean's, the drift's and the noise's variance together.
 
     Args:
         state: the state arrays of one parameter before a step.
@@ -81,12 +82,12 @@ def predicted_variance(state: core.State, scales: Sequence[Array]) -> Array:
         An array of the state's shape and dtype.
     """
     drift_variance, noise_variance = state[1] * scales[0], state[-1] * scales[1]
-    # The quotient first, for a product of variances overflows.
+    # The quotient first: a product of two variances overflows.
     return drift_variance + noise_variance + drift_variance / (drift_variance + noise_variance) * noise_variance
 
 
-def surprise(grad: Array, state: core.State, scales: Sequence[Array]) -> Array:
-    """How unexpected a gradient is: the square of its standardized innovation, near 1 on average where the model fits.
+def compute_surprise(grad: Array, state: core.State, scales: Sequence[Array]) -> Array:
+    """Return how unexpected a gradient is: its squared standardized innovation, near 1 on average where the model fits.
 
     Args:
         grad: a mini-batch gradient, in the state's dtype.
@@ -94,35 +95,35 @@ def surprise(grad: Array, state: core.State, scales: Sequence[Array]) -> Array:
         scales: `rule.variance_scales(hyper)`.
 
     Returns:
-        An array of the gradient's shape: `(grad - mu_g)**2` over the variance that was predicted for it.
+        An array of the gradient's shape: `(grad - mu_g)**2` over the predicted variance.
     """
     innovation = grad - state[0]
-    return innovation * innovation / predicted_variance(state, scales)
+    return innovation * innovation / predict_variance(state, scales)
 
 
 class NoiseScale(NamedTuple):
     """The "simple" gradient noise scale `tr(Sigma) / |G|**2` (McCandlish et al., arXiv 1812.06162).
 
-    The trace and the squared norm of several tensors, or of several steps, may be added or averaged, the scale may not: `scale`
-    is to be computed from the sums.
+    You may add or average the trace and the squared norm of several tensors or steps. Do not average `scale`: compute it from
+    the sums.
 
     Attributes:
         trace: an estimate of the trace of the covariance of one example's gradient.
-        squared_norm: an estimate of the squared norm of the true gradient; where there is nothing but noise it may be negative.
+        squared_norm: an estimate of the squared norm of the true gradient; negative estimates occur where noise dominates.
     """
 
     trace: Array
     squared_norm: Array
 
     def __add__(self, other: object) -> NoiseScale:
-        """The estimates of two tensors together."""
+        """Return the estimates of two tensors together."""
         if not isinstance(other, NoiseScale):
             return NotImplemented
         return NoiseScale(self.trace + other.trace, self.squared_norm + other.squared_norm)
 
     @property
     def scale(self) -> Array:
-        """The noise scale, in examples; negative where no gradient was found in the noise."""
+        """The noise scale, in examples; negative where noise hides the gradient."""
         return self.trace / self.squared_norm
 
 
@@ -130,29 +131,29 @@ class NoiseScales(NamedTuple):
     """Gradient noise scales.
 
     Attributes:
-        overall: of all parameters together.
-        tensors: of each parameter, as the adapter names them.
+        overall: the noise scale of all parameters together.
+        tensors: the noise scale of each parameter, in the adapter's structure.
     """
 
     overall: NoiseScale
     tensors: Any
 
 
-def noise_scale(known: Posterior, batch_size: Array, total: Callable[[Array], Array]) -> NoiseScale:
-    """The gradient noise scale of one parameter, estimated from its posterior.
+def estimate_noise_scale(posterior: Posterior, batch_size: Array, total: Callable[[Array], Array]) -> NoiseScale:
+    """Estimate the gradient noise scale of one parameter from its posterior.
 
-    With a gain w, the mean of a gradient that stands still errs by w / (2 - w) of the noise's variance R, and the innovations'
-    variance is their sum, `2 R / (2 - w)`. That sum is what the two rates learn; how they share it is not (the gain is no
-    measure of noise). So R is taken from both together.
+    With a gain w and a gradient that stands still, the mean's error has the variance w / (2 - w) R, where R is the variance of
+    the mini-batch noise, and the innovations have the variance `2 R / (2 - w)`. The two rates learn that sum, but not how to
+    share it (the gain does not measure noise). So R is computed from both rates together.
 
     The estimate holds where the gradient moves little within the filter's memory, `1 / gain` steps, and is far above the prior.
-    While weights train at usual learning rates, the squared norm is not to be relied on: `docs/uncertainty.md` measures it, and
-    tells how to measure the noise scale on weights that are held still.
+    The squared norm is unreliable while weights train at usual learning rates: `docs/uncertainty.md` measures it, and shows how
+    to measure the noise scale on weights that stand still.
 
     Args:
-        known: the posterior, of real numbers.
-        batch_size: how many examples a gradient is the mean of, in all processes and accumulated steps together.
-        total: the sum of an array.
+        posterior: the posterior of a real parameter.
+        batch_size: the number of examples that a gradient averages, over all processes and accumulated steps.
+        total: a function that sums an array.
 
     Returns:
         Scalars of the array's library.
@@ -160,12 +161,12 @@ def noise_scale(known: Posterior, batch_size: Array, total: Callable[[Array], Ar
     Example:
         >>> import numpy as np
         >>> state = (np.array([1.0, 2.0]), np.array([1.0, 1.0]), np.array([3.0, 3.0]))
-        >>> noise_scale(posterior(state, (1.0, 1.0)), batch_size=10, total=np.sum).scale.item()
+        >>> estimate_noise_scale(compute_posterior(state, (1.0, 1.0)), batch_size=10, total=np.sum).scale.item()
         17.5
 
     Source: arXiv 1812.06162, appendix A; `docs/uncertainty.md` derives the correction.
     """
-    innovation_variance = known.drift_variance + known.noise_variance
-    of_mean = known.gain * innovation_variance / 2
-    trace = batch_size * total(innovation_variance - of_mean)
-    return NoiseScale(trace, total(known.mean * known.mean - of_mean))
+    innovation_variance = posterior.drift_variance + posterior.noise_variance
+    mean_variance = posterior.gain * innovation_variance / 2
+    trace = batch_size * total(innovation_variance - mean_variance)
+    return NoiseScale(trace, total(posterior.mean * posterior.mean - mean_variance))

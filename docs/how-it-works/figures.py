@@ -145,7 +145,7 @@ def draw_direction() -> Figure:
     rule, hyper = core.VSGD, core.VSGD.hyperparameters(eps=0.0)
     ratio = np.linspace(-6, 6, 401)
     gain, sigma2 = 1 / 31, 1.0
-    b_ghat = sigma2 * core.shape(hyper) / gain
+    b_ghat = sigma2 * core.compute_shape(hyper) / gain
     state = (ratio, np.full_like(ratio, gain / (1 - gain) * b_ghat), np.full_like(ratio, b_ghat))
     # A gradient that says what is expected leaves the mean where it is.
     direction, _ = rule.make_update(np)(ratio, state, rule.coefficients(2, hyper))

@@ -10,8 +10,8 @@ from matrix.experiments import LR, Snapshot, of_steps
 from rules import RULES
 
 from vsgd import core
-from vsgd.outliers import rule_of
-from vsgd.posterior import posterior
+from vsgd.outliers import choose_rule
+from vsgd.posterior import compute_posterior
 
 
 def _as_they_are(arrays: list[Any]) -> list[Any]:
@@ -44,7 +44,7 @@ class CoreRunner:
     def __init__(
         self, library: Library, kind: str, params: list[np.ndarray], *, lr: Any, weight_decay: float = 0.0, **hyper: float
     ) -> None:
-        self.library, self.rule = library, rule_of(RULES[kind], hyper.get("outlier_threshold"))
+        self.library, self.rule = library, choose_rule(RULES[kind], hyper.get("outlier_threshold"))
         self.hyper = self.rule.hyperparameters(**hyper)
         self.lr, self.weight_decay = of_steps(lr, LR), weight_decay
         self.update = self.rule.make_update(library.xp)
@@ -75,5 +75,5 @@ class CoreRunner:
         return [dict(zip(names, map(self.library.numpy, row), strict=True)) for row in rows]
 
     def posterior(self) -> Snapshot:
-        known = (posterior(state, self.rule.variance_scales(self.hyper)) for state in zip(*self.states, strict=True))
+        known = (compute_posterior(state, self.rule.variance_scales(self.hyper)) for state in zip(*self.states, strict=True))
         return [{name: self.library.numpy(array) for name, array in each._asdict().items()} for each in known]

@@ -90,7 +90,7 @@ class TorchRunner:
 
 _TENSORS = Library(torch, from_numpy, to_numpy, gradients)
 _LISTS = _TENSORS._replace(
-    xp=foreach._Namespace,
+    xp=foreach.TensorListOps(),
     pack=lambda tensors: [foreach.TensorList(tensors)],
     unpack=lambda lists: lists[0].tensors,
 )

@@ -1,41 +1,39 @@
-"""The update on the tensors of Keras' backend, whichever it is: in which dtype, of which parts, and how they are rounded."""
+"""The core on tensors of Keras' backend: dtypes, complex parts, stochastic rounding, and compilation where Keras does none."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from vsgd import core, rounding
+from vsgd.ops import BitOps
 
 if keras.backend.backend() == "torch":
     import torch
 
 
-class _Integers(rounding.Wrapping):
-    """The integer namespace of Keras' backend, as `vsgd.rounding` wants one."""
-
-    where = staticmethod(ops.where)
-
-    @staticmethod
-    def shift(i: Any, places: int) -> Any:
+class _KerasIntegers(BitOps):
+    def shift_right(self, i: Any, places: int) -> Any:
+        # TensorFlow's tensors have no operator for shifts.
         return ops.right_shift(i, places) & (0xFFFFFFFF >> places)
 
-    @staticmethod
-    def bits(x: Any) -> Any:
+    def view_as_int32(self, x: Any) -> Any:
         return _bitcast(x, "int32")
 
-    @staticmethod
-    def floats(i: Any) -> Any:
+    def view_as_float32(self, i: Any) -> Any:
         return _bitcast(i, "float32")
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        return ops.where(condition, x, y)
 
 
 def _bitcast(x: Any, dtype: str) -> Any:
-    """The bits of an array as another dtype of the same size."""
+    """Return the bits of an array as another dtype of the same size."""
     # Not `ops.view`, which Keras 3.10 lacks.
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -44,110 +42,123 @@ def _bitcast(x: Any, dtype: str) -> Any:
     return x.view(getattr(torch, dtype) if keras.backend.backend() == "torch" else dtype)
 
 
-_make_key = rounding.make_key(_Integers)
-_make_word = rounding.make_word(_Integers)
-_to_bfloat16 = rounding.make_round(_Integers)
+_OPS = _KerasIntegers()
+_compute_key = rounding.make_key(_OPS)
+_compute_word = rounding.make_word(_OPS)
+_to_bfloat16 = rounding.make_round(_OPS)
 
 
 def _iota(shape: Sequence[int], dimension: int) -> Any:
-    """The places along a dimension, in a shape that broadcasts."""
+    """Return the indices along a dimension, in a shape that broadcasts."""
     return ops.reshape(ops.arange(shape[dimension], dtype="int32"), (shape[dimension], *[1] * (len(shape) - dimension - 1)))
 
 
-def state_dtype(variable: Any, wanted: str) -> str:
-    """The dtype of a variable's state.
+class Scalars(NamedTuple):
+    """The scalars of one step, as tensors. Passed as `learning_rate` because Keras copies it to every replica.
 
-    Half precision to the nearest holds neither b_g (it falls to 1e-8) nor its small changes, so no state follows it.
+    Attributes:
+        by_dtype: the step size and the rule's coefficients for each dtype of the arithmetic.
+        step: the count of this step, int32; None where nothing is rounded stochastically.
+    """
+
+    by_dtype: dict[str, tuple[Any, Any]]
+    step: Any
+
+
+def choose_state_dtype(variable: Any, state_dtype: str) -> str:
+    """Return the dtype of a variable's state.
+
+    Half precision, rounded to the nearest, holds neither b_g (it falls to 1e-8) nor its small changes.
 
     Args:
-        variable: the variable; float64 and complex ones have state of their own dtype.
-        wanted: "float32" or "bfloat16".
+        variable: the variable; state of float64 and complex variables has their dtype.
+        state_dtype: "float32" or "bfloat16".
     """
     # Of the value: JAX without x64 has float32 values in float64 variables.
     dtype: str = keras.backend.standardize_dtype(ops.convert_to_tensor(variable).dtype)
-    return dtype if dtype in ("float64", "complex64", "complex128") else wanted
+    return dtype if dtype in ("float64", "complex64", "complex128") else state_dtype
 
 
-def arithmetic_dtype(stored: str) -> str:
-    """The dtype to compute in, by that of the state."""
+def choose_arithmetic_dtype(stored: str) -> str:
+    """Return the dtype of the arithmetic for state of this dtype."""
     return "float32" if stored == "bfloat16" else stored
 
 
-def real_dtype(dtype: str) -> str:
-    """The dtype of a number's parts."""
+def choose_real_dtype(dtype: str) -> str:
+    """Return the dtype of the coefficients for state of this dtype."""
     return {"bfloat16": "float32", "complex64": "float32", "complex128": "float64"}.get(dtype, dtype)
 
 
-def parts(tensor: Any) -> tuple[Any, ...]:
-    """The real tensors that are updated: a complex one is two."""
+def split_complex(tensor: Any) -> tuple[Any, ...]:
+    """Return the real tensors that an update takes: two for a complex tensor, else the tensor itself."""
     is_complex = keras.backend.standardize_dtype(tensor.dtype).startswith("complex")
     return (ops.real(tensor), ops.imag(tensor)) if is_complex else (tensor,)
 
 
-def whole(tensors: tuple[Any, ...]) -> Any:
-    """The tensor of these parts."""
-    if len(tensors) == 1:
-        return tensors[0]
-    dtype = {"float32": "complex64", "float64": "complex128"}[keras.backend.standardize_dtype(tensors[0].dtype)]
-    real, imaginary = (ops.cast(part, dtype) for part in tensors)
+def join_complex(parts: tuple[Any, ...]) -> Any:
+    """Return the tensor of these parts, the inverse of `split_complex`."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype = {"float32": "complex64", "float64": "complex128"}[keras.backend.standardize_dtype(parts[0].dtype)]
+    real, imaginary = (ops.cast(part, dtype) for part in parts)
     return real + imaginary * 1j
 
 
-def new_values(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any, decay: Any = 1.0) -> list[Any]:
-    """The new variable and its new state.
+def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any, decay: Any = 1.0) -> list[Any]:
+    """Return the new variable and its new state.
 
     Args:
         rule: the variant to run.
         values: the variable, its gradient and its state, all of one dtype.
-        lr: step size.
-        coefficients: the rule's, of this step.
-        decay: by what the variable is multiplied before its step.
+        lr: the step size.
+        coefficients: the rule's coefficients of this step.
+        decay: the factor of the variable's weight decay.
     """
     update = rule.make_update(ops)
     new = []
-    for param, grad, *state in zip(*map(parts, values), strict=True):
+    for param, grad, *state in zip(*map(split_complex, values), strict=True):
         direction, new_state = update(grad, tuple(state), coefficients)
         new.append((core.descend(param, direction, lr, decay), *new_state))
-    return [whole(tensors) for tensors in zip(*new, strict=True)]
+    return [join_complex(parts) for parts in zip(*new, strict=True)]
 
 
-def new_rounded_values(
-    rule: core.Rule, of_param: bool, values: list[Any], lr: Any, coefficients: Any, decay: Any, base: Any, step: Any
+def compute_rounded_step(
+    rule: core.Rule, round_param: bool, values: list[Any], lr: Any, coefficients: Any, decay: Any, base: Any, step: Any
 ) -> list[Any]:
-    """The same, computed in float32, with bfloat16 rounded stochastically.
+    """Return the new variable and its new state, computed in float32, with bfloat16 rounded stochastically.
 
     Args:
         rule: the variant to run.
-        of_param: whether the variable is rounded so; state is, where it is stored in bfloat16.
+        round_param: whether to round the variable; the state is rounded where it is stored in bfloat16.
         values: the variable, its gradient and its state.
-        lr: step size.
-        coefficients: the rule's, of this step.
-        decay: by what the variable is multiplied before its step.
+        lr: the step size.
+        coefficients: the rule's coefficients of this step.
+        decay: the factor of the variable's weight decay.
         base: the variable's `rounding.base_key`, an int32 tensor.
         step: the count of this step, an int32 tensor.
     """
     stored = keras.backend.standardize_dtype(values[-1].dtype)
-    param, *state = new_values(rule, [ops.cast(value, "float32") for value in values], lr, coefficients, decay)
-    word = _make_word(rounding.places(param.shape, _iota), _make_key(base, step))
+    param, *state = compute_step(rule, [ops.cast(value, "float32") for value in values], lr, coefficients, decay)
+    word = _compute_word(rounding.compute_indices(param.shape, _iota), _compute_key(base, step))
 
-    def rounded(value: Any, place: int) -> Any:
+    def round_value(value: Any, place: int) -> Any:
         return ops.cast(_to_bfloat16(value, word, rounding.MULTIPLIERS[place]), "bfloat16")
 
     if stored == "bfloat16":
-        state = [rounded(array, place) for place, array in enumerate(state)]
-    return [rounded(param, len(state)) if of_param else param, *state]
+        state = [round_value(array, place) for place, array in enumerate(state)]
+    return [round_value(param, len(state)) if round_param else param, *state]
 
 
 def is_better_compiled(variable: Any) -> bool:
-    """Whether each operation would otherwise make an array in memory: on the CPU Keras has TensorFlow compile nothing."""
+    """Return whether a step should be compiled: on a CPU, Keras lets TensorFlow make an array for each operation."""
     return keras.backend.backend() == "tensorflow" and "CPU" in variable.device
 
 
 @functools.cache
-def compiled(shape: tuple[int, ...], update: Callable[..., list[Any]], *fixed: Any) -> Callable[..., list[Any]]:
-    """`update` with its first arguments, compiled by XLA for variables of this shape."""
-    # One for each shape, for TensorFlow warns of functions that it traces again and again.
+def compile_step(shape: tuple[int, ...], compute: Callable[..., list[Any]], *fixed: Any) -> Callable[..., list[Any]]:
+    """Return `compute` with its first arguments fixed, compiled by XLA for variables of this shape."""
+    # One function per shape, for TensorFlow warns of functions that it traces again and again.
     import tensorflow as tf
 
-    function: Callable[..., list[Any]] = tf.function(partial(update, *fixed), autograph=False, jit_compile=True)
+    function: Callable[..., list[Any]] = tf.function(partial(compute, *fixed), autograph=False, jit_compile=True)
     return function

@@ -1,4 +1,4 @@
-"""What the compiled kernels share: tensors cut into chunks of equal size, and the hash of sources for their disk caches."""
+"""What the compiled kernels share: tensors cut into chunks of equal size, and a hash of sources for their disk caches."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from types import ModuleType
 
 import numpy as np
 
-from vsgd import core, outliers, posterior, rounding
+from vsgd import core, ops, outliers, posterior, rounding
 
 
-def chunks(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The chunks of tensors of these sizes.
+def cut_chunks(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut tensors into chunks.
 
     Args:
-        sizes: elements of each tensor, int64.
-        length: elements of a chunk; the last one of a tensor may have fewer.
+        sizes: the number of elements of each tensor, int64.
+        length: the number of elements of a chunk; the last chunk of a tensor may be shorter.
 
     Returns:
-        For each chunk its tensor and its first element, int64.
+        For each chunk the index of its tensor and the index of its first element, int64.
 
     Example:
-        >>> chunks(np.array([5, 0, 2]), 4)
+        >>> cut_chunks(np.array([5, 0, 2]), 4)
         (array([0, 0, 2]), array([0, 4, 0]))
     """
     counts = -(-sizes // length)
@@ -30,17 +30,19 @@ def chunks(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     return tensors, (np.arange(len(tensors)) - (np.cumsum(counts) - counts)[tensors]) * length
 
 
-def digest(*modules: ModuleType) -> str:
-    """A hash of the source of every rule, and of a backend's modules.
+def hash_sources(*modules: ModuleType) -> str:
+    """Return a hash of the source of all rules and of a backend's modules.
+
+    A compiler's disk cache sees only the file of the kernel, so the hash must be part of the cache's key.
 
     Args:
-        modules: the backend's.
+        modules: the backend's modules.
 
     Raises:
-        ImportError: the package was installed without its source.
+        ImportError: the package was installed without its source files.
     """
     try:
-        source = "".join(map(inspect.getsource, (core, outliers, posterior, rounding, *modules)))
+        source = "".join(map(inspect.getsource, (core, ops, outliers, posterior, rounding, *modules)))
     except OSError as error:
         raise ImportError("vsgd's compiled kernels need the package's source files (.py), but one cannot be read") from error
     return hashlib.sha256(source.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Numba's array and integer namespaces, for the update and for `vsgd.rounding`: each function on one number, inlined."""
+"""The core's operations for numba, on single numbers: `vsgd.ops.ArrayOps` and `vsgd.ops.BitOps` in one module."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ from numba import types
 from numba.extending import intrinsic, register_jitable
 from numpy import maximum, minimum, sqrt
 
-from vsgd import rounding
+__all__ = [
+    "OPTIONS",
+    "inline",
+    "maximum",
+    "minimum",
+    "multiply",
+    "shift_right",
+    "sqrt",
+    "view_as_float32",
+    "view_as_int32",
+    "where",
+    "wrap",
+]
 
-__all__ = ["OPTIONS", "bits", "floats", "inline", "maximum", "minimum", "shift", "sqrt", "times", "where", "wrap"]
-
-#: What functions are compiled with. Never nnan or ninf: a NaN gradient must show.
+#: Compiler options. Never nnan or ninf: a NaN gradient must show.
 OPTIONS = {"fastmath": {"contract", "arcp", "nsz"}, "error_model": "numpy"}
 
-#: Makes a function one that a compiled function may call.
+#: A decorator for functions that compiled functions call.
 inline = register_jitable(**OPTIONS)
 
 
 @intrinsic
-def _seen_as(typing_context, value, like):
-    """The bits of a number as one of the dtype of the scalar `like`, of the same size."""
+def _view_as(typing_context, value, like):
+    """Return the bits of a number as the dtype of the scalar `like`, which has the same size."""
 
     def codegen(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(like))
@@ -29,8 +39,8 @@ def _seen_as(typing_context, value, like):
 
 
 @intrinsic
-def _product(typing_context, a, b):
-    """The product of two int32 in 32 bits: numba's own has 64, which no vector unit multiplies fast."""
+def _multiply_int32(typing_context, a, b):
+    """Return the 32-bit product of two int32. Numba's own has 64 bits, which vector units multiply slowly."""
 
     def codegen(context, builder, signature, arguments):
         return builder.mul(*arguments)
@@ -39,34 +49,36 @@ def _product(typing_context, a, b):
 
 
 @register_jitable
-def times(i, factor):
-    """A product modulo 2**32, as int32."""
-    return _product(np.int32(i), np.int32(factor))
-
-
-@register_jitable
 def wrap(i):
-    """An integer modulo 2**32, as int32."""
+    """Return an integer modulo 2**32, as int32."""
     return np.int32(i)
 
 
-#: The bits moved down by so many places, at least one.
-shift = register_jitable(rounding.Wrapping.shift)
+@register_jitable
+def multiply(i, factor):
+    """Return a product modulo 2**32, as int32."""
+    return _multiply_int32(np.int32(i), np.int32(factor))
 
 
 @register_jitable
-def bits(x):
-    """A float32 seen as int32."""
-    return _seen_as(x, np.int32(0))
+def shift_right(i, places):
+    """Return the 32 bits moved down by at least one place, with zeros above."""
+    return (i >> places) & (0xFFFFFFFF >> places)
 
 
 @register_jitable
-def floats(i):
-    """An int32 seen as float32."""
-    return _seen_as(i, np.float32(0))
+def view_as_int32(x):
+    """Return the bits of a float32 as int32."""
+    return _view_as(x, np.int32(0))
 
 
 @register_jitable
-def where(condition, a, b):
-    """One of two numbers."""
-    return a if condition else b
+def view_as_float32(i):
+    """Return the bits of an int32 as float32."""
+    return _view_as(i, np.float32(0))
+
+
+@register_jitable
+def where(condition, x, y):
+    """Return `x` if the condition holds, else `y`."""
+    return x if condition else y

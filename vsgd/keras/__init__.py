@@ -1,4 +1,4 @@
-"""VSGD as a `keras.optimizers.Optimizer`, on whichever backend Keras runs: TensorFlow, JAX or PyTorch."""
+"""VSGD as a `keras.optimizers.Optimizer`, on any Keras backend: TensorFlow, JAX or PyTorch."""
 
 from __future__ import annotations
 
@@ -7,76 +7,96 @@ from typing import Any, TypeAlias
 
 try:
     import keras
-    from keras import ops  # noqa: F401  # which Keras 2 lacks
+    from keras import ops  # noqa: F401  # Keras 2 lacks it
 except ImportError as error:
-    if error.name != "keras":  # Keras is there, and says which backend is missing
+    if error.name != "keras":  # Keras is installed, and its error names the missing backend
         raise
     raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
 
 from vsgd import core
-from vsgd.keras.optimizer import RuleOptimizer
 from vsgd.keras.prior import prior_strength_from
+from vsgd.validation import document_options
+
+if keras.backend.backend() == "torch":
+    from vsgd.keras.torch_optimizer import TorchRuleOptimizer as RuleOptimizer
+else:
+    from vsgd.keras.optimizer import RuleOptimizer  # type: ignore[assignment]
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], Any]
 
+_document = document_options(
+    learning_rate=(
+        "the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a callable without "
+        "arguments. Keras stores a float in its default float dtype: for float64 training, call "
+        '`keras.config.set_floatx("float64")` first. The authors\' default is 0.1.'
+    ),
+    weight_decay=(
+        "decoupled weight decay, as in `keras.optimizers.AdamW`; None: none. On TensorFlow, Keras rounds a Python float to "
+        "float32: for float64 training, pass a `numpy.float64`."
+    ),
+    clipnorm="scale the gradient of each variable down to this norm.",
+    clipvalue="clip each gradient element to this absolute value.",
+    global_clipnorm="scale all gradients together down to this norm.",
+    use_ema="keep an exponential moving average of the variables.",
+    ema_momentum="the momentum of that average.",
+    ema_overwrite_frequency="overwrite the variables by their average every so many steps; None: at the end of training.",
+    loss_scale_factor="multiply the loss by this factor, and divide the gradients by it.",
+    gradient_accumulation_steps="average the gradients of this many steps for one update.",
+    name="the optimizer's name.",
+)
 
-def _arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a constructor was given, from its `locals()`."""
+
+def _collect_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a constructor's arguments from its `locals()`."""
     named = {name: value for name, value in arguments.items() if name not in ("self", "kwargs", "__class__")}
     return {**named, **arguments["kwargs"]}
 
 
+@_document
 @keras.saving.register_keras_serializable(package="vsgd")
 class VSGD(RuleOptimizer):
     """Variational stochastic gradient descent (Chen et al., TMLR 2025, arXiv 2404.06549).
 
-    Each element of the gradient is a hidden quantity that a mini-batch shows with noise. Its posterior mean and variance are
-    filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
+    VSGD models each gradient element as a hidden quantity that a mini-batch observes with noise. It filters the posterior mean
+    and variance of that quantity, learns both noise levels, and steps by E[g] / sqrt(E[g^2]).
 
-    State of each variable, among `variables`: `mu_g`, `b_g`, `b_ghat` (the variable's shape and layout; float64 for float64
-    variables, complex for complex ones, else `state_dtype`). The count of steps is the optimizer's `iterations`, also for a
-    variable that had no gradient in some of them.
+    `variables` contains for each variable `mu_g`, `b_g` and `b_ghat` (of the variable's shape and layout; float64 for float64
+    variables, complex for complex ones, else `state_dtype`). All variables share the step count `iterations`, also a variable
+    that had no gradient in some steps.
 
-    With `state_dtype="bfloat16"` what would be float32 state is stored as bfloat16, 6 bytes per element instead of 12, by
-    stochastic rounding: up or down by chance, so that the mean is kept, and with it changes too small for bfloat16. The
-    arithmetic stays float32. The chance is a hash of `seed`, the variable's place among the optimizer's, the step and the
-    element's place in the variable: a run can be repeated and continued, and sharding changes nothing. With
-    `stochastic_rounding=True` bfloat16 variables are rounded so too: weight decay and step are computed in float32 and rounded
-    once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost.
+    With `state_dtype="bfloat16"` the float32 state is stored as bfloat16, in 6 bytes per element instead of 12. It is rounded
+    stochastically: up or down at random, which keeps the mean, and so also changes too small for bfloat16. The arithmetic stays
+    float32. With `stochastic_rounding=True` bfloat16 variables are rounded stochastically too: weight decay and step are
+    computed in float32 and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost.
 
     Args:
-        learning_rate: the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a
-            callable without arguments. Keras holds a float in its default float dtype: for float64 training,
-            `keras.config.set_floatx("float64")` first. The authors' default is 0.1.
-        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
-        kappa2: the same for b_ghat.
-        epsilon: added to the root of the second moment, in units of the gradient.
-        weight_decay: decoupled weight decay, as in `keras.optimizers.AdamW`; None: none. On TensorFlow, Keras rounds a Python
-            float to float32: for float64 training, give a `numpy.float64`.
-        clipnorm: the gradient of each variable is scaled down to this norm.
-        clipvalue: each element of the gradients is clipped to this size.
-        global_clipnorm: all gradients together are scaled down to this norm.
-        use_ema: keep an exponential moving average of the variables.
-        ema_momentum: the average's momentum.
-        ema_overwrite_frequency: after how many steps the variables become their average; None: at the end of training.
-        loss_scale_factor: by what the loss is multiplied, and the gradients divided.
-        gradient_accumulation_steps: of how many steps' gradients the mean is taken for one update.
-        name: the optimizer's name.
-        state_dtype: "float32", or "bfloat16" for state in half the memory.
-        seed: an integer, what the noise of the rounding is drawn from.
-        stochastic_rounding: whether bfloat16 variables are rounded stochastically.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `epsilon` can follow the loss's scale exactly: see `docs/tuning.md`.
-        **kwargs: passed on to `keras.optimizers.Optimizer`.
+        learning_rate: {learning_rate}
+        variance_ratio: {variance_ratio}
+        prior_strength: {prior_strength}
+        kappa1: {kappa1}
+        kappa2: {kappa2}
+        epsilon: {eps}
+        weight_decay: {weight_decay}
+        clipnorm: {clipnorm}
+        clipvalue: {clipvalue}
+        global_clipnorm: {global_clipnorm}
+        use_ema: {use_ema}
+        ema_momentum: {ema_momentum}
+        ema_overwrite_frequency: {ema_overwrite_frequency}
+        loss_scale_factor: {loss_scale_factor}
+        gradient_accumulation_steps: {gradient_accumulation_steps}
+        name: {name}
+        state_dtype: {state_dtype}
+        seed: {seed}
+        stochastic_rounding: {stochastic_rounding}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
+        **kwargs: further arguments of `keras.optimizers.Optimizer`.
 
     Raises:
-        ValueError: a hyperparameter is out of its range, or `state_dtype` is another.
+        ValueError: a hyperparameter is out of its range, or `state_dtype` has another value.
 
     Example:
         >>> import keras
@@ -89,7 +109,7 @@ class VSGD(RuleOptimizer):
         True
     """
 
-    _kind = core.VSGD
+    _plain_rule = core.VSGD
 
     def __init__(
         self,
@@ -117,50 +137,46 @@ class VSGD(RuleOptimizer):
         prior_shape: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**_arguments(locals()))
+        super().__init__(**_collect_arguments(locals()))
 
 
+@_document
 @keras.saving.register_keras_serializable(package="vsgd")
 class ConstantVSGD(RuleOptimizer):
-    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant): Adam's memory.
+    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), in Adam's memory.
 
     The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
     `beta_1 = variance_ratio / (variance_ratio + 1)`.
 
-    State of each variable, among `variables`: `mu_g`, `b` (the variable's shape and layout; float64 for float64 variables,
-    complex for complex ones, else `state_dtype`: see `VSGD`). The count of steps is the optimizer's `iterations`, also for a
-    variable that had no gradient in some of them.
+    `variables` contains for each variable `mu_g` and `b` (of the variable's shape and layout; float64 for float64 variables,
+    complex for complex ones, else `state_dtype`: see `VSGD`). All variables share the step count `iterations`, also a variable
+    that had no gradient in some steps.
 
     Args:
-        learning_rate: the paper's eta, the step size: a float, a `keras.optimizers.schedules.LearningRateSchedule`, or a
-            callable without arguments. Keras holds a float in its default float dtype: for float64 training,
-            `keras.config.set_floatx("float64")` first.
-        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
-        epsilon: added to the root of the second moment, in units of the gradient.
-        weight_decay: decoupled weight decay, as in `keras.optimizers.AdamW`; None: none. On TensorFlow, Keras rounds a Python
-            float to float32: for float64 training, give a `numpy.float64`.
-        clipnorm: the gradient of each variable is scaled down to this norm.
-        clipvalue: each element of the gradients is clipped to this size.
-        global_clipnorm: all gradients together are scaled down to this norm.
-        use_ema: keep an exponential moving average of the variables.
-        ema_momentum: the average's momentum.
-        ema_overwrite_frequency: after how many steps the variables become their average; None: at the end of training.
-        loss_scale_factor: by what the loss is multiplied, and the gradients divided.
-        gradient_accumulation_steps: of how many steps' gradients the mean is taken for one update.
-        name: the optimizer's name.
-        state_dtype: "float32", or "bfloat16" for state in half the memory: see `VSGD`.
-        seed: an integer, what the noise of the rounding is drawn from.
-        stochastic_rounding: whether bfloat16 variables are rounded stochastically: see `VSGD`.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `epsilon` can follow the loss's scale exactly: see `docs/tuning.md`.
-        **kwargs: passed on to `keras.optimizers.Optimizer`.
+        learning_rate: {learning_rate}
+        variance_ratio: {constant_variance_ratio}
+        prior_strength: {prior_strength}
+        kappa: {kappa}
+        epsilon: {eps}
+        weight_decay: {weight_decay}
+        clipnorm: {clipnorm}
+        clipvalue: {clipvalue}
+        global_clipnorm: {global_clipnorm}
+        use_ema: {use_ema}
+        ema_momentum: {ema_momentum}
+        ema_overwrite_frequency: {ema_overwrite_frequency}
+        loss_scale_factor: {loss_scale_factor}
+        gradient_accumulation_steps: {gradient_accumulation_steps}
+        name: {name}
+        state_dtype: {state_dtype}
+        seed: {seed}
+        stochastic_rounding: {stochastic_rounding}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
+        **kwargs: further arguments of `keras.optimizers.Optimizer`.
 
     Raises:
-        ValueError: a hyperparameter is out of its range, or `state_dtype` is another.
+        ValueError: a hyperparameter is out of its range, or `state_dtype` has another value.
 
     Example:
         >>> import keras
@@ -172,7 +188,7 @@ class ConstantVSGD(RuleOptimizer):
         ['iteration', 'learning_rate', 'weight_mu_g', 'weight_b']
     """
 
-    _kind = core.CONSTANT_VSGD
+    _plain_rule = core.CONSTANT_VSGD
 
     def __init__(
         self,
@@ -199,4 +215,4 @@ class ConstantVSGD(RuleOptimizer):
         prior_shape: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**_arguments(locals()))
+        super().__init__(**_collect_arguments(locals()))

@@ -1,4 +1,4 @@
-"""Arrays on their way into a Keras optimizer's variables: all are checked before one is assigned."""
+"""Check arrays before a Keras optimizer assigns any of them to its variables, and gradients before it takes a step."""
 
 from __future__ import annotations
 
@@ -9,33 +9,55 @@ import keras
 from keras import ops
 
 
-def assign_all(variables: Sequence[Any], where: str, values: Sequence[Any]) -> None:
+def assign_all(variables: Sequence[Any], argument: str, values: Sequence[Any]) -> None:
     """Assign a value to each variable, or to none.
 
     Args:
-        variables: the optimizer's.
-        where: what the values are called in errors.
+        variables: the optimizer's variables.
+        argument: the name of the values in errors.
         values: arrays, one for each variable.
 
     Raises:
-        ValueError: a value does not fit its variable.
+        ValueError: a value does not fit its variable. Nothing has changed.
     """
     pairs = list(zip(variables, values, strict=True))
-    arrays = [_checked(f"{where}[{number}]", variable, value) for number, (variable, value) in enumerate(pairs)]
+    arrays = [_convert(f"{argument}[{number}]", variable, value) for number, (variable, value) in enumerate(pairs)]
     for variable, array in zip(variables, arrays, strict=True):
         variable.assign(array)
 
 
-def _checked(what: str, variable: Any, value: Any) -> Any:
-    """A value that is to be assigned, as an array of the backend's in the variable's dtype."""
+def _convert(name: str, variable: Any, value: Any) -> Any:
+    """Return a value as an array of the backend in the variable's dtype, or raise an error if it does not fit."""
     try:
         array = keras.ops.convert_to_numpy(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is {type(value).__name__}, but must be an array") from error
+        raise ValueError(f"{name} is {type(value).__name__}, but must be an array") from error
     if array.shape != tuple(variable.shape):
-        raise ValueError(f"{what} has shape {array.shape}, but {variable.path} has {tuple(variable.shape)}")
+        raise ValueError(f"{name} has shape {array.shape}, but {variable.path} has {tuple(variable.shape)}")
     is_complex = keras.backend.standardize_dtype(variable.dtype).startswith("complex")
-    # Of the name: bfloat16 is of no kind.
+    # By name, for NumPy gives bfloat16 no kind.
     if not any(kind in array.dtype.name for kind in ("float", "int", *(["complex"] if is_complex else []))):
-        raise ValueError(f"{what} is of {array.dtype}, but must be of numbers that fit {variable.path} of {variable.dtype}")
+        raise ValueError(f"{name} is of {array.dtype}, but must be of numbers that fit {variable.path} of {variable.dtype}")
     return ops.convert_to_tensor(array, dtype=variable.dtype)
+
+
+def check_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Check that each gradient has the shape of its variable.
+
+    Raises:
+        ValueError: a gradient has another shape, which would broadcast.
+    """
+    for grad, variable in zip(grads, variables, strict=False):  # the base class compares their numbers
+        if grad is None:
+            continue
+        # TensorFlow may know a shape only in part.
+        knows_part = hasattr(grad.shape, "is_compatible_with")
+        fits = grad.shape.is_compatible_with(variable.shape) if knows_part else tuple(grad.shape) == tuple(variable.shape)
+        if not fits:
+            shapes = f"has shape {tuple(grad.shape)}, but must have {tuple(variable.shape)}"
+            raise ValueError(f"the gradient of {get_name(variable)} {shapes}")
+
+
+def get_name(variable: Any) -> str:
+    """Return a variable's name for an error."""
+    return getattr(variable, "path", getattr(variable, "name", type(variable).__name__))

@@ -1,4 +1,4 @@
-"""Watching a Keras training: see `vsgd.monitor`."""
+"""Watch a Keras training: see `vsgd.monitor`."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import keras
 import numpy as np
 from keras import ops
 
-from vsgd import core
 from vsgd.keras.optimizer import RuleOptimizer
-from vsgd.keras.posterior import real_states
+from vsgd.keras.posterior import get_real_states
 from vsgd.monitor import Monitor
-from vsgd.monitor.summaries import Arrays, Block, digest, summarize
+from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, summarize
+from vsgd.validation import validate_numbers
 
 __all__ = ["MonitorCallback", "tensorboard_writer"]
 
-_ARRAYS = Arrays(
+_OPS = MonitorOps(
     ops.sum, lambda table, sizes: ops.split(table, np.cumsum(sizes)[:-1].tolist(), axis=1), ops.stack, ops.concatenate, ops.take
 )
 
 
 class MonitorCallback(keras.callbacks.Callback):
-    """Looks at the model's optimizer after every so manieth batch.
+    """Look at the model's optimizer after every `monitor.every` batches.
 
-    A callback sees no gradients, so the surprise is not known; in a training loop of your own, `optimizer.surprise(grads)`
-    tells it. With `steps_per_execution` it looks after the execution in which a look was due. Steps are counted in batches,
-    also where gradients are accumulated, on from those that the optimizer has taken: so a second `fit` goes on counting, and a
-    loaded model.
+    A callback receives no gradients, so its looks contain no surprise; in your own training loop, call
+    `optimizer.surprise(grads)`. With `steps_per_execution` the callback looks after the execution in which a look is due. It
+    counts batches, also where gradients are accumulated, and continues the optimizer's count, so that a second `fit` or a
+    loaded model goes on counting.
 
     Args:
-        monitor: says when to look and writes what is seen.
-        batch_size: how many examples a gradient is the mean of, on all devices and in accumulated steps together; at 1 the
-            noise scale counts batches.
+        monitor: it decides when to look, and writes.
+        batch_size: the number of examples that a gradient averages, on all devices and over accumulated steps; with 1 the noise
+            scale counts batches.
 
     Raises:
         ValueError: `batch_size` is out of its range.
@@ -52,7 +52,7 @@ class MonitorCallback(keras.callbacks.Callback):
     """
 
     def __init__(self, monitor: Monitor, *, batch_size: float = 1) -> None:
-        core.validate(batch_size=batch_size)
+        validate_numbers(batch_size=batch_size)
         super().__init__()
         self.monitor = monitor
         self.batch_size = batch_size
@@ -60,7 +60,7 @@ class MonitorCallback(keras.callbacks.Callback):
         self._last_batch = -1
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Refuse a model whose optimizer is another, and count on from its steps.
+        """Refuse a model with another optimizer, and continue the optimizer's count.
 
         Args:
             logs: unused.
@@ -69,7 +69,7 @@ class MonitorCallback(keras.callbacks.Callback):
             TypeError: the model's optimizer is of another class.
         """
         # Not `iterations`, which counts updates where gradients are accumulated.
-        self._step = max(self._step, int(ops.convert_to_numpy(self._optimizer()._iterations)))
+        self._step = max(self._step, int(ops.convert_to_numpy(self._get_optimizer()._iterations)))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Count the batches from 0.
@@ -81,23 +81,24 @@ class MonitorCallback(keras.callbacks.Callback):
         self._last_batch = -1
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Look, where it is time to.
+        """Look if it is time to.
 
         Args:
-            batch: the number of the last batch that was taken in this epoch.
+            batch: the index of the last batch in this epoch.
             logs: unused.
         """
         taken = batch - self._last_batch
         self._last_batch = batch
         self._step += taken
         if self.monitor.due(self._step, taken):
-            self.monitor.record(summarize(self._step, list(_blocks(self._optimizer())), self._look, self.batch_size))
+            blocks = list(_iterate_blocks(self._get_optimizer()))
+            self.monitor.record(summarize(self._step, blocks, self._fetch_digest, self.batch_size))
 
-    def _look(self, block: Block, places: Any) -> Any:
-        return ops.convert_to_numpy(digest(block, places, _ARRAYS, self.batch_size))
+    def _fetch_digest(self, block: Block, indices: Any) -> Any:
+        return ops.convert_to_numpy(compute_digest(block, indices, _OPS, self.batch_size))
 
-    def _optimizer(self) -> Any:
-        # On JAX, `self.model` brings the state back into the variables: not to be asked for at every batch.
+    def _get_optimizer(self) -> Any:
+        # On JAX, `self.model` copies the state back into the variables: use it at a look only.
         optimizer = self.model.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if not isinstance(optimizer, RuleOptimizer):
@@ -105,11 +106,11 @@ class MonitorCallback(keras.callbacks.Callback):
         return optimizer
 
 
-def _blocks(optimizer: Any) -> Iterator[Block]:
-    """The state of all variables, by dtype."""
+def _iterate_blocks(optimizer: Any) -> Iterator[Block]:
+    """Yield the state of all variables, by dtype."""
     kinds: dict[str, list[tuple[str, list[tuple[Any, ...]]]]] = {}
     for variable, state in zip(optimizer._trainable_variables, optimizer._states, strict=True):
-        parts = [] if state is None else real_states(state)
+        parts = [] if state is None else get_real_states(state)
         if parts and ops.size(parts[0][0]):
             kinds.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
     for members in kinds.values():
@@ -118,22 +119,22 @@ def _blocks(optimizer: Any) -> Iterator[Block]:
             names=[name for name, _ in members],
             sizes=tuple(sum(int(part[0].shape[0]) for part in parts) for parts in flat),
             state=tuple(map(ops.concatenate, zip(*(part for parts in flat for part in parts), strict=True))),
-            scales=optimizer._scales(),
+            scales=optimizer._compute_scales(),
             grads=None,
         )
 
 
 def tensorboard_writer(folder: str) -> Any:
-    """What writes to TensorBoard with what the backend has: `tf.summary` on TensorFlow, else PyTorch's writer.
+    """Return a sink that writes to TensorBoard: by `tf.summary` on TensorFlow, else by PyTorch's writer.
 
     Args:
-        folder: where TensorBoard looks.
+        folder: TensorBoard's folder.
 
     Returns:
         A sink for `vsgd.monitor.Monitor`; `close()` it at the end.
 
     Raises:
-        ImportError: neither is installed.
+        ImportError: neither TensorFlow nor PyTorch and TensorBoard are installed.
     """
     if keras.backend.backend() == "tensorflow":
         return _TensorFlowWriter(folder)
@@ -147,7 +148,7 @@ def tensorboard_writer(folder: str) -> Any:
 
 
 class _TensorFlowWriter:
-    """`tf.summary` by the names of PyTorch's writer."""
+    """A writer by `tf.summary`, with the methods of PyTorch's writer."""
 
     def __init__(self, folder: str) -> None:
         import tensorflow as tf

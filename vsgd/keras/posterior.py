@@ -10,45 +10,122 @@ from typing import Any
 import keras
 from keras import ops
 
-from vsgd.backends.keras import arithmetic_dtype, parts, whole
-from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
-
-#: The state of a variable, in the rule's order.
-State = Sequence[Any]
-#: `rule.variance_scales` of the optimizer's hyperparameters.
-Scales = tuple[Any, Any]
-
-
-def posterior_of(state: State, scales: Scales) -> Posterior:
-    """The posterior of one variable's gradient."""
-    known = [posterior(part, scales) for part in real_states(state)]
-    joined = Posterior(*map(whole, zip(*known, strict=True)))
-    # The torch engines overwrite the state.
-    return joined._replace(mean=ops.copy(joined.mean))
+from vsgd import core
+from vsgd.backends.keras import choose_arithmetic_dtype, join_complex, split_complex
+from vsgd.keras.checkpoints import check_shapes, get_name
+from vsgd.posterior import (
+    NoiseScale,
+    NoiseScales,
+    Posterior,
+    compute_posterior,
+    compute_surprise,
+    estimate_noise_scale,
+)
+from vsgd.validation import validate_numbers
 
 
-def noise_scales(states: Sequence[State | None], scales: Scales, batch_size: float) -> NoiseScales:
-    """The noise scales of all variables that have state."""
-    tensors = [None if state is None else _noise_scale(state, scales, batch_size) for state in states]
-    return NoiseScales(functools.reduce(operator.add, filter(None, tensors)), tensors)
+class PosteriorMixin:
+    """The methods that report what an optimizer's state says about the gradients."""
+
+    built: bool
+    _rule: core.Rule
+    _states: list[list[Any] | None]
+    _trainable_variables: list[Any]
+
+    def posterior(self, variable: Any) -> Posterior:
+        """Return the posterior of a variable's gradient: the uncertainty of the gradient, not of the weights.
+
+        Args:
+            variable: a variable that the optimizer was built with.
+
+        Returns:
+            Copies of the variable's shape, tensors of the backend, float64 for float64 variables, else float32.
+
+        Raises:
+            ValueError: the optimizer was not built with the variable, or the variable's gradient is its new value.
+        """
+        state = self._get_state(variable)
+        if state is None:
+            name = get_name(variable)
+            raise ValueError(f"variable is {name}, which its gradient overwrites, but must be one that is stepped")
+        parts = [compute_posterior(part, self._compute_scales()) for part in get_real_states(state)]
+        posterior = Posterior(*map(join_complex, zip(*parts, strict=True)))
+        # A copy: the torch engines overwrite the state.
+        return posterior._replace(mean=ops.copy(posterior.mean))
+
+    def noise_scale(self, *, batch_size: float) -> NoiseScales:
+        """Estimate the gradient noise scale (arXiv 1812.06162); see `vsgd.posterior.estimate_noise_scale`.
+
+        Args:
+            batch_size: the number of examples that a gradient averages, over all devices and accumulated steps.
+
+        Returns:
+            The estimate overall and, in `tensors`, a list in the order of the variables that the optimizer was built with; None
+            for a variable whose gradient is its new value.
+
+        Raises:
+            ValueError: `batch_size` is out of its range, or the optimizer is not built, or has no variable with a gradient.
+        """
+        validate_numbers(batch_size=batch_size)
+        if not self.built:
+            raise ValueError("the optimizer has no variables yet, but must be built: call `build` or train")
+        if not any(self._states):
+            raise ValueError("the optimizer has no variable that is stepped, but must have one")
+        scales = self._compute_scales()
+
+        def estimate(state: Sequence[Any]) -> NoiseScale:
+            posteriors = (compute_posterior(part, scales) for part in get_real_states(state))
+            return functools.reduce(operator.add, (estimate_noise_scale(each, batch_size, ops.sum) for each in posteriors))
+
+        tensors = [None if state is None else estimate(state) for state in self._states]
+        return NoiseScales(functools.reduce(operator.add, filter(None, tensors)), tensors)
+
+    def surprise(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> list[Any]:
+        """Return how unexpected gradients are before a step takes them, averaged over each variable: see `vsgd.posterior`.
+
+        Args:
+            grads: gradients as for `apply`; a gradient may be None.
+            trainable_variables: their variables; None: those that the optimizer was built with.
+
+        Returns:
+            For each gradient the mean of its squared standardized innovations, near 1 where the model fits; None where the
+            gradient is None or the variable's new value.
+
+        Raises:
+            ValueError: the optimizer was not built with a variable, or the gradients do not fit the variables.
+        """
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        if len(grads) != len(variables):
+            raise ValueError(f"grads has {len(grads)} items, but there are {len(variables)} variables")
+        check_shapes(grads, variables)
+        states = [None if grad is None else self._get_state(each) for grad, each in zip(grads, variables, strict=True)]
+        scales = self._compute_scales()
+
+        def average(grad: Any, state: Sequence[Any]) -> Any:
+            real_states = get_real_states(state)
+            dtype = keras.backend.standardize_dtype(real_states[0][0].dtype)
+            real_grads = (ops.cast(part, dtype) for part in split_complex(ops.convert_to_tensor(grad)))
+            means = [
+                ops.mean(compute_surprise(part, real_state, scales))
+                for part, real_state in zip(real_grads, real_states, strict=True)
+            ]
+            return sum(means) / len(means)
+
+        return [None if state is None else average(grad, state) for grad, state in zip(grads, states, strict=True)]
+
+    def _get_state(self, variable: Any) -> list[Any] | None:
+        optimizer: Any = self
+        if not self.built or optimizer._var_key(variable) not in optimizer._trainable_variables_indices:
+            raise ValueError(f"variable is {get_name(variable)}, but must be one that the optimizer was built with")
+        return self._states[optimizer._get_variable_index(variable)]
+
+    def _compute_scales(self) -> tuple[Any, Any]:
+        optimizer: Any = self
+        return self._rule.variance_scales(optimizer._select_hyperparameters())
 
 
-def _noise_scale(state: State, scales: Scales, batch_size: float) -> NoiseScale:
-    known = (posterior(part, scales) for part in real_states(state))
-    return functools.reduce(operator.add, (noise_scale(part, batch_size, ops.sum) for part in known))
-
-
-def mean_surprise(grad: Any, state: State, scales: Scales) -> Any:
-    """The surprise of one variable's gradient, averaged over its elements."""
-    states = real_states(state)
-    dtype = keras.backend.standardize_dtype(states[0][0].dtype)
-    grads = (ops.cast(part, dtype) for part in parts(ops.convert_to_tensor(grad)))
-    each = [ops.mean(surprise(part, of_part, scales)) for part, of_part in zip(grads, states, strict=True)]
-    return sum(each) / len(each)
-
-
-def real_states(state: State) -> list[tuple[Any, ...]]:
-    """The state of a variable, in its arithmetic's dtype, for each of its real parts."""
+def get_real_states(state: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return the state of each real part of a variable, in the dtype of the arithmetic."""
     tensors = [ops.stop_gradient(ops.convert_to_tensor(each)) for each in state]
-    wide = (ops.cast(each, arithmetic_dtype(keras.backend.standardize_dtype(each.dtype))) for each in tensors)
-    return list(zip(*map(parts, wide), strict=True))
+    wide = (ops.cast(each, choose_arithmetic_dtype(keras.backend.standardize_dtype(each.dtype))) for each in tensors)
+    return list(zip(*map(split_complex, wide), strict=True))

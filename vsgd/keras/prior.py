@@ -1,4 +1,4 @@
-"""A prior in the units of a Keras model's gradients, on whichever backend Keras runs."""
+"""A prior in the units of a Keras model's gradients, on any Keras backend."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ import keras
 from keras import ops
 
 from vsgd import prior
+from vsgd.validation import document_options
 
 Gradients = Iterable[Any] | Mapping[Any, Any]
 
 
+@document_options()
 def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> float:
-    """A `prior_strength` in the units of a model's gradients, to be taken before training: see `docs/tuning.md`.
+    """Compute a `prior_strength` in the units of a model's gradients, before training: see `docs/tuning.md`.
 
-    It is `5e-5 * scale` times the mean of the squares of all elements, over all variables and mini-batches together. So the
-    first steps expect a variance of about `scale` times what a squared gradient is.
-
-    The mini-batches are taken one after the other: a generator need not hold the gradients of more than one. Gradients are to
-    be those that the optimizer will see, of the loss that is trained on, without Keras' loss scaling. How they are computed is
-    the backend's: `tf.GradientTape`, `jax.grad` or `torch.autograd.grad`.
+    The result is `5e-5 * scale` times the mean square of all gradient elements, over all variables and mini-batches. Pass the
+    gradients that the optimizer will see: those of the training loss, without Keras' loss scaling. Compute them by the backend:
+    `tf.GradientTape`, `jax.grad` or `torch.autograd.grad`.
 
     Args:
-        gradients: for each of a few mini-batches, 10 are advised, the gradients of the model's trainable variables, a list as
-            for `optimizer.apply`, or a dict. None is left out, and a row that `tf.IndexedSlices` leaves out is zero.
-        scale: the variance to start with, over the mean squared gradient. Larger starts slower, far smaller is unsafe.
+        gradients: for each of a few mini-batches, about 10, the gradients of the model's trainable variables: a list as for
+            `optimizer.apply`, or a dict. None is skipped. Rows that `tf.IndexedSlices` leave out count as zero.
+        scale: {scale}
 
     Returns:
-        A number for `VSGD` or `ConstantVSGD`.
+        A number for `prior_strength`.
 
     Raises:
-        ValueError: `scale` is out of its range; there are no gradients, all are zero, one is not finite or none of numbers; or
-            they are so small or large that what would be returned is no prior strength.
+        ValueError: `scale` is out of its range; the gradients are missing, all zero, not finite or not of numbers; or the
+            result is not a valid prior strength.
 
     Example:
         >>> from keras import ops
@@ -44,14 +43,14 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
         0.005
         >>> optimizer = VSGD(prior_strength=strength)
     """
-    return prior.prior_strength_from(gradients, scale, prior.of_list(_leaf), _total)
+    return prior.prior_strength_from(gradients, scale, prior.iterate_lists(_make_leaf), _sum)
 
 
-def _total(sizes: Any) -> float:
-    return float(ops.convert_to_numpy(ops.sum(sizes)))
+def _sum(magnitudes: Any) -> float:
+    return float(ops.convert_to_numpy(ops.sum(magnitudes)))
 
 
-def _leaf(name: str, grad: Any) -> prior.Leaf:
+def _make_leaf(name: str, grad: Any) -> prior.Leaf:
     try:
         array = ops.stop_gradient(ops.convert_to_tensor(grad))
         dtype = keras.backend.standardize_dtype(array.dtype)

@@ -1,8 +1,8 @@
-"""What the posterior of the gradients says during training, every so many steps, for logs and plots.
+"""Log gradient posteriors during training: gain, signal-to-noise ratio, noise scale and surprise, every few steps.
 
-A `Monitor` says when to look, smooths the noise scale, and writes to its sinks. What there is to see comes from the adapters:
-`vsgd.torch.monitor.watch` looks before a torch optimizer's step, `vsgd.keras.monitor.MonitorCallback` after Keras' batches, and
-`vsgd.optax.monitor.summarize` looks at an optax state.
+A `Monitor` decides when to look, smooths the noise scale, and writes to its sinks. Each adapter looks at its own state:
+`vsgd.torch.monitor.watch` before a torch optimizer's step, `vsgd.keras.monitor.MonitorCallback` after Keras' batches, and
+`vsgd.optax.monitor.summarize` when you call it. `vsgd.monitor.plots` draws the looks.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any
 
 import numpy as np
 
-from vsgd.monitor.summaries import QUANTITIES, SAMPLE, Look, Summary, quantity_values
+from vsgd.monitor.summaries import QUANTITIES, SAMPLE, Look, Summary, get_quantities
 
 __all__ = ["SAMPLE", "CsvFile", "Look", "Monitor", "Summary"]
 
 
 class Monitor:
-    """Says when to look, smooths the noise scale over the looks, and writes what is seen to its sinks.
+    """Decide when to look, smooth the noise scale over the looks, and write each look to sinks.
 
-    The noise scale is the ratio of two estimates that are noisy step by step: trace and squared norm are averaged apart, with
-    exponentially falling weights that sum to one from the first look on, as in arXiv 1812.06162, appendix A.1. All else is told
-    as it is.
+    The noise scale is the ratio of two estimates that are noisy step by step. The monitor averages trace and squared norm
+    separately, with exponentially falling weights that sum to one from the first look on, as in arXiv 1812.06162, appendix A.1.
+    It smooths nothing else.
 
     Args:
-        sinks: where to write, each one of: what has `append`, such as a list or a `collections.deque`, gets each `Look`; what
-            has `add_scalar(tag, value, step)`, such as TensorBoard's `SummaryWriter`, and what has `log(dict, step=...)`, such
-            as wandb's run, get `Look.scalars()`; a `str` or path is a CSV file, as by `CsvFile`.
-        every: how many steps lie between two looks.
-        smoothing: the weight of what was seen before, in [0, 1); 0: none.
+        sinks: where to write. An object with `append`, such as a list or a `collections.deque`, receives each `Look`. An object
+            with `add_scalar(tag, value, step)`, such as TensorBoard's `SummaryWriter`, or with `log(dict, step=...)`, such as
+            wandb's run, receives `Look.scalars()`. A `str` or path names a CSV file, see `CsvFile`.
+        every: the number of steps between two looks.
+        smoothing: the weight of earlier looks, in [0, 1); 0 smooths nothing.
 
     Raises:
         ValueError: an argument is out of its range.
-        TypeError: nothing can be written to a sink.
+        TypeError: a sink has none of these forms.
 
     Example:
         >>> looks = []
@@ -64,26 +64,26 @@ class Monitor:
             raise ValueError(f"smoothing is {smoothing!r}, but must be a number in [0, 1)")
         self.every = int(every)
         self.smoothing = float(smoothing)
-        self._writers = [_writer(sink) for sink in sinks]
+        self._writers = [_make_writer(sink) for sink in sinks]
         self._means: dict[str | None, tuple[float, float, float]] = {}
 
     def due(self, step: int, taken: int = 1) -> bool:
-        """Whether to look now.
+        """Return whether to look now.
 
         Args:
-            step: how many steps were taken.
-            taken: how many of them since this was asked last.
+            step: the number of steps so far.
+            taken: the number of steps since the last call.
         """
         return step // self.every != (step - taken) // self.every and step > 0
 
     def record(self, look: Look) -> Look:
-        """Smooth the noise scale of what was seen, and write it.
+        """Smooth the noise scale of a look, and write the look.
 
         Args:
-            look: what an adapter saw.
+            look: an adapter's look.
 
         Returns:
-            What was written.
+            The look as it was written.
         """
         tensors = {name: self._smooth(name, summary) for name, summary in look.tensors.items()}
         look = Look(look.step, self._smooth(None, look.overall), tensors)
@@ -101,14 +101,14 @@ class Monitor:
         return summary._replace(noise_trace=trace / weight, noise_squared_norm=norm / weight)
 
 
-def _writer(sink: Any) -> Callable[[Look], Any]:
+def _make_writer(sink: Any) -> Callable[[Look], Any]:
     if isinstance(sink, (str, os.PathLike)):
         return CsvFile(sink).append
     if hasattr(sink, "append"):
         return sink.append
     if hasattr(sink, "add_scalar"):
         return lambda look: [sink.add_scalar(tag, value, look.step) for tag, value in look.scalars().items()]
-    # Python's loggers take a level first.
+    # The `log` of Python's loggers takes a level first.
     if hasattr(sink, "log") and not isinstance(sink, (logging.Logger, logging.LoggerAdapter)):
         return lambda look: sink.log(look.scalars(), step=look.step)
     allowed = "a path or have one of append(look), add_scalar(tag, value, step), log(dict, step=...)"
@@ -116,10 +116,10 @@ def _writer(sink: Any) -> Callable[[Look], Any]:
 
 
 class CsvFile:
-    """A table with a row for each look and tensor, the first named `overall`; what is not known is left empty.
+    """Write looks to a CSV file, one row per look and tensor, first the one named `overall`. A missing value is empty.
 
     Args:
-        path: of the file; rows are added to one that exists, so that a resumed run goes on.
+        path: the file's path; rows are appended to an existing file, so that a resumed run continues it.
 
     Example:
         >>> import tempfile
@@ -134,17 +134,17 @@ class CsvFile:
         self.path = Path(path)
 
     def append(self, look: Look) -> None:
-        """Write what was seen.
+        """Append the rows of a look.
 
         Args:
-            look: what was seen.
+            look: the look to write.
         """
         with self.path.open("a", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
                 table.writerow(("step", "tensor", *QUANTITIES))
-            # With what digits float32 has: all those of a Python float take several times as long.
+            # With float32's digits: all digits of a Python float take several times as long.
             table.writerows(
-                (look.step, name, *("" if value is None else f"{value:.9g}" for value in quantity_values(each)))
+                (look.step, name, *("" if value is None else f"{value:.9g}" for value in get_quantities(each)))
                 for name, each in look.rows()
             )

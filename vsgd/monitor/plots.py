@@ -1,4 +1,4 @@
-"""Plots of what a monitor saw, with matplotlib: `pip install 'vsgd[examples]'`."""
+"""Plots of a monitor's looks, with matplotlib: `pip install 'vsgd[examples]'`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
     """Draw a quantity of each tensor over training, in colours on a logarithmic scale.
 
     Args:
-        axes: matplotlib's, to draw into.
-        looks: what a monitor saw.
+        axes: the matplotlib axes to draw into.
+        looks: the looks of a monitor.
         quantity: "gain", "snr_10", "snr_50", "snr_90" or "surprise".
 
     Raises:
-        ValueError: it is another quantity, there are no looks, or none of them tells it, as Keras' tell no surprise.
+        ValueError: the quantity is another one, there are no looks, or no look contains it: Keras' looks contain no surprise.
     """
     if quantity not in _LABELS:
         raise ValueError(f"quantity is {quantity!r}, but must be one of {', '.join(_LABELS)}")
-    steps = _steps(looks)
+    steps = _get_steps(looks)
     names = list(dict.fromkeys(name for look in looks for name in look.tensors))
     values = np.full((len(names), len(looks)), np.nan)
     for column, look in enumerate(looks):
@@ -44,37 +44,37 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
             value = getattr(look.tensors[name], quantity) if name in look.tensors else None
             values[row, column] = np.nan if value is None or value <= 0 else value
     if np.isnan(values).all():
-        raise ValueError(f"looks tell no {quantity}, but at least one must tell a positive one")
-    # The edges between looks: half way to the neighbours.
+        raise ValueError(f"looks contain no {quantity}, but at least one must contain a positive one")
+    # Each look's cell ends half way to its neighbours.
     middles = (steps[1:] + steps[:-1]) / 2
     first, last = (middles[0] - steps[0], steps[-1] - middles[-1]) if len(steps) > 1 else (0.5, 0.5)
     edges = np.concatenate([[steps[0] - first], middles, [steps[-1] + last]])
     low, high = np.nanmin(values), np.nanmax(values)
-    if high < 1.02 * low:  # rounding is not to be seen
+    if high < 1.02 * low:  # do not magnify rounding errors
         low, high = 0.9 * low, 1.1 * high
     mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), values, norm="log", vmin=low, vmax=high, cmap="viridis")
     bar = axes.figure.colorbar(mesh, ax=axes, label=_LABELS[quantity])
-    if high < 20 * low:  # too little for powers of ten
+    if high < 20 * low:  # too narrow for powers of ten
         bar.ax.yaxis.set_major_formatter("{x:.3g}")
         bar.ax.yaxis.set_minor_formatter("{x:.3g}")
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="small")
     axes.tick_params(axis="y", length=0)
-    # Not `invert_yaxis`, which of panels that share their axis would turn it back.
+    # Not `invert_yaxis`, which panels that share an axis would call twice.
     axes.set(xlabel="step", ylabel="tensor, in the optimizer's order", ylim=(len(names), 0))
 
 
 def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None = None) -> None:
-    """Draw the noise scale of all tensors together over training, and the batch size; where it is no positive number, a gap.
+    """Draw the noise scale of all tensors together over training, with gaps where it is not positive, and the batch size.
 
     Args:
-        axes: matplotlib's, to draw into.
-        looks: what a monitor saw, told the batch size.
-        batch_size: to be drawn in; None: not.
+        axes: the matplotlib axes to draw into.
+        looks: the looks of a monitor that was given the batch size.
+        batch_size: the batch size to draw as a line; None draws none.
 
     Raises:
         ValueError: there are no looks.
     """
-    steps = _steps(looks)
+    steps = _get_steps(looks)
     scales = np.array([look.overall.noise_scale for look in looks])
     found = np.isfinite(scales) & (scales > 0)
     axes.plot(steps, np.where(found, scales, np.nan), marker=".", label="noise scale, all tensors")
@@ -92,45 +92,45 @@ def draw_momenta(axes: Any, gains: Mapping[str, Array], bins: int = 60) -> None:
     """Draw a histogram of the effective momenta of all elements, one outline for each name.
 
     Args:
-        axes: matplotlib's, to draw into.
-        gains: by name the `gain` of posteriors, of real numbers, as NumPy takes them.
-        bins: how many.
+        axes: the matplotlib axes to draw into.
+        gains: the `gain` of posteriors by name, real arrays that NumPy can read.
+        bins: the number of bins.
     """
     flat = {name: np.ravel(np.asarray(gain)) for name, gain in gains.items()}
     low, high = (extreme([extreme(gain) for gain in flat.values()]) for extreme in (np.min, np.max))
     edges = np.geomspace(0.98 * low, 1.02 * high, bins + 1)
     for name, gain in flat.items():
         axes.hist(gain, edges, weights=np.full(gain.size, 100 / gain.size), histtype="step", linewidth=1.5, label=name)
-    # Momenta close to 1 differ in how far from it they are: the axis is that of the gain, told as momenta.
+    # Momenta near 1 differ in their distance from 1: the axis is the gain's, with momenta as labels.
     axes.set(xscale="log", xlim=(edges[-1], edges[0]))
-    ticks = _ticks(edges[0], edges[-1])
-    axes.set_xticks(ticks, [_momentum(gain) for gain in ticks])
+    ticks = _choose_ticks(edges[0], edges[-1])
+    axes.set_xticks(ticks, [_format_momentum(gain) for gain in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlabel="effective momentum, 1 - gain", ylabel="share of the elements, %")
     axes.legend(frameon=False)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round gains within these, a few, spread over a logarithmic axis."""
+def _choose_ticks(low: float, high: float) -> list[float]:
+    """Return a few round gains between two gains, spread over a logarithmic axis."""
     powers = [10.0**power for power in range(math.floor(math.log10(low)), 1)]
     for digits in ((1, 2, 3, 5), (1, 3), (1,)):
         ticks = [digit * power for power in powers for digit in digits if low <= digit * power <= high]
         if len(ticks) <= _MOST_TICKS:
             break
-    if len(ticks) < 3:  # within a factor of a few: as on a linear axis
+    if len(ticks) < 3:  # a range within a small factor: choose as on a linear axis
         from matplotlib.ticker import MaxNLocator
 
         return [gain for gain in MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(low, high) if low <= gain <= high]
     return ticks[:: -(-len(ticks) // _MOST_TICKS)]
 
 
-def _momentum(gain: float) -> str:
-    """As a label: 0.9, 0.99 and so on, shorter where there would be many digits."""
+def _format_momentum(gain: float) -> str:
+    """Return a momentum as a label: 0.9, 0.99 and so on, as a power where there would be many digits."""
     power = math.log10(gain)
     return f"$1 - 10^{{{power:.0f}}}$" if power < -4.5 and math.isclose(power, round(power)) else f"{1 - gain:.9g}"
 
 
-def _steps(looks: Sequence[Look]) -> Any:
+def _get_steps(looks: Sequence[Look]) -> Any:
     if not looks:
         raise ValueError("looks is empty, but must hold at least one")
     return np.array([look.step for look in looks])

@@ -1,7 +1,7 @@
 """What a look at an optimizer's state reports: sums, means and quantiles, computed on the device and read back once.
 
-Sums and means are over all elements. Medians and quantiles are over at most `SAMPLE` elements of a tensor, evenly spread, and
-as many of all tensors together: exact for tensors of no more elements, else within a few percent in rank.
+Sums and means cover all elements. Medians and quantiles cover at most `SAMPLE` evenly spread elements of a tensor, and as many
+of all tensors together: they are exact for smaller tensors, and within a few percent in rank for others.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vsgd import core
-from vsgd.posterior import Array, NoiseScale, noise_scale, posterior, surprise
+from vsgd.posterior import Array, NoiseScale, compute_posterior, compute_surprise, estimate_noise_scale
+from vsgd.validation import validate_numbers
 
-#: How many elements quantiles are of at most: a prime, so that no layout of rows and columns is sampled in a few columns only.
+#: The largest number of elements in a quantile: a prime, so that every layout of rows and columns is sampled in many columns.
 SAMPLE = 1021
 
 
 class Summary(NamedTuple):
-    """What is known of one tensor's gradient, or of all together.
+    """The summary of one tensor's gradient, or of all gradients together.
 
     Attributes:
-        gain: the median gain, the share of an innovation by which the mean moves.
-        snr_10: of the signal to noise ratios `mean**2 / variance` the 10 % quantile.
-        snr_50: the median.
-        snr_90: the 90 % quantile.
+        gain: the median gain; a gain is how far the mean moves towards each new gradient.
+        snr_10: the 10 % quantile of the signal-to-noise ratios `mean**2 / variance`.
+        snr_50: their median.
+        snr_90: their 90 % quantile.
         noise_trace: an estimate of the trace of the covariance of one example's gradient.
         noise_squared_norm: an estimate of the squared norm of the true gradient.
-        surprise: the mean squared standardized innovation of the gradient about to be taken; None where it is not known.
+        surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
     """
 
     gain: float
@@ -50,27 +51,29 @@ class Summary(NamedTuple):
 
     @property
     def noise_scale(self) -> float:
-        """The noise scale, in examples; negative or infinite where no gradient was found in the noise."""
+        """The noise scale, in examples; negative or infinite where noise hides the gradient."""
         return self.noise_trace / self.noise_squared_norm if self.noise_squared_norm else math.inf
 
     def quantities(self) -> dict[str, float]:
-        """All that is known, by name, in the order in which it is written."""
-        return {name: value for name, value in zip(QUANTITIES, quantity_values(self), strict=True) if value is not None}
+        """Return all available quantities by name, in the order of the columns of a CSV file."""
+        return {name: value for name, value in zip(QUANTITIES, get_quantities(self), strict=True) if value is not None}
 
 
+#: The names of a summary's quantities, in the order of the columns of a CSV file.
 QUANTITIES = (
     "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "surprise",
 )  # fmt: skip
-quantity_values = attrgetter(*QUANTITIES)
+#: `get_quantities(summary)` returns the values of `QUANTITIES`, with None for what is not available.
+get_quantities = attrgetter(*QUANTITIES)
 
 
 class Look(NamedTuple):
-    """What was seen after a step.
+    """The summaries of one look.
 
     Attributes:
-        step: how many steps were taken before.
-        overall: of all tensors together.
-        tensors: of each tensor, by name.
+        step: the number of steps before the look.
+        overall: the summary of all tensors together.
+        tensors: the summary of each tensor, by name.
     """
 
     step: int
@@ -78,7 +81,7 @@ class Look(NamedTuple):
     tensors: Mapping[str, Summary]
 
     def scalars(self) -> dict[str, float]:
-        """All numbers by tags for a dashboard: `gain/overall`, `gain/layer.weight`, and so on."""
+        """Return all numbers by tags for a dashboard: `gain/overall`, `gain/layer.weight`, and so on."""
         return {
             f"{quantity}/{name}": value
             for name, summary in self.rows()
@@ -86,20 +89,20 @@ class Look(NamedTuple):
         }  # fmt: skip
 
     def rows(self) -> Iterator[tuple[str, Summary]]:
-        """The summaries by name, the overall one first."""
+        """Yield the summaries by name, the overall one first."""
         yield "overall", self.overall
         yield from self.tensors.items()
 
 
-class Arrays(NamedTuple):
-    """What summaries need of an array library.
+class MonitorOps(NamedTuple):
+    """The operations of an array library that `compute_digest` needs.
 
     Attributes:
-        sum: of the rows of a matrix, by `axis=1`.
-        split: a matrix, into one of so many columns for each size.
-        stack: a list of vectors to a matrix.
-        concatenate: a list of vectors to one.
-        take: elements of a vector, at the places that a NumPy array of integers says.
+        sum: sum the rows of a matrix, with `axis=1`.
+        split: split a matrix into one with `size` columns for each of the sizes.
+        stack: stack a list of vectors to a matrix.
+        concatenate: join a list of vectors to one.
+        take: select elements of a vector by a NumPy array of indices.
     """
 
     sum: Callable[..., Array]
@@ -110,14 +113,14 @@ class Arrays(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Tensors with the same hyperparameters, of one dtype and device, as vectors in which they follow each other.
+    """Tensors with the same hyperparameters, dtype and device, joined to vectors.
 
     Attributes:
-        names: of the tensors.
-        sizes: how many real numbers each has, none 0.
+        names: the names of the tensors.
+        sizes: the number of real numbers in each tensor, at least 1.
         state: the state in the rule's order, float32 or float64.
         scales: `rule.variance_scales(hyper)`.
-        grads: the gradients about to be taken, of the state's dtype, or None.
+        grads: the gradients of the next step, in the state's dtype, or None.
     """
 
     names: Sequence[str]
@@ -128,77 +131,95 @@ class Block(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What is added up, of one tensor or several."""
+    """The sums over one tensor or several."""
 
     noise: NoiseScale
     surprise: float
     surprise_size: int
 
 
-def summarize(step: int, blocks: Sequence[Block], look: Callable[[Block, Any], Any], batch_size: float) -> Look:
-    """Look at some state: one transfer from the device for each block.
+def summarize(step: int, blocks: Sequence[Block], fetch_digest: Callable[[Block, Any], Any], batch_size: float) -> Look:
+    """Summarize the state of an optimizer, with one transfer from the device for each block.
 
     Args:
-        step: how many steps were taken.
+        step: the number of steps so far.
         blocks: the state of all tensors.
-        look: takes a block and places, and fetches its `digest` as a NumPy array.
-        batch_size: that the digest was told.
+        fetch_digest: a function that returns the `compute_digest` of a block and of sample indices as a NumPy array.
+        batch_size: the batch size of the digest.
 
     Returns:
-        What is seen, the noise scale not smoothed.
+        A look whose noise scale is not smoothed.
 
     Raises:
         ValueError: `batch_size` is out of its range, or there is no state.
     """
-    core.validate(batch_size=batch_size)
+    validate_numbers(batch_size=batch_size)
     if not blocks:
         raise ValueError("the optimizer has no state yet, but must have taken a step with a gradient")
     total = sum(sum(block.sizes) for block in blocks)
     names: list[str] = []
     sums: list[_Sums] = []
     quantiles: list[Any] = []
-    everywhere = []
+    overall_samples = []
     offset = 0
     for block in blocks:
-        places, sample = _places(block.sizes, offset, total), _sample(block.sizes)
-        rows, sampled = _split(block, look(block, places))
+        indices, layout = _choose_samples(block.sizes, offset, total), _lay_out_samples(block.sizes)
+        fetched = fetch_digest(block, indices)
+        width = 2 if block.grads is None else 3
+        count = width * len(block.sizes)
+        samples = fetched[count:].reshape(2, -1)  # of gain and of SNR
         names += block.names
-        sums += map(_sums, block.sizes, rows)
-        quantiles += _quantiles(sampled, sample)
-        everywhere.append(sampled[:, sample.ends[-1] :])
+        sums += map(_read_sums, block.sizes, fetched[:count].reshape(-1, width).tolist())
+        quantiles += _compute_quantiles(samples, layout)
+        overall_samples.append(samples[:, layout.ends[-1] :])
         offset += sum(block.sizes)
-    (overall,) = _quantiles(np.concatenate(everywhere, axis=1), _sample((total,)))
-    tensors = dict(zip(names, map(_summary, sums, quantiles), strict=True))
-    return Look(step, _summary(_added(sums), overall), tensors)
+    (overall,) = _compute_quantiles(np.concatenate(overall_samples, axis=1), _lay_out_samples((total,)))
+    tensors = dict(zip(names, map(_make_summary, sums, quantiles), strict=True))
+    noises, surprises, sizes = zip(*sums, strict=True)
+    overall_sums = _Sums(sum(noises[1:], noises[0]), sum(surprises), sum(sizes))
+    return Look(step, _make_summary(overall_sums, overall), tensors)
 
 
-def digest(block: Block, places: Any, arrays: Arrays, batch_size: float) -> Array:
-    """All that is to be known of a block, as one vector on the device: the sums of each tensor, then the samples.
+def compute_digest(block: Block, indices: Any, ops: MonitorOps, batch_size: float) -> Array:
+    """Return all that a look reports of a block as one vector on the device: the sums of each tensor, then the samples.
 
     Args:
-        block: of tensors.
-        places: of the samples.
-        arrays: the library.
-        batch_size: as for `summarize`.
+        block: the tensors.
+        indices: the indices of the samples.
+        ops: the operations of the array library.
+        batch_size: the number of examples that a gradient averages.
     """
-    known = posterior(block.state, block.scales)
-    summands = [*noise_scale(known, batch_size, lambda value: value)]
+    posterior = compute_posterior(block.state, block.scales)
+    summands = [*estimate_noise_scale(posterior, batch_size, lambda value: value)]
     if block.grads is not None:
-        summands.append(surprise(block.grads, block.state, block.scales))
-    table = arrays.stack(summands)
-    sums = [arrays.sum(part, axis=1) for part in arrays.split(table, block.sizes)]
-    return arrays.concatenate([*sums, arrays.take(known.gain, places), arrays.take(known.snr, places)])
+        summands.append(compute_surprise(block.grads, block.state, block.scales))
+    table = ops.stack(summands)
+    sums = [ops.sum(part, axis=1) for part in ops.split(table, block.sizes)]
+    return ops.concatenate([*sums, ops.take(posterior.gain, indices), ops.take(posterior.snr, indices)])
 
 
-def _split(block: Block, fetched: Any) -> tuple[Any, Any]:
-    """The sums, a row for each tensor, and the samples, of gain and of SNR, that `digest` laid out."""
-    width = 2 if block.grads is None else 3
-    count = width * len(block.sizes)
-    return fetched[:count].reshape(-1, width).tolist(), fetched[count:].reshape(2, -1)
+def choose_evenly(size: int) -> Any:
+    """Return the indices of at most `SAMPLE` elements, evenly spread over `size` elements."""
+    return np.arange(size) if size <= SAMPLE else np.arange(SAMPLE) * size // SAMPLE
 
 
-class _Sample(NamedTuple):
-    """Where the samples of several tensors lie, one after the other, and the neighbours of their quantiles once sorted."""
+@cache
+def _choose_samples(sizes: tuple[int, ...], offset: int, total: int) -> Any:
+    """Return the indices in a block of its tensors' samples, then those of the samples of all tensors together.
+
+    Args:
+        sizes: the sizes of the block's tensors.
+        offset: the number of elements in earlier blocks.
+        total: the number of elements in all blocks.
+    """
+    starts = np.cumsum((0, *sizes))
+    each = [start + choose_evenly(size) for start, size in zip(starts, sizes, strict=False)]
+    overall = choose_evenly(total) - offset
+    return np.concatenate([*each, overall[(overall >= 0) & (overall < starts[-1])]])
+
+
+class _Layout(NamedTuple):
+    """Where the samples of several tensors end, and, once they are sorted, where the neighbours of their quantiles are."""
 
     ends: list[int]
     low: Any
@@ -207,54 +228,29 @@ class _Sample(NamedTuple):
 
 
 @cache
-def _sample(sizes: tuple[int, ...]) -> _Sample:
+def _lay_out_samples(sizes: tuple[int, ...]) -> _Layout:
     counts = np.minimum(sizes, SAMPLE)
     ends = np.cumsum(counts)
     ranks = np.outer(counts - 1, (0.1, 0.5, 0.9))
     starts = (ends - counts)[:, None]
-    return _Sample(ends.tolist(), starts + np.floor(ranks).astype(int), starts + np.ceil(ranks).astype(int), ranks % 1)
+    return _Layout(ends.tolist(), starts + np.floor(ranks).astype(int), starts + np.ceil(ranks).astype(int), ranks % 1)
 
 
-@cache
-def _places(sizes: tuple[int, ...], offset: int, total: int) -> Any:
-    """Where in a block the samples of its tensors lie, and then those of all tensors together.
-
-    Args:
-        sizes: of the block's tensors.
-        offset: how many elements are in the blocks before.
-        total: how many elements are in all blocks.
-    """
-    starts = np.cumsum((0, *sizes))
-    each = [start + spread(size) for start, size in zip(starts, sizes, strict=False)]
-    everywhere = spread(total) - offset
-    return np.concatenate([*each, everywhere[(everywhere >= 0) & (everywhere < starts[-1])]])
-
-
-def spread(size: int) -> Any:
-    """The places of at most `SAMPLE` elements, evenly spread over so many."""
-    return np.arange(size) if size <= SAMPLE else np.arange(SAMPLE) * size // SAMPLE
-
-
-def _sums(size: int, row: list[float]) -> _Sums:
+def _read_sums(size: int, row: list[float]) -> _Sums:
     trace, norm, *surprises = row
     return _Sums(NoiseScale(trace, norm), sum(surprises), size if surprises else 0)
 
 
-def _added(sums: Sequence[_Sums]) -> _Sums:
-    noises, surprises, sizes = zip(*sums, strict=True)
-    return _Sums(sum(noises[1:], noises[0]), sum(surprises), sum(sizes))
-
-
-def _quantiles(sampled: Any, sample: _Sample) -> list[Any]:
-    """Of gain and SNR, for each tensor; NumPy's own, tensor by tensor, took several times as long."""
-    ordered = sampled[:, : sample.ends[-1]].copy()
-    for start, end in pairwise((0, *sample.ends)):
+def _compute_quantiles(samples: Any, layout: _Layout) -> list[Any]:
+    """Return the quantiles of gain and SNR of each tensor. NumPy's own, tensor by tensor, take several times as long."""
+    ordered = samples[:, : layout.ends[-1]].copy()
+    for start, end in pairwise((0, *layout.ends)):
         ordered[:, start:end].sort(axis=1)
-    low, high = ordered[:, sample.low], ordered[:, sample.high]
-    return (low + (high - low) * sample.share).swapaxes(0, 1).tolist()
+    low, high = ordered[:, layout.low], ordered[:, layout.high]
+    return (low + (high - low) * layout.share).swapaxes(0, 1).tolist()
 
 
-def _summary(sums: _Sums, quantiles: list[list[float]]) -> Summary:
+def _make_summary(sums: _Sums, quantiles: list[list[float]]) -> Summary:
     (_, gain, _), snrs = quantiles
-    unexpected = sums.surprise / sums.surprise_size if sums.surprise_size else None
-    return Summary(gain, *snrs, *sums.noise, unexpected)  # type: ignore[call-arg]
+    surprise = sums.surprise / sums.surprise_size if sums.surprise_size else None
+    return Summary(gain, *snrs, *sums.noise, surprise)  # type: ignore[call-arg]

@@ -1,6 +1,6 @@
 """VSGD as optax gradient transformations."""
 
-# Not `from __future__ import annotations`: optax's own tests look whether `learning_rate` is annotated as a schedule.
+# Not `from __future__ import annotations`: optax's tests check that `learning_rate` is annotated as a schedule.
 from typing import Any
 
 try:
@@ -10,11 +10,11 @@ except ImportError as error:
     raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
 
 from vsgd import core
-from vsgd.optax.numerics import weakly_typed
 from vsgd.optax.posteriors import noise_scale, posterior, surprise
 from vsgd.optax.prior import prior_strength_from
 from vsgd.optax.state import ScaleByConstantVsgdState, ScaleByVsgdState
 from vsgd.optax.transform import Mask, descend, round_steps, scale_by_rule
+from vsgd.validation import document_options, validate_flags
 
 __all__ = [
     "ScaleByConstantVsgdState",
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 
+@document_options()
 def scale_by_vsgd(
     variance_ratio: jax.typing.ArrayLike = 30.0,
     prior_strength: jax.typing.ArrayLike = 1e-8,
@@ -44,26 +45,24 @@ def scale_by_vsgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by VSGD's directions, E[g] / sqrt(E[g^2]).
 
-    See `vsgd.optax.vsgd` for the update and what it does with dtypes.
+    See `vsgd.optax.vsgd` for the update and its dtypes.
 
     Args:
-        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
-        kappa2: the same for b_ghat.
-        eps: added to the root of the second moment, in units of the gradient.
-        state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
-        seed: an integer, what the noise of the rounding is drawn from.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
+        variance_ratio: {variance_ratio}
+        prior_strength: {prior_strength}
+        kappa1: {kappa1}
+        kappa2: {kappa2}
+        eps: {eps}
+        state_dtype: {state_dtype}
+        seed: {seed}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Returns:
         A gradient transformation with a `ScaleByVsgdState`. It ignores extra arguments and needs no `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` has another value.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -74,10 +73,22 @@ def scale_by_vsgd(
         >>> print(updates.round(4))
         [-0.0072  0.009 ]
     """
-    hyper = core.Hyperparameters(*weakly_typed(variance_ratio, prior_strength, kappa1, kappa2, eps, prior_shape))
-    return scale_by_rule(core.VSGD, hyper, ScaleByVsgdState, state_dtype, seed, outlier_threshold)
+    return scale_by_rule(
+        core.VSGD,
+        ScaleByVsgdState,
+        state_dtype,
+        seed,
+        variance_ratio=variance_ratio,
+        prior_strength=prior_strength,
+        kappa1=kappa1,
+        kappa2=kappa2,
+        eps=eps,
+        outlier_threshold=outlier_threshold,
+        prior_shape=prior_shape,
+    )
 
 
+@document_options()
 def scale_by_constant_vsgd(
     variance_ratio: jax.typing.ArrayLike = 3.0,
     prior_strength: jax.typing.ArrayLike = 1e-8,
@@ -91,25 +102,23 @@ def scale_by_constant_vsgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by Constant VSGD's directions, E[g] / sqrt(E[g^2]).
 
-    See `vsgd.optax.constant_vsgd` for the update, and `vsgd.optax.vsgd` for what both do with dtypes.
+    See `vsgd.optax.constant_vsgd` for the update, and `vsgd.optax.vsgd` for its dtypes.
 
     Args:
-        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
-        eps: added to the root of the second moment, in units of the gradient.
-        state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
-        seed: an integer, what the noise of the rounding is drawn from.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
+        variance_ratio: {constant_variance_ratio}
+        prior_strength: {prior_strength}
+        kappa: {kappa}
+        eps: {eps}
+        state_dtype: {state_dtype}
+        seed: {seed}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Returns:
         A gradient transformation with a `ScaleByConstantVsgdState`. It ignores extra arguments and needs no `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` has another value.
 
     Example:
         >>> import jax.numpy as jnp
@@ -117,12 +126,23 @@ def scale_by_constant_vsgd(
         >>> transformation = scale_by_constant_vsgd()
         >>> directions, state = transformation.update(jnp.array([1.0, -2.0]), transformation.init(jnp.zeros(2)))
         >>> state._fields
-        ('count', 'mu_g', 'b')
+        ('count', 'mu_g', 'b', 'variance_scales')
     """
-    hyper = core.ConstantHyperparameters(*weakly_typed(variance_ratio, prior_strength, kappa, eps, prior_shape))
-    return scale_by_rule(core.CONSTANT_VSGD, hyper, ScaleByConstantVsgdState, state_dtype, seed, outlier_threshold)
+    return scale_by_rule(
+        core.CONSTANT_VSGD,
+        ScaleByConstantVsgdState,
+        state_dtype,
+        seed,
+        variance_ratio=variance_ratio,
+        prior_strength=prior_strength,
+        kappa=kappa,
+        eps=eps,
+        outlier_threshold=outlier_threshold,
+        prior_shape=prior_shape,
+    )
 
 
+@document_options()
 def vsgd(
     learning_rate: optax.ScalarOrSchedule,
     variance_ratio: jax.typing.ArrayLike = 30.0,
@@ -141,11 +161,11 @@ def vsgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variational stochastic gradient descent.
 
-    Each element of the gradient is a hidden quantity :math:`g_t` that drifts from step to step and that a mini-batch shows
-    with noise, as :math:`\hat{g}_t`. Its posterior mean :math:`\mu_t` and variance :math:`\sigma_t^2` are filtered, with both
-    noise levels learned, and the step is :math:`E[g_t] / \sqrt{E[g_t^2]}`. With :math:`\eta_t` for ``learning_rate``,
+    VSGD models each gradient element as a hidden quantity :math:`g_t` that drifts from step to step and that a mini-batch
+    observes with noise, as :math:`\hat{g}_t`. It filters the posterior mean :math:`\mu_t` and variance :math:`\sigma_t^2`,
+    learns both noise levels, and steps by :math:`E[g_t] / \sqrt{E[g_t^2]}`. With :math:`\eta_t` for ``learning_rate``,
     :math:`\gamma` for ``prior_strength``, :math:`K_g` for ``variance_ratio``, :math:`\lambda` for ``weight_decay`` and
-    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}` (``prior_shape`` in the place of :math:`\gamma`, where it is given),
+    :math:`a = \gamma + 1/2 + 5 \cdot 10^{-5}` (with ``prior_shape`` instead of :math:`\gamma` if you set it),
 
     .. math::
 
@@ -163,55 +183,54 @@ def vsgd(
             + \lambda \theta_t \right)
         \end{align*}
 
-    The state has the shape and sharding of the parameters. It is float32, and so is the arithmetic, for bfloat16, float16 and
-    float32 parameters, and float64 for float64 ones: b_g falls to 1e-8, which float16 cannot hold and at which bfloat16
-    freezes, if rounded to the nearest. A complex number is two real ones, in its state too (complex64 or complex128). Updates
-    have the gradient's dtype. All parameters share one step count. A gradient of None leaves its state as it is, and its
-    update is None.
+    The state has the shape and sharding of the parameters. State and arithmetic are float32 for bfloat16, float16 and float32
+    parameters, and float64 for float64 ones: b_g falls to 1e-8, which float16 cannot hold and at which bfloat16, rounded to the
+    nearest, freezes. A complex number counts as two real ones, in its state too (complex64 or complex128). Updates have the
+    gradient's dtype. All parameters share one step count. A gradient of None leaves its state unchanged, and its update is
+    None.
 
-    With ``state_dtype="bfloat16"`` what would be float32 state is stored as bfloat16, 6 bytes per parameter instead of 12, by
-    stochastic rounding: up or down by chance, so that the mean is kept, and with it changes too small for bfloat16. The
-    arithmetic stays float32, and complex and float64 state what it is. The chance is a hash of ``seed``, the parameter's
-    place in the tree, the step and the element's place in the whole array: a run can be repeated and continued, and sharding
-    changes nothing. (In `jax.shard_map` and `jax.vmap` the whole array is what the function sees.)
+    With ``state_dtype="bfloat16"`` the float32 state is stored as bfloat16, in 6 bytes per parameter instead of 12. It is
+    rounded
+    stochastically: up or down at random, which keeps the mean, and so also changes too small for bfloat16. The arithmetic stays
+    float32, and complex and float64 state keeps its precision. The random bits are a hash of ``seed``, the parameter's index in
+    the tree, the step and the element's index in the whole array: you can repeat and continue a run, and sharding changes
+    nothing. (In `jax.shard_map` and `jax.vmap` the whole array is the one that the function sees.)
 
-    With ``stochastic_rounding=True`` bfloat16 parameters are rounded so too: decay and step are computed in float32, from the
-    gradient on, and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost. The updates of these
-    parameters are float32, and such that `optax.apply_updates` arrives at the rounded number. So nothing may change them in
-    between: in an `optax.chain`, this comes last.
+    With ``stochastic_rounding=True`` bfloat16 parameters are rounded stochastically too. Decay and step are computed in float32
+    and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost. The updates of these parameters are
+    float32, and `optax.apply_updates` adds them to exactly the rounded number. Nothing may change them in between: put this
+    transformation last in an `optax.chain`.
 
     A step is at most ``learning_rate`` in each element: try 0.01 where you would use 0.001 with Adam.
 
     Note:
-        `optax.inject_hyperparams` rounds hyperparameters to the parameters' dtype, if no parameter has a wider one:
-        kappa1 = 0.81 becomes 0.8086 in bfloat16, and prior_strength = 1e-8 becomes 0 in float16, where we take the
-        smallest positive float16, 6e-8, instead. `inject_hyperparams(vsgd, hyperparam_dtype=jnp.float32)` keeps their digits
-        (and, as with other optax optimizers, makes the updates float32, which `optax.apply_updates` rounds at the end).
-        Injected hyperparameters are arrays: their range is not checked. Give it ``static_args="mask"`` if mask is a callable.
+        `optax.inject_hyperparams` rounds hyperparameters to the widest dtype of the parameters: kappa1 = 0.81 becomes 0.8086 in
+        bfloat16. prior_strength = 1e-8 becomes 0 in float16, which is replaced by the smallest positive float16, 6e-8.
+        `inject_hyperparams(vsgd, hyperparam_dtype=jnp.float32)` keeps all digits (and, as with other optax optimizers, makes
+        the updates float32, which `optax.apply_updates` rounds at the end). Injected hyperparameters are arrays: their range is
+        not checked. Pass it ``static_args="mask"`` if mask is a callable.
 
     Args:
         learning_rate: the paper's eta, the step size: a number, or a schedule; the authors' default is 0.1.
-        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
-        kappa2: the same for b_ghat.
-        eps: added to the root of the second moment, in units of the gradient.
+        variance_ratio: {variance_ratio}
+        prior_strength: {prior_strength}
+        kappa1: {kappa1}
+        kappa2: {kappa2}
+        eps: {eps}
         weight_decay: decoupled weight decay, multiplied by the learning rate, as in `optax.adamw`.
-        mask: a tree of booleans with the structure of the parameters or a prefix of it, or a callable that returns one given
-            the parameters: which of them decay.
-        state_dtype: "float32", or "bfloat16" for state in half the memory.
-        seed: an integer, what the noise of the rounding is drawn from.
-        stochastic_rounding: whether bfloat16 parameters are rounded stochastically.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
+        mask: which parameters decay: a tree of booleans shaped like the parameters or a prefix of them, or a callable that
+            returns one given the parameters.
+        state_dtype: {state_dtype}
+        seed: {seed}
+        stochastic_rounding: {stochastic_rounding}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` has another value.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -231,7 +250,7 @@ def vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
-    core.validate_flags(stochastic_rounding=stochastic_rounding)
+    validate_flags(stochastic_rounding=stochastic_rounding)
     options: dict[str, Any] = {
         "state_dtype": state_dtype,
         "seed": seed,
@@ -243,6 +262,7 @@ def vsgd(
     return round_steps(solver, core.VSGD, seed) if stochastic_rounding else solver
 
 
+@document_options()
 def constant_vsgd(
     learning_rate: optax.ScalarOrSchedule,
     variance_ratio: jax.typing.ArrayLike = 3.0,
@@ -258,10 +278,11 @@ def constant_vsgd(
     outlier_threshold: jax.typing.ArrayLike | None = None,
     prior_shape: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""VSGD with one precision for drift and noise, the paper's second variant: Adam's memory.
+    r"""VSGD with one precision for drift and noise, the paper's second variant, in Adam's memory.
 
     The gain is constant, so mu_g is Adam's first moment without bias correction, with beta1 = K_g / (K_g + 1). In the
-    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}` (or ``prior_shape`` for :math:`\gamma`),
+    notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}` (with ``prior_shape`` instead of :math:`\gamma` if you
+    set it),
 
     .. math::
 
@@ -278,26 +299,24 @@ def constant_vsgd(
 
     Args:
         learning_rate: the paper's eta, the step size: a number, or a schedule.
-        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
-        eps: added to the root of the second moment, in units of the gradient.
+        variance_ratio: {constant_variance_ratio}
+        prior_strength: {prior_strength}
+        kappa: {kappa}
+        eps: {eps}
         weight_decay: decoupled weight decay, multiplied by the learning rate, as in `optax.adamw`.
-        mask: a tree of booleans with the structure of the parameters or a prefix of it, or a callable that returns one given
-            the parameters: which of them decay.
-        state_dtype: "float32", or "bfloat16" for state in half the memory: see `vsgd.optax.vsgd`.
-        seed: an integer, what the noise of the rounding is drawn from.
-        stochastic_rounding: whether bfloat16 parameters are rounded stochastically: see `vsgd.optax.vsgd`.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
+        mask: which parameters decay: a tree of booleans shaped like the parameters or a prefix of them, or a callable that
+            returns one given the parameters.
+        state_dtype: {state_dtype}
+        seed: {seed}
+        stochastic_rounding: {stochastic_rounding}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
 
     Raises:
-        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` is another.
+        ValueError: a hyperparameter, given as a Python number, is out of its range, or `state_dtype` has another value.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -312,7 +331,7 @@ def constant_vsgd(
         Chen, Kuzina, Esmaeili, Tomczak, `Variational Stochastic Gradient Descent for Deep Neural Networks
         <https://arxiv.org/abs/2404.06549>`_, TMLR 2025
     """
-    core.validate_flags(stochastic_rounding=stochastic_rounding)
+    validate_flags(stochastic_rounding=stochastic_rounding)
     options: dict[str, Any] = {
         "state_dtype": state_dtype,
         "seed": seed,

@@ -1,63 +1,42 @@
-"""Looking at the state of an optax transformation: see `vsgd.monitor`."""
+"""Look at the state of an optax transformation: see `vsgd.monitor`."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vsgd import core
-from vsgd.monitor.summaries import Arrays, Block, Look, digest
-from vsgd.monitor.summaries import summarize as _summarize
-from vsgd.optax.numerics import arithmetic_dtype, check_gradient, parts
-from vsgd.optax.posteriors import map_states, scales_of
+from vsgd.monitor import summaries
+from vsgd.monitor.summaries import Block, Look, MonitorOps, compute_digest
+from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, split_complex
+from vsgd.optax.posteriors import ParamState, map_states
 
 __all__ = ["summarize"]
 
-_ARRAYS = Arrays(
+_OPS = MonitorOps(
     jnp.sum, lambda table, sizes: jnp.split(table, np.cumsum(sizes)[:-1], axis=1), jnp.stack, jnp.concatenate, jnp.take
 )
 
 
-class _State(NamedTuple):
-    """Of one parameter."""
-
-    rule: core.Rule
-    arrays: tuple[jax.Array, ...]
-
-
-def summarize(
-    step: int,
-    opt_state: Any,
-    grads: optax.Updates | None = None,
-    *,
-    batch_size: float = 1,
-    prior_strength: jax.typing.ArrayLike = 1e-8,
-    variance_ratio: jax.typing.ArrayLike = 3.0,
-    prior_shape: jax.typing.ArrayLike | None = None,
-) -> Look:
-    """Look at a state, outside of `jax.jit`: one transfer from the device for all parameters of a dtype.
+def summarize(step: int, opt_state: Any, grads: optax.Updates | None = None, *, batch_size: float = 1) -> Look:
+    """Look at a state outside of `jax.jit`, with one transfer from the device for all parameters of a dtype.
 
     Args:
-        step: how many steps were taken.
-        opt_state: as for `vsgd.optax.posterior`, after at least one step.
-        grads: the gradients that the next update will take, to tell how unexpected they are; None: not known.
-        batch_size: how many examples a gradient is the mean of, on all devices and in accumulated steps together; at 1 the
-            noise scale counts batches.
-        prior_strength: as the optimizer was given it.
-        variance_ratio: as Constant VSGD was given it.
-        prior_shape: as the optimizer was given it.
+        step: the number of steps so far.
+        opt_state: a state as for `vsgd.optax.posterior`, after at least one step.
+        grads: the gradients of the next update, for the surprise; None omits the surprise.
+        batch_size: the number of examples that a gradient averages, over all devices and accumulated steps; with 1 the noise
+            scale counts batches.
 
     Returns:
-        What is seen, by the parameters' places in their tree, for `vsgd.monitor.Monitor.record`, which smooths the noise scale.
+        A look, by the parameters' paths in their tree, for `vsgd.monitor.Monitor.record`, which smooths the noise scale.
 
     Raises:
-        ValueError: there is no state of VSGD; `batch_size` or a hyperparameter, given as a Python number, is out of its
-            range; or a gradient does not fit the state.
+        ValueError: there is no state of VSGD; `batch_size` is out of its range; or a gradient does not fit the state.
 
     Example:
         >>> from vsgd.monitor import Monitor
@@ -72,46 +51,47 @@ def summarize(
         >>> [look.step for look in looks], list(looks[0].tensors)
         ([2, 4], ['weight'])
     """
-    scales = scales_of(prior_strength, variance_ratio, prior_shape)
     blocks = [
         Block(
             names=[name for name, _, _ in members],
             sizes=tuple(state.arrays[0].size * (2 if jnp.iscomplexobj(state.arrays[0]) else 1) for _, state, _ in members),
-            state=tuple(_flat(arrays) for arrays in zip(*(state.arrays for _, state, _ in members), strict=True)),
-            scales=scales(rule),
-            grads=_flat(tuple(grad for _, _, grad in members)) if known else None,
+            state=tuple(_flatten(arrays) for arrays in zip(*(state.arrays for _, state, _ in members), strict=True)),
+            scales=members[0][1].scales,
+            grads=_flatten(tuple(grad for _, _, grad in members)) if has_grads else None,
         )
-        for (rule, _, known), members in _kinds(opt_state, grads).items()
+        for (_, _, has_grads), members in _group_states(opt_state, grads).items()
     ]
 
-    def look(block: Block, places: Any) -> Any:
-        return jax.device_get(_digest(block.state, block.scales, block.grads, places, batch_size, sizes=block.sizes))
+    def fetch_digest(block: Block, indices: Any) -> Any:
+        digest = _compute_digest(block.state, block.scales, block.grads, indices, batch_size, sizes=block.sizes)
+        return jax.device_get(digest)
 
-    return _summarize(step, blocks, look, batch_size)
+    return summaries.summarize(step, blocks, fetch_digest, batch_size)
 
 
-def _kinds(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, _State, Any]]]:
-    """The parameters by rule, dtype, and whether they have a gradient: names, states and gradients."""
-    states = map_states(opt_state, lambda rule, arrays: _State(rule, arrays))
-    of_path = dict(jax.tree.leaves_with_path(grads))
-    kinds: dict[Any, list[tuple[str, _State, Any]]] = {}
-    for path, state in jax.tree.leaves_with_path(states, is_leaf=lambda node: isinstance(node, _State)):
+def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, ParamState, Any]]]:
+    """Return names, states and gradients of the parameters, by rule, dtype and whether there is a gradient."""
+    states = map_states(opt_state, lambda param_state: param_state)
+    grads_by_path = dict(jax.tree.leaves_with_path(grads))
+    groups: dict[Any, list[tuple[str, ParamState, Any]]] = {}
+    for path, state in jax.tree.leaves_with_path(states, is_leaf=lambda node: isinstance(node, ParamState)):
         if state.arrays[0].size:
-            grad = of_path.get(path)
+            grad = grads_by_path.get(path)
             if grad is not None:
                 check_gradient("grads", path, grad, state.arrays)
-                grad = jnp.asarray(grad, arithmetic_dtype(state.arrays[0].dtype))
+                grad = jnp.asarray(grad, choose_arithmetic_dtype(state.arrays[0].dtype))
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
-            kinds.setdefault((state.rule, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))
-    return kinds
+            groups.setdefault((state.rule, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))
+    return groups
 
 
 @jax.jit
-def _flat(arrays: tuple[jax.Array, ...]) -> jax.Array:
-    """One vector of real numbers."""
-    return jnp.concatenate([jnp.ravel(part) for array in arrays for part in parts(array.astype(arithmetic_dtype(array.dtype)))])
+def _flatten(arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """Return one vector of real numbers."""
+    wide = (array.astype(choose_arithmetic_dtype(array.dtype)) for array in arrays)
+    return jnp.concatenate([jnp.ravel(part) for array in wide for part in split_complex(array)])
 
 
 @partial(jax.jit, static_argnames="sizes")
-def _digest(state: Any, scales: Any, grads: Any, places: Any, batch_size: Any, *, sizes: tuple[int, ...]) -> jax.Array:
-    return digest(Block((), sizes, state, scales, grads), places, _ARRAYS, batch_size)
+def _compute_digest(state: Any, scales: Any, grads: Any, indices: Any, batch_size: Any, *, sizes: tuple[int, ...]) -> jax.Array:
+    return compute_digest(Block((), sizes, state, scales, grads), indices, _OPS, batch_size)

@@ -10,29 +10,29 @@ import jax.numpy as jnp
 import optax
 
 from vsgd import prior
-from vsgd.optax.numerics import arithmetic_dtype
+from vsgd.optax.numerics import choose_arithmetic_dtype
+from vsgd.validation import document_options
 
 
+@document_options()
 def prior_strength_from(gradients: Iterable[optax.Updates], scale: float = 10.0) -> float:
-    """A `prior_strength` in the units of a model's gradients, to be taken before training: see `docs/tuning.md`.
+    """Compute a `prior_strength` in the units of a model's gradients, before training: see `docs/tuning.md`.
 
-    It is `5e-5 * scale` times the mean of the squares of all elements, over all parameters and mini-batches together. So the
-    first steps expect a variance of about `scale` times what a squared gradient is.
-
-    The mini-batches are taken one after the other: a generator need not hold the gradients of more than one. Gradients are to
-    be those that the transformation will see, of the loss that is trained on. Call it outside of `jax.jit`.
+    The result is `5e-5 * scale` times the mean square of all gradient elements, over all parameters and mini-batches. Pass the
+    gradients that the transformation will see: those of the training loss, unscaled. Call it outside of `jax.jit`.
 
     Args:
-        gradients: for each of a few mini-batches, 10 are advised, a tree of gradients, as `jax.grad` returns it. None is left
-            out. A tree of gradients that `jax.vmap` or `jax.lax.scan` stacked counts as one mini-batch; the mean is the same.
-        scale: the variance to start with, over the mean squared gradient. Larger starts slower, far smaller is unsafe.
+        gradients: for each of a few mini-batches, about 10, a tree of gradients, as `jax.grad` returns it. None is skipped. A
+        tree
+            of gradients that `jax.vmap` or `jax.lax.scan` stacked counts as one mini-batch; the mean is the same.
+        scale: {scale}
 
     Returns:
-        A number for `vsgd`, `constant_vsgd` and what they scale by.
+        A number for `prior_strength`.
 
     Raises:
-        ValueError: `scale` is out of its range; there are no gradients, all are zero, one is not finite or none of numbers; or
-            they are so small or large that what would be returned is no prior strength.
+        ValueError: `scale` is out of its range; the gradients are missing, all zero, not finite or not of numbers; or the
+            result is not a valid prior strength.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -47,14 +47,14 @@ def prior_strength_from(gradients: Iterable[optax.Updates], scale: float = 10.0)
         0.0025
         >>> solver = vsgd(0.01, prior_strength=strength)
     """
-    return prior.prior_strength_from(gradients, scale, _leaves, lambda sizes: float(jnp.sum(sizes)))
+    return prior.prior_strength_from(gradients, scale, _iterate_leaves, lambda magnitudes: float(jnp.sum(magnitudes)))
 
 
-def _leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
+def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
     for path, grad in jax.tree_util.tree_leaves_with_path(batch):
         where = name + jax.tree_util.keystr(path)
         if not (hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.inexact)):
             kind = f"an array of {grad.dtype}" if hasattr(grad, "dtype") else type(grad).__name__
             raise ValueError(f"{where} is {kind}, but must be an array of floating or complex numbers")
-        array = jnp.asarray(grad, arithmetic_dtype(grad.dtype))
+        array = jnp.asarray(grad, choose_arithmetic_dtype(grad.dtype))
         yield prior.Leaf(where, jnp.abs(array), array.size * (2 if jnp.iscomplexobj(array) else 1))

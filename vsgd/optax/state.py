@@ -1,4 +1,4 @@
-"""The state of the optax transformations, and the rule that each type of it is of."""
+"""The state of the optax transformations, whose type names its rule."""
 
 # Not `from __future__ import annotations`: the types of the fields are to be types, not strings.
 from typing import NamedTuple
@@ -13,34 +13,46 @@ class ScaleByVsgdState(NamedTuple):
     """State of VSGD.
 
     Attributes:
-        count: how many steps were taken, int32.
+        count: the number of steps so far, int32.
         mu_g: posterior mean of each gradient.
         b_g: rate of the Gamma posterior of the drift's precision.
         b_ghat: rate of the Gamma posterior of the mini-batch noise's precision.
+        variance_scales: two 0-d arrays: `b_g` times the first is the variance of the drift, `b_ghat` times the second is the
+            variance of the mini-batch noise.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu_g: optax.Updates
     b_g: optax.Updates
     b_ghat: optax.Updates
+    variance_scales: tuple[jax.Array, jax.Array]
 
 
 class ScaleByConstantVsgdState(NamedTuple):
     """State of Constant VSGD.
 
     Attributes:
-        count: how many steps were taken, int32.
+        count: the number of steps so far, int32.
         mu_g: posterior mean of each gradient.
         b: rate of the Gamma posterior of the one precision.
+        variance_scales: two 0-d arrays: `b` times the first is the variance of the drift, `b` times the second is the variance
+            of the mini-batch noise.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu_g: optax.Updates
     b: optax.Updates
+    variance_scales: tuple[jax.Array, jax.Array]
 
 
+#: The rule of each type of state.
 RULES = {ScaleByVsgdState: core.VSGD, ScaleByConstantVsgdState: core.CONSTANT_VSGD}
 
-# By this name they are imported, and so pickled.
+# The public name, by which a state is pickled.
 for _state in RULES:
     _state.__module__ = "vsgd.optax"
+
+
+def get_arrays(state: ScaleByVsgdState | ScaleByConstantVsgdState) -> tuple[optax.Updates, ...]:
+    """Return the trees of a state's arrays, in the order of `rule.state_names`."""
+    return tuple(getattr(state, name) for name in RULES[type(state)].state_names)

@@ -1,4 +1,4 @@
-"""What VSGD and Constant VSGD for optax share: everything but the rule and its hyperparameters."""
+"""The gradient transformations of any rule: its directions, the step that follows from them, and rounded parameters."""
 
 from __future__ import annotations
 
@@ -11,67 +11,91 @@ import jax.numpy as jnp
 import optax
 
 from vsgd import core, rounding
-from vsgd.backends import jax as jax_rounding
-from vsgd.optax.numerics import arithmetic_dtype, check_gradient, dtype_of, in_dtype, join, parts, weakly_typed
-from vsgd.outliers import guarded
+from vsgd.backends.jax import make_words, to_bfloat16
+from vsgd.optax.numerics import (
+    cast_hyperparameters,
+    check_gradient,
+    choose_arithmetic_dtype,
+    get_dtype,
+    join_complex,
+    make_weakly_typed,
+    split_complex,
+)
+from vsgd.optax.state import get_arrays
+from vsgd.outliers import choose_rule
+from vsgd.validation import validate_numbers, validate_state_dtype
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def scale_by_rule(
-    rule: core.Rule, hyper: Any, make_state: Callable[..., Any], state_dtype: str, seed: Any, outlier_threshold: Any
+    plain_rule: core.Rule, make_state: Callable[..., Any], state_dtype: str, seed: Any, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """What VSGD and Constant VSGD share: everything but the rule, its hyperparameters and its state's type."""
-    rule, hyper = guarded(rule, hyper, *weakly_typed(outlier_threshold))
-    core.validate(**hyper._asdict(), seed=seed)
-    core.validate_state_dtype(state_dtype)
+    """Return a transformation that replaces gradients by the directions of a rule.
+
+    Args:
+        plain_rule: the variant without outlier threshold.
+        make_state: the type of its state.
+        state_dtype: "float32" or "bfloat16".
+        seed: the seed of stochastic rounding.
+        **options: the rule's hyperparameters and `outlier_threshold`.
+    """
+    options = dict(zip(options, make_weakly_typed(*options.values()), strict=True))
+    rule = choose_rule(plain_rule, options["outlier_threshold"])
+    hyper = rule.select_hyperparameters(options)
+    validate_numbers(**hyper._asdict(), seed=seed)
+    validate_state_dtype(state_dtype)
     update_real = rule.make_update(jnp)
-    make_words = jax_rounding.make_words(seed)
+    compute_words = make_words(seed)
+
+    def compute_variance_scales() -> tuple[jax.Array, jax.Array]:
+        dtype = jnp.result_type(float)  # the widest that is enabled
+        first, last = rule.variance_scales(cast_hyperparameters(hyper, dtype))
+        return jnp.asarray(first, dtype), jnp.asarray(last, dtype)
 
     def init(params: optax.Params) -> Any:
-        def full(param: Any, index: int) -> jax.Array:
-            dtype = arithmetic_dtype(dtype_of(param))
+        def fill(param: Any, index: int) -> jax.Array:
+            dtype = choose_arithmetic_dtype(get_dtype(param))
             real = jnp.finfo(dtype).dtype
-            value = jnp.asarray(rule.initial_state(in_dtype(hyper, real))[index], real)
+            value = jnp.asarray(rule.initial_state(cast_hyperparameters(hyper, real))[index], real)
             stored = state_dtype if dtype == jnp.float32 else dtype
-            return jnp.full_like(param, join(value, value) if dtype != real else value, dtype=stored)
+            return jnp.full_like(param, join_complex(value, value) if dtype != real else value, dtype=stored)
 
-        trees = (jax.tree.map(functools.partial(full, index=i), params) for i in range(len(rule.state_names)))
-        return make_state(jnp.zeros([], jnp.int32), *trees)
+        trees = (jax.tree.map(functools.partial(fill, index=i), params) for i in range(len(rule.state_names)))
+        return make_state(jnp.zeros([], jnp.int32), *trees, compute_variance_scales())
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
         del params, extra_args
         count = optax.safe_increment(state.count)
 
         @functools.cache
-        def coefficients(dtype: Any) -> Any:
+        def compute_coefficients(dtype: Any) -> Any:
             # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
-            return rule.coefficients(count.astype(dtype), in_dtype(hyper, dtype))
+            return rule.coefficients(count.astype(dtype), cast_hyperparameters(hyper, dtype))
 
         def update_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> tuple[Any, ...]:
             if grad is None:
                 return None, *arrays
             check_gradient("updates", path, grad, arrays)
             stored = arrays[0].dtype
-            dtype = arithmetic_dtype(stored)
-            c = coefficients(jnp.finfo(dtype).dtype)
-            wide = (parts(array.astype(dtype)) for array in arrays)
-            pairs = zip(parts(jnp.asarray(grad, dtype)), zip(*wide, strict=True), strict=True)
-            direction, new_arrays = jax.tree.map(join, *(update_real(part, of_state, c) for part, of_state in pairs))
+            dtype = choose_arithmetic_dtype(stored)
+            c = compute_coefficients(jnp.finfo(dtype).dtype)
+            wide = (split_complex(array.astype(dtype)) for array in arrays)
+            pairs = zip(split_complex(jnp.asarray(grad, dtype)), zip(*wide, strict=True), strict=True)
+            direction, new_arrays = jax.tree.map(join_complex, *(update_real(part, old, c) for part, old in pairs))
             if stored == jnp.bfloat16:
-                words = make_words(number, count, arrays[0].shape)
+                words = compute_words(number, count, arrays[0].shape)
                 factors = zip(new_arrays, rounding.MULTIPLIERS, strict=False)
-                new_arrays = [
-                    jax_rounding.to_bfloat16(array, words, multiplier).astype(stored) for array, multiplier in factors
-                ]
-            return direction.astype(dtype_of(grad)), *new_arrays
+                new_arrays = [to_bfloat16(array, words, multiplier).astype(stored) for array, multiplier in factors]
+            return direction.astype(get_dtype(grad)), *new_arrays
 
         treedef: Any
         grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda leaf: leaf is None)
-        trees = [treedef.flatten_up_to(tree) for tree in (_numbers(state[1]), *state[1:])]
+        state_trees = get_arrays(state)
+        trees = [treedef.flatten_up_to(tree) for tree in (_number_leaves(state_trees[0]), *state_trees)]
         leaves = [update_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
-        directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(len(state)))
-        return directions, make_state(count, *new_trees)
+        directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(1 + len(state_trees)))
+        return directions, make_state(count, *new_trees, compute_variance_scales())
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -82,14 +106,9 @@ def descend(
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
-    """The step from a direction: decoupled weight decay and the step size."""
-    core.validate(
-        **{
-            name: value
-            for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay))
-            if not callable(value)
-        }
-    )
+    """Return a chain of a scaling, decoupled weight decay and the step size."""
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    validate_numbers(**{name: rate for name, rate in rates.items() if not callable(rate)})
     return optax.chain(
         scaling,
         optax.add_decayed_weights(weight_decay, mask),
@@ -100,31 +119,38 @@ def descend(
 def round_steps(
     solver: optax.GradientTransformationExtraArgs, rule: core.Rule, seed: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Let a chain that begins with the rule's scaling step to stochastically rounded bfloat16 parameters."""
-    make_words = jax_rounding.make_words(seed)
+    """Return a solver that steps to stochastically rounded bfloat16 parameters.
+
+    Args:
+        solver: a chain that begins with the rule's scaling.
+        rule: the rule.
+        seed: the seed of the rounding.
+    """
+    compute_words = make_words(seed)
     multiplier = rounding.MULTIPLIERS[len(rule.state_names)]
 
     def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32) if dtype_of(leaf) == jnp.bfloat16 else leaf, tree)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32) if get_dtype(leaf) == jnp.bfloat16 else leaf, tree)
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
-        # From the gradient on, for a decay or a direction in bfloat16 would have been rounded before.
+        # In float32 from the gradient on: a decay or direction in bfloat16 would be rounded twice.
         steps, new_state = solver.update(widen(updates), state, widen(params), **extra_args)
 
         def round_leaf(step: Any, number: Any, param: Any) -> Any:
-            if step is None or dtype_of(param) != jnp.bfloat16:
+            if step is None or get_dtype(param) != jnp.bfloat16:
                 return step
             old = jnp.asarray(param, jnp.float32)
             new = old + jnp.asarray(step, jnp.float32)
-            # Adding the difference arrives there: two numbers of 8 digits, and float32 has 24.
-            return jax_rounding.to_bfloat16(new, make_words(number, new_state[0].count, old.shape), multiplier) - old
+            # `old + (rounded - old)` is exact: both are numbers of 8 digits, and float32 has 24.
+            return to_bfloat16(new, compute_words(number, new_state[0].count, old.shape), multiplier) - old
 
-        return jax.tree.map(round_leaf, steps, _numbers(state[0][1]), params, is_leaf=lambda leaf: leaf is None), new_state
+        numbers = _number_leaves(state[0].mu_g)
+        return jax.tree.map(round_leaf, steps, numbers, params, is_leaf=lambda leaf: leaf is None), new_state
 
     return optax.GradientTransformationExtraArgs(solver.init, update)
 
 
-def _numbers(tree: Any) -> Any:
-    """The tree with each leaf's number in its place."""
+def _number_leaves(tree: Any) -> Any:
+    """Return the tree with each leaf replaced by its index."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, range(len(leaves)))

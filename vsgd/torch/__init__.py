@@ -14,52 +14,61 @@ from torch.optim.optimizer import ParamsT
 from vsgd import core
 from vsgd.torch.optimizer import RuleOptimizer
 from vsgd.torch.prior import prior_strength_from
+from vsgd.validation import document_options
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 
+_document = document_options(
+    params="tensors, named tensors or groups, as for every torch optimizer.",
+    weight_decay="decoupled weight decay, as in AdamW, applied before the step.",
+    foreach="run on lists of tensors; None: on CUDA.",
+    maximize="maximize the objective instead of minimizing it.",
+    capturable="keep step counts on the device, so that a CUDA graph can capture the step.",
+    differentiable="let autograd run through the step.",
+    fused=(
+        "run one kernel for all parameters, numba's on the CPU and Triton's on CUDA; None: on the CPU where numba is installed."
+    ),
+)
 
-def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The group options among a constructor's `locals()`."""
+
+def _select_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the group options among a constructor's `locals()`."""
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
 
 
+@_document
 class VSGD(RuleOptimizer):
     """Variational stochastic gradient descent (Chen et al., TMLR 2025, arXiv 2404.06549).
 
-    Each element of the gradient is a hidden quantity that a mini-batch shows with noise. Its posterior mean and variance are
-    filtered step by step, with both noise levels learned, and the step is E[g] / sqrt(E[g^2]).
+    VSGD models each gradient element as a hidden quantity that a mini-batch observes with noise. It filters the posterior mean
+    and variance of that quantity, learns both noise levels, and steps by E[g] / sqrt(E[g^2]).
 
-    State of each parameter: `step` (a 0-d tensor), `mu_g`, `b_g`, `b_ghat` (the parameter's shape and layout; float64 for
-    float64 parameters, else float32 or bfloat16, as `state_dtype` says).
+    The state of each parameter is `step` (a 0-d tensor), `mu_g`, `b_g` and `b_ghat` (of the parameter's shape and layout;
+    float64 for float64 parameters, else float32 or bfloat16, see `state_dtype`).
 
     Args:
-        params: tensors, named tensors or groups, as for every torch optimizer.
+        params: {params}
         lr: the paper's eta, the step size; the authors' default is 0.1.
-        variance_ratio: the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa1: how fast b_g forgets; its learning rate at step t is t ** -kappa1. In (0.5, 1].
-        kappa2: the same for b_ghat.
-        eps: added to the root of the second moment, in units of the gradient.
-        weight_decay: decoupled weight decay, as in AdamW, applied before the step.
-        foreach: run on lists of tensors; None: on CUDA.
-        maximize: maximize the objective instead of minimizing it.
-        capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
-        differentiable: whether autograd may run through the step.
-        fused: run one kernel for all parameters, numba's on the CPU, Triton's on CUDA; None: on the CPU where numba is
-            installed.
-        state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
-            float32. float64 and complex parameters keep state of their own precision.
-        stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
-        seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
-            element, so that a resumed run has the same.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
+        variance_ratio: {variance_ratio}
+        prior_strength: {prior_strength}
+        kappa1: {kappa1}
+        kappa2: {kappa2}
+        eps: {eps}
+        weight_decay: {weight_decay}
+        foreach: {foreach}
+        maximize: {maximize}
+        capturable: {capturable}
+        differentiable: {differentiable}
+        fused: {fused}
+        state_dtype: {state_dtype}
+        stochastic_rounding: {stochastic_rounding}
+        seed: {seed}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Raises:
         ValueError: a hyperparameter is out of its range.
-        RuntimeError: flags that exclude each other.
+        RuntimeError: two flags exclude each other.
         ImportError: `fused=True` without numba on the CPU, or without Triton on CUDA.
 
     Example:
@@ -76,7 +85,7 @@ class VSGD(RuleOptimizer):
         True
     """
 
-    _kind = core.VSGD
+    _plain_rule = core.VSGD
 
     def __init__(
         self,
@@ -100,45 +109,41 @@ class VSGD(RuleOptimizer):
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
     ) -> None:
-        super().__init__(params, _defaults(locals()))
+        super().__init__(params, _select_options(locals()))
 
 
+@_document
 class ConstantVSGD(RuleOptimizer):
-    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant): Adam's memory.
+    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), in Adam's memory.
 
     The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
     `beta1 = variance_ratio / (variance_ratio + 1)`.
 
-    State of each parameter: `step` (a 0-d tensor), `mu_g`, `b` (the parameter's shape and layout; float64 for float64
-    parameters, else float32 or bfloat16, as `state_dtype` says).
+    The state of each parameter is `step` (a 0-d tensor), `mu_g` and `b` (of the parameter's shape and layout; float64 for
+    float64 parameters, else float32 or bfloat16, see `state_dtype`).
 
     Args:
-        params: tensors, named tensors or groups, as for every torch optimizer.
+        params: {params}
         lr: the paper's eta, the step size.
-        variance_ratio: the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}).
-        prior_strength: the paper's gamma, in units of gradient^2: scale it with the square of the loss's scale.
-        kappa: how fast b forgets; its learning rate at step t is t ** -kappa. In (0.5, 1].
-        eps: added to the root of the second moment, in units of the gradient.
-        weight_decay: decoupled weight decay, as in AdamW, applied before the step.
-        foreach: run on lists of tensors; None: on CUDA.
-        maximize: maximize the objective instead of minimizing it.
-        capturable: whether a CUDA graph may capture the step; the step counts then live on the device.
-        differentiable: whether autograd may run through the step.
-        fused: run one kernel for all parameters, numba's on the CPU, Triton's on CUDA; None: on the CPU where numba is
-            installed.
-        state_dtype: "float32", or "bfloat16": half the state, rounded at random so that its mean is kept; the arithmetic stays
-            float32. float64 and complex parameters keep state of their own precision.
-        stochastic_rounding: round parameters in bfloat16 at random too, once a step, so that no small step or decay is lost.
-        seed: of the noise that both round with; a hash of it, the parameter's place among the optimizer's, the step and the
-            element, so that a resumed run has the same.
-        outlier_threshold: cut what differs from the predicted gradient by more than so many of its predicted standard
-            deviations, element by element; None: use every gradient as it is. See `vsgd.outliers`.
-        prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper. With 0.0,
-            `prior_strength` and `eps` can follow the loss's scale exactly: see `docs/tuning.md`.
+        variance_ratio: {constant_variance_ratio}
+        prior_strength: {prior_strength}
+        kappa: {kappa}
+        eps: {eps}
+        weight_decay: {weight_decay}
+        foreach: {foreach}
+        maximize: {maximize}
+        capturable: {capturable}
+        differentiable: {differentiable}
+        fused: {fused}
+        state_dtype: {state_dtype}
+        stochastic_rounding: {stochastic_rounding}
+        seed: {seed}
+        outlier_threshold: {outlier_threshold}
+        prior_shape: {prior_shape}
 
     Raises:
         ValueError: a hyperparameter is out of its range.
-        RuntimeError: flags that exclude each other.
+        RuntimeError: two flags exclude each other.
         ImportError: `fused=True` without numba on the CPU, or without Triton on CUDA.
 
     Example:
@@ -152,7 +157,7 @@ class ConstantVSGD(RuleOptimizer):
         ['b', 'mu_g', 'step']
     """
 
-    _kind = core.CONSTANT_VSGD
+    _plain_rule = core.CONSTANT_VSGD
 
     def __init__(
         self,
@@ -175,4 +180,4 @@ class ConstantVSGD(RuleOptimizer):
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
     ) -> None:
-        super().__init__(params, _defaults(locals()))
+        super().__init__(params, _select_options(locals()))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vsgd import core
-from vsgd.backends.torch.leaves import is_plain, state_dtype
+from vsgd.backends.torch.leaves import choose_state_dtype, is_plain
 
 
 class _Hidden:
@@ -146,7 +146,7 @@ def _state_like(param: Tensor, wanted: str, saved: Tensor) -> Tensor:
             f"state of a parameter of shape {tuple(param.shape)} is {is_so}, but the parameter is {must_be}: "
             "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
-    tensor = saved.to(device=param.device, dtype=state_dtype(param, wanted))
+    tensor = saved.to(device=param.device, dtype=choose_state_dtype(param, wanted))
     if is_plain(tensor) and tensor.stride() != param.stride():
         return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
     return tensor

@@ -1,8 +1,8 @@
-"""Watching a torch optimizer: see `vsgd.monitor`."""
+"""Watch a torch optimizer: see `vsgd.monitor`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,47 +10,47 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from vsgd import core
 from vsgd.monitor import Monitor
-from vsgd.monitor.summaries import Arrays, Block, digest, summarize
+from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, summarize
 from vsgd.torch.optimizer import RuleOptimizer
-from vsgd.torch.posterior import scales_of
+from vsgd.torch.posterior import Stepped
+from vsgd.validation import validate_numbers
 
 __all__ = ["watch"]
 
-# Small tensors are looked at together, up to so many elements, for a look's temporary memory is several times theirs.
+# Small tensors are joined up to this many elements, for a look's temporary memory is several times theirs.
 _BLOCK = 2**22
 
 
-def _take(values: Tensor, places: Any) -> Tensor:
-    return values[torch.from_numpy(places).to(values.device)]
+def _take(values: Tensor, indices: Any) -> Tensor:
+    return values[torch.from_numpy(indices).to(values.device)]
 
 
-_ARRAYS = Arrays(torch.sum, lambda table, sizes: table.split(sizes, dim=1), torch.stack, torch.cat, _take)
+_OPS = MonitorOps(torch.sum, lambda table, sizes: table.split(sizes, dim=1), torch.stack, torch.cat, _take)
 
 
 def watch(
     optimizer: Any, monitor: Monitor, named_parameters: Iterable[tuple[str, Tensor]] = (), *, batch_size: float = 1
 ) -> RemovableHandle:
-    """Look at an optimizer, before every so manieth of its steps.
+    """Look at an optimizer before every `monitor.every` steps.
 
-    What is seen is the state after the steps taken, and the surprise of the gradients that the next step is about to take;
-    with a closure these are not known yet, and the surprise is of what is in `param.grad`. Between two looks a step costs one
-    comparison more, and no device is waited for. A look reads back once for each device, group and dtype. Sharded tensors are
-    gathered: all processes must watch. A step in a CUDA graph calls no hooks.
+    A look reports the state after the steps so far, and the surprise of the gradients that the next step will take. With a
+    closure these gradients are not computed yet, so the surprise is that of `param.grad`. Between two looks a step costs one
+    comparison more, and waits for no device. A look reads back once per device, group and dtype. It gathers sharded tensors:
+    all processes must watch. A step in a CUDA graph calls no hooks.
 
-    The hook is in no checkpoint and no copy of the optimizer. Steps are counted on from those that the state has when watching
-    begins: load a checkpoint before.
+    The hook is part of no checkpoint and no copy of the optimizer. Steps are counted from the optimizer's state when watching
+    begins: load a checkpoint before you watch.
 
     Args:
-        optimizer: `vsgd.torch.VSGD` or `ConstantVSGD`.
-        monitor: says when to look and writes what is seen.
-        named_parameters: names for the parameters; others are called by their place in the optimizer.
-        batch_size: how many examples a gradient is the mean of, in all processes and accumulated steps together; at 1 the
+        optimizer: a `vsgd.torch.VSGD` or `ConstantVSGD`.
+        monitor: it decides when to look, and writes.
+        named_parameters: names of the parameters; the default is the optimizer's names, else the parameters' indices.
+        batch_size: the number of examples that a gradient averages, over all processes and accumulated steps; with 1 the
             noise scale counts batches.
 
     Returns:
-        A handle: `remove()` ends it, and so does the end of a `with` block.
+        A handle: `remove()` ends watching, and so does the end of a `with` block.
 
     Raises:
         TypeError: the optimizer is of another class.
@@ -71,76 +71,67 @@ def watch(
     """
     if not isinstance(optimizer, RuleOptimizer):
         raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
-    core.validate(batch_size=batch_size)
+    validate_numbers(batch_size=batch_size)
     names = {param: name for name, param in named_parameters}
 
-    def look(block: Block, places: Any) -> Any:
-        return digest(block, places, _ARRAYS, batch_size).cpu().numpy()
+    def fetch_digest(block: Block, indices: Any) -> Any:
+        return compute_digest(block, indices, _OPS, batch_size).cpu().numpy()
 
     step = max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def look_if_due(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal step
-        if monitor.due(step) and (blocks := list(_blocks(optimizer, names))):
-            monitor.record(summarize(step, blocks, look, batch_size))
+        if monitor.due(step) and (blocks := list(_iterate_blocks(optimizer, names))):
+            monitor.record(summarize(step, blocks, fetch_digest, batch_size))
         step += 1
 
-    return optimizer.register_step_pre_hook(before_step)
+    return optimizer.register_step_pre_hook(look_if_due)
 
 
 @torch.no_grad()
-def _blocks(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Block]:
-    """The state and gradients of all parameters that were stepped."""
-    parts: dict[Any, list[tuple[str, Tensor]]] = {}
-    place = 0
-    for number, group in enumerate(optimizer.param_groups):
-        for param in group["params"]:
-            state = optimizer.state.get(param)
-            if state and param.numel():
-                key = (number, param.device, state["mu_g"].dtype, None if param.grad is None else param.grad.dtype)
-                parts.setdefault(key, []).append((names.get(param, str(place)), param))
-            place += 1
-    for (number, *_), members in parts.items():
+def _iterate_blocks(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Block]:
+    """Yield the state and gradients of all parameters that have been stepped."""
+    kinds: dict[Any, list[Stepped]] = {}
+    for stepped in optimizer._iterate_stepped():
+        param = stepped.param
+        if param.numel():
+            dtypes = optimizer.state[param]["mu_g"].dtype, None if param.grad is None else param.grad.dtype
+            kinds.setdefault((stepped.group_index, param.device, *dtypes), []).append(stepped)
+    for members in kinds.values():
         for some in _cut(members):
-            yield _block(optimizer, optimizer.param_groups[number], some)
+            yield _make_block(optimizer, some, [names.get(each.param, str(each.name)) for each in some])
 
 
-def _cut(members: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """In parts of no more than `_BLOCK` elements, or of one tensor."""
-    some: list[tuple[str, Tensor]] = []
+def _cut(members: Sequence[Stepped]) -> Iterator[list[Stepped]]:
+    """Yield lists of one tensor, or of tensors with at most `_BLOCK` elements together."""
+    some: list[Stepped] = []
     count = 0
     for member in members:
-        if some and count + member[1].numel() > _BLOCK:
+        if some and count + member.param.numel() > _BLOCK:
             yield some
             some, count = [], 0
         some.append(member)
-        count += member[1].numel()
+        count += member.param.numel()
     yield some
 
 
-def _block(optimizer: Any, group: dict[str, Any], members: list[tuple[str, Tensor]]) -> Block:
-    rule = optimizer._kind
-    params = [param for _, param in members]
-    states = [optimizer.state[param] for param in params]
-    arrays = tuple(_flat([state[name] for state in states]) for name in rule.state_names)
+def _make_block(optimizer: Any, members: Sequence[Stepped], names: Sequence[str]) -> Block:
+    params, group = [member.param for member in members], members[0].group
     grads = [param.grad for param in params if param.grad is not None]
-    flat = _flat(grads) if grads else None
+    flat = _flatten(grads) if grads else None
     return Block(
-        names=[name for name, _ in members],
+        names=names,
         sizes=tuple(param.numel() * (2 if param.is_complex() else 1) for param in params),
-        state=arrays,
-        scales=scales_of(rule, group),
+        state=tuple(_flatten([optimizer.state[param][name] for param in params]) for name in optimizer._plain_rule.state_names),
+        scales=optimizer._compute_scales(group),
         grads=-flat if flat is not None and group["maximize"] else flat,
     )
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
-    """One vector of real numbers; sharded tensors gathered."""
-    joined = torch.cat([_whole(tensor).reshape(-1) for tensor in tensors])
+def _flatten(tensors: Sequence[Any]) -> Tensor:
+    """Return one vector of real numbers; sharded tensors are gathered."""
+    whole = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors]
+    joined = torch.cat([tensor.reshape(-1) for tensor in whole])
     real = torch.view_as_real(joined).reshape(-1) if joined.is_complex() else joined
     return real.to(torch.promote_types(real.dtype, torch.float32))
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor if type(tensor) is Tensor or not hasattr(tensor, "full_tensor") else tensor.full_tensor()

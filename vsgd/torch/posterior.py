@@ -4,99 +4,139 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch.dispatch import hyperparameters
-from vsgd.posterior import NoiseScale, NoiseScales, Posterior, noise_scale, posterior, surprise
+from vsgd.outliers import choose_rule
+from vsgd.posterior import (
+    NoiseScale,
+    NoiseScales,
+    Posterior,
+    compute_posterior,
+    compute_surprise,
+    estimate_noise_scale,
+)
+from vsgd.validation import validate_numbers
 
-Groups = Sequence[dict[str, Any]]
-States = Mapping[Tensor, dict[str, Tensor]]
 
+class Stepped(NamedTuple):
+    """A parameter that has been stepped.
 
-def posterior_of(rule: core.Rule, groups: Groups, states: States, param: Tensor) -> Posterior:
-    """The posterior of one parameter's gradient.
-
-    Raises:
-        ValueError: the parameter is in no group, or has no state yet.
+    Attributes:
+        name: its name where the optimizer was given named parameters, else its index as in `state_dict()`.
+        param: the parameter.
+        group: the options of its group.
+        group_index: the index of its group.
     """
-    group = next((group for group in groups if any(param is each for each in group["params"])), None)
-    if group is None:
-        raise ValueError(f"param of shape {tuple(param.shape)} is no parameter of this optimizer, but must be one")
-    if not states.get(param):
-        raise ValueError(f"param of shape {tuple(param.shape)} has no state yet, but must have been stepped with a gradient")
-    known = _real_posterior(rule, group, states[param])
-    # A copy, for the next step overwrites the state.
-    known = known._replace(mean=known.mean.clone())
-    return Posterior(*map(torch.view_as_complex, known)) if param.is_complex() else known
+
+    name: str | int
+    param: Tensor
+    group: dict[str, Any]
+    group_index: int
 
 
-def noise_scales(rule: core.Rule, groups: Groups, states: States, batch_size: float) -> NoiseScales:
-    """The noise scales of all parameters that have state.
+class PosteriorMixin:
+    """The methods that report what an optimizer's state says about the gradients."""
 
-    Raises:
-        ValueError: `batch_size` is out of its range, or no parameter has state.
-    """
-    core.validate(batch_size=batch_size)
-    tensors = {
-        param: noise_scale(_real_posterior(rule, group, state), batch_size, sum_of_shards)
-        for group, param, state in _stepped(groups, states)
-    }
-    if not tensors:
-        raise ValueError("the optimizer has no state yet, but must have taken a step with a gradient")
-    device = next(iter(tensors.values())).trace.device
-    overall = functools.reduce(operator.add, (NoiseScale(*(part.to(device) for part in each)) for each in tensors.values()))
-    return NoiseScales(overall, tensors)
+    _plain_rule: ClassVar[core.Rule]
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def posterior(self, param: Tensor) -> Posterior:
+        """Return the posterior of a parameter's gradient: the uncertainty of the gradient, not of the weights.
+
+        Args:
+            param: a parameter of this optimizer that has been stepped.
+
+        Returns:
+            Copies of the parameter's shape, on its device, float64 for float64 parameters, else float32.
+
+        Raises:
+            ValueError: the parameter is not the optimizer's, or has no state yet.
+        """
+        group = next((group for group in self.param_groups if any(param is each for each in group["params"])), None)
+        if group is None:
+            raise ValueError(f"param of shape {tuple(param.shape)} is no parameter of this optimizer, but must be one")
+        if not self.state.get(param):
+            raise ValueError(
+                f"param of shape {tuple(param.shape)} has no state yet, but must have been stepped with a gradient"
+            )
+        posterior = compute_posterior(self._get_real_state(param), self._compute_scales(group))
+        # A copy, for the next step overwrites the state.
+        posterior = posterior._replace(mean=posterior.mean.clone())
+        return Posterior(*map(torch.view_as_complex, posterior)) if param.is_complex() else posterior
+
+    def noise_scale(self, *, batch_size: float) -> NoiseScales:
+        """Estimate the gradient noise scale (arXiv 1812.06162) of all parameters that have been stepped.
+
+        See `vsgd.posterior.estimate_noise_scale`. No value is read back from a device, but sharded tensors are summed over all
+        processes: every process must call this method.
+
+        Args:
+            batch_size: the number of examples that a gradient averages, over all processes and accumulated steps.
+
+        Returns:
+            0-d tensors: the estimate overall and, in `tensors`, a dict by the parameter's name where the optimizer was given
+            named parameters, else by its index as in `state_dict()`.
+
+        Raises:
+            ValueError: `batch_size` is out of its range, or no parameter has been stepped.
+        """
+        validate_numbers(batch_size=batch_size)
+        tensors: dict[str | int, NoiseScale] = {}
+        for stepped in self._iterate_stepped():
+            posterior = compute_posterior(self._get_real_state(stepped.param), self._compute_scales(stepped.group))
+            tensors[stepped.name] = estimate_noise_scale(posterior, batch_size, sum_shards)
+        if not tensors:
+            raise ValueError("the optimizer has no state yet, but must have taken a step with a gradient")
+        device = next(iter(tensors.values())).trace.device
+        on_device = (NoiseScale(scale.trace.to(device), scale.squared_norm.to(device)) for scale in tensors.values())
+        return NoiseScales(functools.reduce(operator.add, on_device), tensors)
+
+    def surprise(self) -> dict[str | int, Tensor]:
+        """Return how unexpected the gradients of the next step are, averaged over each parameter: see `vsgd.posterior`.
+
+        Returns:
+            For each parameter with a gradient and state the mean of its squared standardized innovations, a 0-d tensor, near 1
+            where the model fits and large at a spike of the loss. Keys are as in `noise_scale`.
+        """
+        surprises: dict[str | int, Tensor] = {}
+        for name, param, group, _ in self._iterate_stepped():
+            if param.grad is not None:
+                grad = view_as_real(-param.grad if group["maximize"] else param.grad)
+                squares = compute_surprise(grad, self._get_real_state(param), self._compute_scales(group))
+                surprises[name] = sum_shards(squares) / (param.numel() * (2 if param.is_complex() else 1))
+        return surprises
+
+    def _iterate_stepped(self) -> Iterator[Stepped]:
+        first = 0
+        for group_index, group in enumerate(self.param_groups):
+            names = group.get("param_names", range(first, first + len(group["params"])))
+            for name, param in zip(names, group["params"], strict=True):
+                if self.state.get(param):
+                    yield Stepped(name, param, group, group_index)
+            first += len(group["params"])
+
+    def _compute_scales(self, group: dict[str, Any]) -> tuple[Any, Any]:
+        rule = choose_rule(self._plain_rule, group["outlier_threshold"])
+        return rule.variance_scales(rule.select_hyperparameters(group))
+
+    def _get_real_state(self, param: Tensor) -> tuple[Tensor, ...]:
+        return tuple(view_as_real(self.state[param][name]) for name in self._plain_rule.state_names)
 
 
-def surprises(rule: core.Rule, groups: Groups, states: States) -> dict[Tensor, Tensor]:
-    """The mean surprise of each parameter that has state and a gradient."""
-    return {
-        param: sum_of_shards(surprise(_gradient(group, param), _real_state(rule, state), scales_of(rule, group)))
-        / _count(param)
-        for group, param, state in _stepped(groups, states)
-        if param.grad is not None
-    }
-
-
-def _stepped(groups: Groups, states: States) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
-    return ((group, param, states[param]) for group in groups for param in group["params"] if states.get(param))
-
-
-def _real_posterior(rule: core.Rule, group: dict[str, Any], state: dict[str, Tensor]) -> Posterior:
-    return posterior(_real_state(rule, state), scales_of(rule, group))
-
-
-def scales_of(rule: core.Rule, group: dict[str, Any]) -> tuple[Any, Any]:
-    """`rule.variance_scales` of a group's hyperparameters."""
-    return rule.variance_scales(hyperparameters(rule, group))
-
-
-def _real_state(rule: core.Rule, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(_real(state[name]) for name in rule.state_names)
-
-
-def _real(tensor: Tensor) -> Tensor:
+def view_as_real(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or float64, with a complex number as two real ones."""
     tensor = tensor.detach()
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return real.to(torch.promote_types(real.dtype, torch.float32))
 
 
-def _gradient(group: dict[str, Any], param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    return _real(-grad if group["maximize"] else grad)
-
-
-def _count(param: Tensor) -> int:
-    return param.numel() * (2 if param.is_complex() else 1)
-
-
-def sum_of_shards(values: Tensor) -> Tensor:
-    """The sum of a tensor's elements, over all shards where there are shards; 0-d, on every process."""
+def sum_shards(values: Tensor) -> Tensor:
+    """Return the sum of a tensor's elements over all of its shards, 0-d, on every process."""
     total: Any = values.sum()
     return total.full_tensor() if hasattr(total, "full_tensor") else total

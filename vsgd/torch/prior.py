@@ -9,32 +9,34 @@ import torch
 from torch import Tensor
 
 from vsgd import prior
-from vsgd.torch.posterior import sum_of_shards
+from vsgd.torch.posterior import sum_shards
+from vsgd.validation import document_options
 
 Gradients = Iterable[Tensor | None] | Mapping[Any, Tensor | None]
 
 
+@document_options()
 def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> float:
-    """A `prior_strength` in the units of a model's gradients, to be taken before training: see `docs/tuning.md`.
+    """Compute a `prior_strength` in the units of a model's gradients, before training: see `docs/tuning.md`.
 
-    It is `5e-5 * scale` times the mean of the squares of all elements, over all parameters and mini-batches together. So the
-    first steps expect a variance of about `scale` times what a squared gradient is.
+    The result is `5e-5 * scale` times the mean square of all gradient elements, over all parameters and mini-batches. Pass the
+    gradients that the optimizer will see: those of the training loss, unscaled.
 
-    The mini-batches are taken one after the other: a generator need not hold the gradients of more than one. It must, where
-    gradients are accumulated or zeroed in place, as `param.grad` may be. Gradients are to be those that the optimizer will see,
-    of the loss that is trained on, unscaled. Sharded ones are summed over all processes: every process must call it.
+    The mini-batches are taken one after the other. A generator may free the gradients of one before it computes the next; it
+    must do so if gradients are accumulated or zeroed in place, as `param.grad` may be. Sharded gradients are summed over all
+    processes: every process must call this function.
 
     Args:
-        gradients: for each of a few mini-batches, 10 are advised, the gradients of the parameters: what `torch.autograd.grad`
-            returns, `[param.grad for param in model.parameters()]`, or a dict. None is left out.
-        scale: the variance to start with, over the mean squared gradient. Larger starts slower, far smaller is unsafe.
+        gradients: for each of a few mini-batches, about 10, the gradients of the parameters: the result of
+            `torch.autograd.grad`, `[param.grad for param in model.parameters()]`, or a dict. None is skipped.
+        scale: {scale}
 
     Returns:
-        A number for `VSGD` or `ConstantVSGD`.
+        A number for `prior_strength`.
 
     Raises:
-        ValueError: `scale` is out of its range; there are no gradients, all are zero, one is not finite or none of numbers; or
-            they are so small or large that what would be returned is no prior strength.
+        ValueError: `scale` is out of its range; the gradients are missing, all zero, not finite or not of numbers; or the
+            result is not a valid prior strength.
 
     Example:
         >>> import torch
@@ -47,10 +49,12 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
         ...         yield torch.autograd.grad(loss, list(model.parameters()))
         >>> optimizer = VSGD(model.parameters(), prior_strength=prior_strength_from(gradients()))
     """
-    return prior.prior_strength_from(gradients, scale, prior.of_list(_leaf), lambda sizes: sum_of_shards(sizes).item())
+    return prior.prior_strength_from(
+        gradients, scale, prior.iterate_lists(_make_leaf), lambda magnitudes: sum_shards(magnitudes).item()
+    )
 
 
-def _leaf(name: str, grad: Any) -> prior.Leaf:
+def _make_leaf(name: str, grad: Any) -> prior.Leaf:
     if not isinstance(grad, Tensor) or grad.layout != torch.strided:
         kind = f"a tensor of layout {grad.layout}" if isinstance(grad, Tensor) else type(grad).__name__
         raise ValueError(f"{name} is {kind}, but must be a dense tensor")

@@ -1,239 +1,235 @@
-"""Which engine runs what: as the options of a group ask, else the fastest there is."""
+"""Dispatch of leaves to engines: each leaf goes to the first engine that the options allow and that accepts the leaf."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _to_scalar
 
-from vsgd import core
-from vsgd.backends.torch import foreach, loop, rounding
-from vsgd.backends.torch.leaves import Leaf, block_size, blocks, is_plain
+from vsgd import rounding
+from vsgd.backends.torch.foreach import Foreach
+from vsgd.backends.torch.leaves import Engine, Leaf, StepOptions, make_leaf
+from vsgd.backends.torch.loop import Loop
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
-class Fused(NamedTuple):
+class FusedEngine(NamedTuple):
     """Where a device's fused engine is, and what it needs.
 
     Attributes:
-        module: its module, in `vsgd.backends`.
-        package: the package that must be there.
-        missing: what to say where it is not.
-        batches: whether the engine steps batches, which may be planned, or leaves.
+        module: its module in `vsgd.backends.torch`.
+        name: its class.
+        package: the package that it imports.
+        missing: the error message where the package is missing.
+        on_device: whether it can step with counts that are tensors.
     """
 
     module: str
+    name: str
     package: str
     missing: str
-    batches: bool
+    on_device: bool
 
 
-#: By type of device.
+#: The fused engine of each type of device.
 FUSED = {
-    "cpu": Fused("fused_cpu", "numba", "fused=True needs numba: pip install 'vsgd[fused]'", batches=True),
-    "cuda": Fused("fused_cuda", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", batches=False),
+    "cpu": FusedEngine("fused_cpu", "FusedCpu", "numba", "fused=True needs numba: pip install 'vsgd[fused]'", on_device=False),
+    "cuda": FusedEngine(
+        "fused_cuda", "FusedCuda", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", on_device=True
+    ),
 }
+_FOREACH, _LOOP = Foreach(), Loop()
 
 
-def check_installed(devices: Iterable[str]) -> None:
-    """Check that the fused engines of these devices can be had.
+def check_fused(device_types: Iterable[str]) -> None:
+    """Check that the packages of these devices' fused engines are installed.
 
     Raises:
-        ImportError: the package of one is missing.
+        ImportError: one is missing.
     """
-    for engine in (FUSED[device] for device in set(devices) & FUSED.keys()):
+    for engine in (FUSED[device_type] for device_type in set(device_types) & FUSED.keys()):
         if importlib.util.find_spec(engine.package) is None:
             raise ImportError(engine.missing)
 
 
-#: The options of a group that say how a step is taken.
-FLAGS = {"foreach": None, "maximize": False, "capturable": False, "differentiable": False, "fused": None}
+def load_fused(device_type: str, required: bool) -> Engine | None:
+    """Return the fused engine of a type of device, or None where it cannot be imported.
 
+    Args:
+        device_type: a key of `FUSED`.
+        required: whether to raise an error instead of returning None.
 
-def may_fuse(group: dict[str, Any]) -> bool:
-    """Whether the fused engine is wanted, and no other way prescribed."""
-    wanted = group["fused"] or (HAS_NUMBA and _is_automatic(group))
-    return wanted and not (group["capturable"] or group["differentiable"])
-
-
-def fused_engine(group: dict[str, Any], device: str, *, batches: bool) -> ModuleType | None:
-    """The fused engine of a type of device, where it is wanted and can be had, and steps batches or leaves, as is asked."""
-    automatic = device == "cpu" and HAS_NUMBA and _is_automatic(group)
-    if device not in FUSED or FUSED[device].batches != batches or not (group["fused"] or automatic):
-        return None
-    engine = _import_fused(device)
-    if isinstance(engine, ModuleType):
+    Raises:
+        ImportError: the engine is required and cannot be imported.
+    """
+    engine = _import_fused(device_type)
+    if not isinstance(engine, ImportError):
         return engine
-    if group["fused"]:
-        check_installed([device])
+    if required:
+        check_fused([device_type])
         raise ImportError(f"the engine of fused=True cannot be imported: {engine}") from engine
     return None
 
 
 @functools.cache
-def _import_fused(device: str) -> ModuleType | ImportError:
-    # At the first use, and not above: importing numba takes half a second.
+def _import_fused(device_type: str) -> Any:
+    # At the first use: importing numba takes half a second.
+    entry = FUSED[device_type]
     try:
-        return importlib.import_module(f"vsgd.backends.torch.{FUSED[device].module}")
+        return getattr(importlib.import_module(f"vsgd.backends.torch.{entry.module}"), entry.name)()
     except ImportError as error:
         return error
 
 
-def _engine(group: dict[str, Any], leaf: Leaf) -> Callable[..., None]:
-    fused = fused_engine(group, leaf.param.device.type, batches=False)
-    if fused is not None and fused.accepts(leaf):
-        return fused.step
-    return foreach.step if _wants_foreach(group, [leaf]) else loop.step_in_blocks
+def wants_fused(options: StepOptions, device_type: str) -> bool:
+    """Return whether the options allow the fused engine of this type of device."""
+    if device_type not in FUSED or torch.compiler.is_compiling():
+        return False
+    if options.on_device and not FUSED[device_type].on_device:
+        return False
+    automatic = device_type == "cpu" and HAS_NUMBA and options.foreach is None and options.fused is None
+    return bool(options.fused) or automatic
 
 
-def _wants_foreach(group: dict[str, Any], leaves: Iterable[Leaf]) -> bool:
-    if _is_automatic(group):
-        return not group["differentiable"] and all(leaf.param.is_cuda and is_plain(leaf.param) for leaf in leaves)
-    return bool(group["foreach"])
+def list_engines(options: StepOptions, device_types: Iterable[str]) -> list[Engine]:
+    """Return the engines that the options allow, in order of preference; the last one accepts every leaf."""
+    wanted = [device_type for device_type in device_types if wants_fused(options, device_type)]
+    fused = [load_fused(device_type, required=bool(options.fused)) for device_type in wanted]
+    automatic = options.foreach is None and options.fused is None and not options.differentiable
+    return [*(engine for engine in fused if engine is not None), *([_FOREACH] if options.foreach or automatic else []), _LOOP]
 
 
-def _is_automatic(group: dict[str, Any]) -> bool:
-    return group["foreach"] is None and group["fused"] is None
+def assign_leaves(leaves: Sequence[Leaf], options: StepOptions) -> list[tuple[Engine, list[int]]]:
+    """Return the engines that step these leaves, each with the indices of its leaves."""
+    assigned: list[tuple[Engine, list[int]]] = []
+    remaining = list(range(len(leaves)))
+    for engine in list_engines(options, sorted({leaf.param.device.type for leaf in leaves})):
+        accepted = [index for index in remaining if engine.accepts(leaves[index], options)]
+        if accepted:
+            assigned.append((engine, accepted))
+            taken = set(accepted)
+            remaining = [index for index in remaining if index not in taken]
+    return assigned
 
 
-def number(value: float | Tensor) -> float:
-    """A hyperparameter as a Python number."""
-    return value.detach().item() if isinstance(value, Tensor) else value
-
-
-def hyperparameters(rule: core.Rule, group: dict[str, Any]) -> Any:
-    """The rule's hyperparameters, of those that a group holds."""
-    return rule.hyperparameters(*(group[name] for name in rule.hyperparameters._fields))
-
-
-def hyperparameter_numbers(rule: core.Rule, group: dict[str, Any]) -> Any:
-    """The same as Python numbers, also where the group holds tensors."""
-    return rule.hyperparameters(*map(number, hyperparameters(rule, group)))
-
-
-def step_batch(rule: core.Rule, group: dict[str, Any], batch: Any) -> None:
-    """One step of a batch of the fused engine."""
-    batch.step(rule, *_numbers(rule, group), maximize=group["maximize"])
-
-
-def _numbers(rule: core.Rule, group: dict[str, Any]) -> tuple[Any, float, float]:
-    """The rule's hyperparameters, step size and decay."""
-    lr = number(group["lr"])
-    return hyperparameter_numbers(rule, group), lr, 1 - lr * number(group["weight_decay"])
-
-
-def split_for_batches(
-    group: dict[str, Any], leaves: Sequence[Leaf], steps: Sequence[Tensor]
-) -> tuple[ModuleType | None, list[tuple[Leaf, Tensor]], tuple[list[Leaf], list[Tensor]]]:
-    """The fused engine that steps batches, the leaves that it takes, with their counts, and leaves and counts that are left."""
-    fused = fused_engine(group, "cpu", batches=True) if any(leaf.param.is_cpu for leaf in leaves) else None
-    taken: list[tuple[Leaf, Tensor]] = []
-    left: tuple[list[Leaf], list[Tensor]] = ([], [])
-    for leaf, step in zip(leaves, steps, strict=True):
-        if fused is not None and fused.accepts(leaf, step):
-            taken.append((leaf, step))
-        else:
-            left[0].append(leaf)
-            left[1].append(step)
-    return fused, taken, left
-
-
-def step_at(rule: core.Rule, hyper: Any, leaves: Sequence[Leaf], count: float, lr: float, weight_decay: float) -> None:
-    """One step, in place, on leaves that share their count, each by the fastest engine that takes it.
+def step_leaves(leaves: Sequence[Leaf], count: float, options: StepOptions) -> None:
+    """Take one step, in place, of leaves that share their step count.
 
     Args:
-        rule: the variant to run.
-        hyper: its hyperparameters.
-        leaves: parameters.
-        count: which step this is, 1 at the first.
-        lr: step size.
-        weight_decay: of all of them, times the step size.
+        leaves: the leaves.
+        count: which step this is, 1 for the first.
+        options: the step's options.
     """
-    group = {**FLAGS, **hyper._asdict(), "lr": lr, "weight_decay": weight_decay}
-    steps = torch.full((len(leaves),), count - 1, dtype=torch.float64, device="cpu").unbind()
-    fused, taken, left = split_for_batches(group, leaves, steps)
-    if fused is not None and taken:
-        step_batch(rule, group, fused.Batch(*zip(*taken, strict=True)))
-    step_by_numbers(rule, group, *left)
+    for engine, indices in assign_leaves(leaves, options):
+        engine.step([leaves[index] for index in indices], count, options)
 
 
-def step_by_numbers(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
-    """Coefficients as numbers, computed once for all parameters of equal step count."""
-    if not leaves:
-        return
-    torch._foreach_add_(steps, 1)
-    hyper, lr, decay = _numbers(rule, group)
-    kinds: dict[tuple[float, Callable[..., None], torch.device], list[Leaf]] = {}
-    for leaf, step in zip(leaves, steps, strict=True):
-        kinds.setdefault((step.item(), _engine(group, leaf), leaf.param.device), []).append(_at(leaf, step.item()))
-    for (count, engine, _), batch in kinds.items():
-        coefficients = rule.coefficients(count, hyper)
-        engine(rule, batch, coefficients, lr, decay, maximize=group["maximize"])
+class Collected(NamedTuple):
+    """The parameters of a group that have a gradient, in the order of the group.
+
+    Attributes:
+        params: the parameters.
+        grads: their gradients.
+        counts: their step counts, before this step.
+        states: one list for each name of `rule.state_names`, with the state array of each parameter.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    counts: list[Tensor]
+    states: list[list[Tensor]]
 
 
-def step_by_tensors(rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]) -> None:
-    """Coefficients as 0-d tensors beside the parameters: no value is read back to the host."""
-    torch._foreach_add_(steps, 1)
-    hyper = hyperparameters(rule, group)
-    lr = _to_scalar(group["lr"])
-    if group["fused"] and not torch.compiler.is_compiling():
-        leaves, steps = _step_fused(rule, group, leaves, steps)
-    # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-    leaves = [_at(leaf, step) for leaf, step in zip(leaves, steps, strict=True)]
-    steps = [step.to(leaf.dtype) for step, leaf in zip(steps, leaves, strict=True)]
-    if leaves and _wants_foreach(group, leaves):
-        coefficients = rule.coefficients(foreach.TensorList(steps), hyper)
-        if isinstance(lr, Tensor):
-            lr = foreach.TensorList([lr] * len(leaves))
-        decay = 1 - lr * group["weight_decay"]
-        foreach.step(rule, leaves, coefficients, lr, decay, maximize=group["maximize"])
-        return
-    decay = 1 - lr * group["weight_decay"]
-    whole = torch.compiler.is_compiling() or group["differentiable"]
-    for leaf, step in zip(leaves, steps, strict=True):
-        coefficients = rule.coefficients(step, hyper)
-        if torch.compiler.is_compiling() and leaf.param.is_cpu:
-            coefficients = type(coefficients)(*map(_in_memory, coefficients))
-        parts = [leaf] if whole else blocks(leaf, block_size(leaf))
-        loop.step(rule, parts, coefficients, lr, decay, maximize=group["maximize"])
+class _Planned(NamedTuple):
+    plan: Any
+    rounding: tuple[bool, int]  # the options that decide the leaves' noise
 
 
-def _step_fused(
-    rule: core.Rule, group: dict[str, Any], leaves: list[Leaf], steps: list[Tensor]
-) -> tuple[list[Leaf], list[Tensor]]:
-    """Step the leaves that a fused engine takes, on each device; the others are returned."""
-    kinds: dict[tuple[ModuleType, torch.device], list[tuple[Leaf, Tensor]]] = {}
-    rest: list[tuple[Leaf, Tensor]] = []
-    for leaf, step in zip(leaves, steps, strict=True):
-        engine = fused_engine(group, leaf.param.device.type, batches=False)
-        if engine is not None and engine.accepts(leaf):
-            kinds.setdefault((engine, leaf.param.device), []).append((leaf, step))
-        else:
-            rest.append((leaf, step))
-    lr = _to_scalar(group["lr"])
-    decay = 1 - lr * group["weight_decay"]
-    for (engine, _), pairs in kinds.items():
-        # In float64, as numbers are: of the kernel's scalars each is rounded once.
-        counts = torch.stack([step for _, step in pairs]).double()
-        coefficients = rule.coefficients(counts, hyperparameters(rule, group))
-        batch = rounding.leaves_at([leaf for leaf, _ in pairs], counts)
-        engine.step(rule, batch, coefficients, lr, decay, maximize=group["maximize"])
-    return [leaf for leaf, _ in rest], [step for _, step in rest]
+class Stepper:
+    """Steps the parameter groups of one optimizer, and plans the next fused steps.
+
+    Args:
+        state_names: the names of a parameter's state arrays.
+    """
+
+    def __init__(self, state_names: Sequence[str]) -> None:
+        self._state_names = state_names
+        self._planned: dict[int, _Planned] = {}
+
+    def exclude_planned(
+        self, index: int, group: dict[str, Any], options: StepOptions, state: Mapping[Any, Any]
+    ) -> dict[str, Any]:
+        """Return the group without the parameters that its plan will step, if the plan is still valid.
+
+        Args:
+            index: the group's index in the optimizer.
+            group: the group.
+            options: its options.
+            state: the optimizer's state.
+        """
+        planned = self._planned.get(index)
+        if planned is None:
+            return group
+        if (
+            planned.rounding == (group["stochastic_rounding"], group["seed"])
+            and wants_fused(options, "cpu")
+            and planned.plan.renew(group["params"], state)
+        ):
+            return {**group, "params": planned.plan.others}
+        del self._planned[index]
+        return group
+
+    def step(self, index: int, groups: Sequence[Mapping[str, Any]], options: StepOptions, collected: Collected) -> None:
+        """Take one step of a group's parameters, in place.
+
+        Args:
+            index: the group's index.
+            groups: all groups of the optimizer.
+            options: the options of this group.
+            collected: the parameters to step; those in a valid plan are stepped in addition.
+        """
+        # A compiled step has collected the parameters of an earlier plan too.
+        planned = None if options.on_device else self._planned.get(index)
+        if planned is not None:
+            planned.plan.step(options)
+        if not collected.params:
+            return
+        group = groups[index]
+        keys = _make_base_keys(index, groups, collected.params)
+        leaves = [
+            make_leaf(param, grad, tuple(state), key, group["stochastic_rounding"])
+            for param, grad, key, *state in zip(collected.params, collected.grads, keys, *collected.states, strict=True)
+        ]
+        counts = collected.counts
+        torch._foreach_add_(counts, 1)
+        for engine, indices in assign_leaves(leaves, options):
+            if options.on_device:
+                engine.step([leaves[i] for i in indices], [counts[i] for i in indices], options)
+                continue
+            by_count: dict[float, list[Leaf]] = {}
+            for i in indices:
+                by_count.setdefault(counts[i].item(), []).append(leaves[i])
+            for count, members in by_count.items():
+                engine.step(members, count, options)
+            own = [i for i in indices if leaves[i].param is collected.params[i]]
+            # Next to a plan, these parameters are more than the last step had: the next step plans all of them together.
+            if own and hasattr(engine, "make_plan") and self._planned.pop(index, None) is None:
+                plan = engine.make_plan(group["params"], [leaves[i] for i in own], [counts[i] for i in own], self._state_names)
+                if plan is not None:
+                    self._planned[index] = _Planned(plan, (group["stochastic_rounding"], group["seed"]))
 
 
-def _at(leaf: Leaf, step: float | Tensor) -> Leaf:
-    """The leaf with the noise of a step."""
-    return leaf if leaf.noise is None else leaf._replace(noise=rounding.noise_at(leaf.noise, step))
-
-
-def _in_memory(value: float | Tensor) -> float | Tensor:
-    """The same number, which the compiler computes before the loop over elements, and not for each of them."""
-    return value.as_strided((), ()) if isinstance(value, Tensor) else value
+def _make_base_keys(index: int, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> list[int | None]:
+    """Return the `rounding.base_key` of each parameter, or None where the group rounds nothing stochastically."""
+    group = groups[index]
+    if group["state_dtype"] == "float32" and not group["stochastic_rounding"]:
+        return [None] * len(params)
+    first = sum(len(earlier["params"]) for earlier in groups[:index])
+    numbers = {id(param): first + number for number, param in enumerate(group["params"])}
+    return [rounding.base_key(group["seed"], numbers[id(param)]) for param in params]

@@ -1,4 +1,4 @@
-"""The core's update run by torch on lists of tensors: few calls (on a GPU few kernel launches) for many parameters."""
+"""The core run by torch on lists of tensors: few calls, and on a GPU few kernel launches, for many parameters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch.leaves import Leaf, batches, block_size
-from vsgd.backends.torch.rounding import rounded
+from vsgd.backends.torch.leaves import (
+    Leaf,
+    StepOptions,
+    get_arithmetic_dtype,
+    get_block_size,
+    is_plain,
+    iterate_batches,
+    list_tensors,
+)
+from vsgd.backends.torch.rounding import round_values, set_step
 
 
 class TensorList:
     """A list of tensors with arithmetic operators over `torch._foreach_*`.
 
-    The other operand is a number or a list of as many tensors, each of the same shape or 0-d.
+    The other operand is a number or a list of equally many tensors, each of the same shape or 0-d.
 
     Example:
         >>> values = TensorList([torch.tensor([1.0, 2.0]), torch.tensor([4.0])])
@@ -52,7 +60,7 @@ class TensorList:
         return self + other
 
     def __rsub__(self, other: Any) -> TensorList:
-        return -self + other
+        return self.__neg__() + other
 
     def __rmul__(self, other: Any) -> TensorList:
         return self * other
@@ -61,81 +69,80 @@ class TensorList:
         return TensorList(operation(self.tensors, other.tensors if isinstance(other, TensorList) else other))
 
 
-class _Namespace:
-    """The array namespace of `TensorList`."""
+class TensorListOps:
+    """The array operations of `TensorList`."""
 
-    @staticmethod
-    def sqrt(values: TensorList) -> TensorList:
-        return TensorList(torch._foreach_sqrt(values.tensors))
+    def sqrt(self, x: TensorList) -> TensorList:
+        """Return the square root of each element."""
+        return TensorList(torch._foreach_sqrt(x.tensors))
 
-    @staticmethod
-    def minimum(values: TensorList, others: TensorList) -> TensorList:
-        return TensorList(torch._foreach_minimum(values.tensors, others.tensors))
+    def minimum(self, x: TensorList, y: TensorList) -> TensorList:
+        """Return the smaller element of each pair."""
+        return TensorList(torch._foreach_minimum(x.tensors, y.tensors))
 
-    @staticmethod
-    def maximum(values: TensorList, others: TensorList) -> TensorList:
-        return TensorList(torch._foreach_maximum(values.tensors, others.tensors))
+    def maximum(self, x: TensorList, y: TensorList) -> TensorList:
+        """Return the larger element of each pair."""
+        return TensorList(torch._foreach_maximum(x.tensors, y.tensors))
 
 
-def _by_kind(leaves: Iterable[Leaf]) -> dict[Any, list[int]]:
+class Foreach:
+    """Steps leaves of any kind, and by default plain ones on CUDA."""
+
+    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+        """Return whether `foreach` is True, or the leaf is plain and on CUDA."""
+        return bool(options.foreach) or (leaf.param.is_cuda and is_plain(leaf.param))
+
+    def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
+        """Take one step, in place: see `vsgd.backends.torch.leaves.Engine`.
+
+        Leaves are grouped by device, dtype and tensor type, and cut into batches, so that the temporaries of a call stay small.
+        """
+        lr = options.lr
+        if isinstance(counts, (int, float)):
+            coefficients = options.rule.coefficients(counts, options.hyper)
+            leaves = [set_step(leaf, counts) for leaf in leaves]
+        else:
+            # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
+            wide = [count.to(get_arithmetic_dtype(leaf)) for leaf, count in zip(leaves, counts, strict=True)]
+            coefficients = options.rule.coefficients(TensorList(wide), options.hyper)
+            leaves = [set_step(leaf, count) for leaf, count in zip(leaves, counts, strict=True)]
+            lr = TensorList([lr] * len(leaves)) if isinstance(lr, Tensor) else lr
+        scalars = (*coefficients, lr, 1 - lr * options.weight_decay)
+        if torch.compiler.is_compiling():  # the compiler fuses operations itself: temporaries need no bound
+            _step_batch(leaves, scalars, options, type(coefficients))
+            return
+        for members in _group_by_kind(leaves):
+            kind = [leaves[index] for index in members]
+            for indices, batch in iterate_batches(kind, get_block_size(kind[0])):
+                chosen = [members[index] for index in indices]
+                _step_batch(batch, [_select(scalar, chosen) for scalar in scalars], options, type(coefficients))
+
+
+def _group_by_kind(leaves: Iterable[Leaf]) -> Iterable[list[int]]:
     kinds: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
         param = leaf.param
         kinds.setdefault((param.device, param.dtype, leaf.grad.dtype, type(param)), []).append(index)
-    return kinds
+    return kinds.values()
 
 
-def step(
-    rule: core.Rule,
-    leaves: Sequence[Leaf],
-    coefficients: Any,
-    lr: float | TensorList,
-    decay: float | TensorList,
-    *,
-    maximize: bool = False,
-) -> None:
-    """One step, in place, on all leaves.
-
-    Leaves are grouped by device, dtype and tensor type, and cut into chunks, so that the temporaries of a call stay small.
-
-    Args:
-        rule: the variant to run.
-        leaves: parameters.
-        coefficients: `rule.coefficients(step, hyper)`, of numbers for all leaves, or of lists with a 0-d tensor for each.
-        lr: step size, likewise.
-        decay: `1 - lr * weight_decay`, likewise.
-        maximize: whether to step with the negative gradient.
-    """
-    update = rule.make_update(_Namespace)
-    if torch.compiler.is_compiling():  # the compiler fuses by itself: nothing to group, no temporaries to bound
-        _step_chunk(update, leaves, coefficients, lr, decay, maximize)
-        return
-    for members in _by_kind(leaves).values():
-        kind = [leaves[index] for index in members]
-        for indices, chunk in batches(kind, block_size(kind[0])):
-            which = [members[index] for index in indices]
-            c = type(coefficients)(*(_of_leaves(value, which) for value in coefficients))
-            _step_chunk(update, chunk, c, _of_leaves(lr, which), _of_leaves(decay, which), maximize)
+def _select(scalar: float | TensorList, indices: Iterable[int]) -> float | TensorList:
+    return TensorList([scalar[index] for index in indices]) if isinstance(scalar, TensorList) else scalar
 
 
-def _of_leaves(value: float | TensorList, indices: Iterable[int]) -> float | TensorList:
-    """The scalars of these leaves: one for all, or each its own."""
-    return TensorList([value[index] for index in indices]) if isinstance(value, TensorList) else value
-
-
-def _step_chunk(
-    update: core.Update, chunk: Sequence[Leaf], c: Any, lr: float | TensorList, decay: float | TensorList, maximize: bool
-) -> None:
-    grads, *states = (
-        TensorList([tensor.to(leaf.dtype) for leaf, tensor in zip(chunk, tensors, strict=True)])
-        for tensors in zip(*(leaf.tensors[1:] for leaf in chunk), strict=True)
+def _step_batch(batch: Sequence[Leaf], scalars: Sequence[Any], options: StepOptions, make_coefficients: Any) -> None:
+    *coefficients, lr, decay = scalars
+    dtypes = [get_arithmetic_dtype(leaf) for leaf in batch]
+    params, grads, *states = (
+        TensorList([tensor.to(dtype) for dtype, tensor in zip(dtypes, role, strict=True)])
+        for role in zip(*map(list_tensors, batch), strict=True)
     )
-    direction, new_states = update(-grads if maximize else grads, tuple(states), c)
-    wide_params = TensorList([leaf.param.to(leaf.dtype) for leaf in chunk])
-    new_params = core.descend(wide_params, direction, lr, decay)
-    per_leaf = zip(*(new.tensors for new in new_states), strict=True)
-    stored = [rounded(*each) for each in zip(chunk, per_leaf, new_params.tensors, strict=True)]
-    old_roles = zip(*((*leaf.state, leaf.param) for leaf in chunk), strict=True)
-    new_roles = zip(*((*state, param) for state, param in stored), strict=True)
+    update = options.rule.make_update(TensorListOps())
+    direction, new_states = update(-grads if options.maximize else grads, tuple(states), make_coefficients(*coefficients))
+    new_params = core.descend(params, direction, lr, decay)
+    new_states_of_leaves = zip(*(new.tensors for new in new_states), strict=True)
+    rounded = [round_values(*each) for each in zip(batch, new_states_of_leaves, new_params.tensors, strict=True)]
+    old_roles = zip(*((*leaf.state, leaf.param) for leaf in batch), strict=True)
+    new_roles = zip(*((*state, param) for state, param in rounded), strict=True)
     for old, new in zip(old_roles, new_roles, strict=True):
         torch._foreach_copy_(old, new)

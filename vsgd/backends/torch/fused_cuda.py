@@ -1,9 +1,8 @@
 """The core's update compiled by Triton: one pass over many tensors in a GPU's memory, in place, without temporaries.
 
-Arrays come as a table of addresses, so that one launch serves any number of tensors. The update is the function that
-`vsgd.core` states: it runs once, while the kernel is compiled, on symbolic values whose operators write Triton's.
-Every operation is rounded as IEEE 754 says and none are contracted, so that the results are NumPy's, bit for bit.
-The rounding at random of `vsgd.rounding` comes into the kernel in the same way.
+The kernel takes a table of addresses, so one launch steps any number of tensors. While Triton compiles the kernel, the update
+of `vsgd.core` runs once, on symbolic values whose operators write Triton's instructions; so does `vsgd.rounding`. Every
+operation is rounded as in IEEE 754 and none are contracted, so the results equal NumPy's bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,32 +21,33 @@ from torch import Tensor
 
 from vsgd import core, rounding
 from vsgd.backends import kernels
-from vsgd.backends.kernels import chunks
-from vsgd.backends.torch.leaves import Leaf, is_flat, is_plain
+from vsgd.backends.torch.leaves import Leaf, StepOptions, is_flat, is_plain, list_tensors
+from vsgd.backends.torch.rounding import set_step, set_steps
+from vsgd.ops import BitOps
 
-_SOURCES = kernels.digest(sys.modules[__name__])
+_SOURCES = kernels.hash_sources(sys.modules[__name__])
 
-#: Elements in a chunk, the work of one program: four for each thread of eight warps, so that float32 goes in vectors of 128
-#: bits, and half precision beside it in the same layout.
+#: Elements in a chunk, the work of one program: four for each thread of eight warps, so that float32 moves in vectors of 128
+#: bits, and half precision in the same layout.
 CHUNK = 1024
 
-#: What a launch asks of the compiler: `a * b + c` stays two operations, each rounded.
+#: Compiler options: `a * b + c` stays two operations, each of them rounded.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
-#: Where it can run: Triton's interpreter takes tensors of the CPU too.
+#: The types of device that the kernel runs on; Triton's interpreter also takes tensors of the CPU.
 _DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
 
-#: Addresses are so aligned for vector loads.
+#: The alignment of addresses that vector loads need, in bytes.
 _ALIGNMENT = 16
 
-# A CUDA graph copies its tables from the host at each replay, and does not tell when it is gone.
+# A CUDA graph copies its tables from the host at each replay, and reports no end of its life: keep them for ever.
 _captured: list[Tensor] = []
 
 
 class _Value:
-    """A value of the kernel to be, with operators that write its instructions."""
+    """A symbolic value, with operators that write the kernel's instructions."""
 
     def __init__(self, tensor: tl.tensor, semantic: Any) -> None:
         self.tensor = tensor
@@ -69,7 +69,7 @@ class _Value:
         return self._apply(tl.tensor.__mul__, other)
 
     def __truediv__(self, other: _Value) -> _Value:
-        # In float32 Triton's own division is approximate; in float64 it is not, and `div_rn` does not take it.
+        # Triton's float32 division is approximate. Its float64 division is exact, and `div_rn` rejects float64.
         return self._apply(tl.div_rn if self.tensor.dtype == tl.float32 else tl.tensor.__truediv__, other)
 
     def __and__(self, other: int) -> _Value:
@@ -86,66 +86,57 @@ class _Value:
         return _Value(operation(self.tensor, other, _semantic=self.semantic), self.semantic)
 
 
-class _Namespace:
-    """The array namespace of `_Value`."""
+class _ArrayOps:
+    """The array operations of `_Value`."""
 
-    @staticmethod
-    def sqrt(value: _Value) -> _Value:
-        root = tl.sqrt_rn if value.tensor.dtype == tl.float32 else tl.sqrt
-        return _Value(root(value.tensor, _semantic=value.semantic), value.semantic)
+    def sqrt(self, x: _Value) -> _Value:
+        root = tl.sqrt_rn if x.tensor.dtype == tl.float32 else tl.sqrt
+        return _Value(root(x.tensor, _semantic=x.semantic), x.semantic)
 
-    # Triton's own would prefer a number to NaN.
-    @staticmethod
-    def minimum(one: _Value, other: _Value) -> _Value:
-        smaller = tl.minimum(one.tensor, other.tensor, tl.PropagateNan.ALL, _semantic=one.semantic)
-        return _Value(smaller, one.semantic)
+    # By default Triton prefers a number to NaN.
+    def minimum(self, x: _Value, y: _Value) -> _Value:
+        return _Value(tl.minimum(x.tensor, y.tensor, tl.PropagateNan.ALL, _semantic=x.semantic), x.semantic)
 
-    @staticmethod
-    def maximum(one: _Value, other: _Value) -> _Value:
-        larger = tl.maximum(one.tensor, other.tensor, tl.PropagateNan.ALL, _semantic=one.semantic)
-        return _Value(larger, one.semantic)
+    def maximum(self, x: _Value, y: _Value) -> _Value:
+        return _Value(tl.maximum(x.tensor, y.tensor, tl.PropagateNan.ALL, _semantic=x.semantic), x.semantic)
 
 
-class _Integers(rounding.Wrapping):
-    """The integer namespace of `_Value`."""
+class _IntegerOps(BitOps):
+    """The integer operations of `_Value`."""
 
-    @staticmethod
-    def times(i: _Value, factor: int) -> _Value:
-        # Triton's operator, where it is asked to look for mistakes, takes a product that wraps around for one.
+    def multiply(self, i: _Value, factor: int) -> _Value:
+        # With debug checks on, Triton's operator reports a product that wraps around as an error.
         return _Value(tl.mul(i.tensor, factor, sanitize_overflow=False, _semantic=i.semantic), i.semantic)
 
-    @staticmethod
-    def bits(x: _Value) -> _Value:
+    def view_as_int32(self, x: _Value) -> _Value:
         return _Value(x.tensor.to(tl.int32, bitcast=True, _semantic=x.semantic), x.semantic)
 
-    @staticmethod
-    def floats(i: _Value) -> _Value:
+    def view_as_float32(self, i: _Value) -> _Value:
         return _Value(i.tensor.to(tl.float32, bitcast=True, _semantic=i.semantic), i.semantic)
 
-    @staticmethod
-    def where(condition: _Value, a: int, b: _Value) -> _Value:
-        return _Value(tl.where(condition.tensor, a, b.tensor, _semantic=b.semantic), b.semantic)
+    def where(self, condition: _Value, x: int, y: _Value) -> _Value:
+        return _Value(tl.where(condition.tensor, x, y.tensor, _semantic=y.semantic), y.semantic)
 
 
-_word = rounding.make_word(_Integers)
-_to_bfloat16 = rounding.make_round(_Integers)
+_compute_word = rounding.make_word(_IntegerOps())
+_to_bfloat16 = rounding.make_round(_IntegerOps())
 
 
 class Step:
-    """The step of a rule on one element, to be called in a kernel.
+    """The step of a rule on one element, a function that the kernel calls.
 
     Args:
         rule: the variant to run.
         maximize: whether to step with the negative gradient.
-        round_param: whether the new parameter is rounded to bfloat16 at random.
-        round_state: whether the new state is.
+        round_param: whether to round the new parameter to bfloat16 stochastically.
+        round_state: whether to round the new state to bfloat16 stochastically.
     """
 
-    # So Triton knows what it should call, not compile.
+    # Triton then calls the object instead of compiling it.
     __triton_builtin__ = True
 
     def __init__(self, rule: core.Rule, maximize: bool, round_param: bool = False, round_state: bool = False) -> None:
-        self.update = rule.make_update(_Namespace)
+        self.update = rule.make_update(_ArrayOps())
         self.coefficients = type(rule.coefficients(1, rule.hyperparameters()))
         self.maximize = maximize
         n_state = len(rule.state_names)
@@ -154,24 +145,24 @@ class Step:
         self.version = f"{self.coefficients.__name__} {maximize} {self.rounders} {_SOURCES}"
 
     def __repr__(self) -> str:
-        """What Triton keys its disk cache by: an edited core must not be served from there."""
+        """Return the key of Triton's disk cache, with the hash of sources: an edited core must not hit the cache."""
         return self.version
 
-    def __call__(self, arrays: Any, scalars: Any, places: Any, key: Any, _semantic: Any = None) -> tuple[tl.tensor, ...]:
-        """The new parameter and state.
+    def __call__(self, arrays: Any, scalars: Any, indices: Any, key: Any, _semantic: Any = None) -> tuple[tl.tensor, ...]:
+        """Return the new parameter and state.
 
         Args:
             arrays: parameter, gradient, *state.
             scalars: *coefficients, lr, decay.
-            places: of the elements in the array that their noise is made for, int32; None where nothing is rounded at random.
-            key: of the step, likewise.
+            indices: the elements' indices in the whole array, int32; None where nothing is rounded stochastically.
+            key: the key of the step, int32; None where nothing is rounded stochastically.
         """
         param, grad, *state = (_Value(array, _semantic) for array in arrays)
         *coefficients, lr, decay = (_Value(scalar, _semantic) for scalar in scalars)
         direction, new_state = self.update(-grad if self.maximize else grad, tuple(state), self.coefficients(*coefficients))
         new = (core.descend(param, direction, lr, decay), *new_state)
         if any(self.rounders):
-            word = _word(_Value(places, _semantic), _Value(key, _semantic))
+            word = _compute_word(_Value(indices, _semantic), _Value(key, _semantic))
             new = tuple(_to_bfloat16(value, word, m) if m else value for value, m in zip(new, self.rounders, strict=True))
         return tuple(value.tensor for value in new)
 
@@ -180,7 +171,7 @@ class Step:
 def _step_chunk(
     row, start, left, scalars, key, step: tl.constexpr, types: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr
 ):
-    """Step `size` elements from `start` on, or those that are left."""
+    """Step `size` elements from `start` on, or the remaining ones."""
     offsets = tl.arange(0, size)
     mask = None if left is None else offsets < left
     pointers = tl.tuple(())
@@ -191,9 +182,9 @@ def _step_chunk(
             pointer = tl.multiple_of(pointer, 16)
         pointers += (pointer,)
         arrays += (tl.load(pointer + offsets, mask=mask).to(scalars[0].dtype),)
-    # In 64 bits first, for a place beyond 2**31 wraps around.
-    places = None if key is None else (tl.load(row + len(types) + 2) + start + offsets).to(tl.int32)
-    new = step(arrays, scalars, places, key)
+    # In 64 bits first, for an index beyond 2**31 wraps around.
+    indices = None if key is None else (tl.load(row + len(types) + 2) + start + offsets).to(tl.int32)
+    new = step(arrays, scalars, indices, key)
     tl.store(pointers[0] + offsets, new[0].to(types[0]), mask=mask)
     for role in tl.static_range(2, len(types)):
         tl.store(pointers[role] + offsets, new[role - 1].to(types[role]), mask=mask)
@@ -214,16 +205,17 @@ def kernel(
     """Step one chunk of one parameter.
 
     Args:
-        tensors: for each parameter the addresses of its arrays, its size, the row of its scalars and, where there are keys, the
-            place of its first element, int64.
+        tensors: for each parameter the addresses of its arrays, its size, the row of its scalars and, with keys, the index of
+        its
+            first element, int64.
         chunks: for each program the parameter and the first element of its chunk, int64.
         scalars: rows of (*coefficients, lr, decay), in the dtype of the arithmetic.
-        keys: for each parameter what its noise at this step is made of, int32; None where nothing is rounded at random.
+        keys: for each parameter the key of this step, int32; None where nothing is rounded stochastically.
         step: the rule's `Step`.
         types: the dtype of each array, in the order parameter, gradient, state.
-        count: how many scalars a row has.
-        aligned: whether all addresses are fit for vector loads.
-        size: elements in a chunk.
+        count: the number of scalars in a row.
+        aligned: whether all addresses are aligned for vector loads.
+        size: the number of elements in a chunk.
     """
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk)
@@ -236,14 +228,14 @@ def kernel(
         values += (tl.load(scalars + i),)
     key = None if keys is None else tl.load(keys + tensor)
     if left >= size:
-        # Without a mask, for one that ends anywhere would forbid vector loads.
+        # Without a mask: a mask that ends anywhere forbids vector loads.
         _step_chunk(row, start, None, values, key, step, types, aligned, size)
     else:
         _step_chunk(row, start, left, values, key, step, types, aligned, size)
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device, made in the order of its stream, without waiting for it."""
+def _copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to the device in the order of its stream, without waiting for the copy."""
     host = torch.from_numpy(array)
     if device.type == "cpu":  # in Triton's interpreter
         return host
@@ -253,97 +245,98 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _tensors(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int | None) -> Tensor:
-    return _to_device(np.array(rows, dtype=np.int64), device)
+def _make_table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int | None) -> Tensor:
+    return _copy_to_device(np.array(rows, dtype=np.int64), device)
 
 
-def _chunks(sizes: tuple[int, ...], device: torch.device, stream: int | None) -> Tensor:
-    return _to_device(np.stack(chunks(np.array(sizes, dtype=np.int64), CHUNK), axis=1), device)
+def _make_chunks(sizes: tuple[int, ...], device: torch.device, stream: int | None) -> Tensor:
+    return _copy_to_device(np.stack(kernels.cut_chunks(np.array(sizes, dtype=np.int64), CHUNK), axis=1), device)
 
 
-# By what they hold, so that they serve as long as addresses stay; and by the stream that they were copied in.
-_kept_tensors = functools.lru_cache(maxsize=16)(_tensors)
-_kept_chunks = functools.lru_cache(maxsize=16)(_chunks)
+# Keyed by content and by the stream of the copy, so that a table is reused as long as the addresses stay.
+_make_cached_table = functools.lru_cache(maxsize=16)(_make_table)
+_make_cached_chunks = functools.lru_cache(maxsize=16)(_make_chunks)
 
 
 @functools.cache
-def _step_of(rule: core.Rule, maximize: bool, round_param: bool, round_state: bool) -> Step:
+def _make_step(rule: core.Rule, maximize: bool, round_param: bool, round_state: bool) -> Step:
     return Step(rule, maximize, round_param, round_state)
 
 
-def accepts(leaf: Leaf) -> bool:
-    """Whether the kernel can run on the leaf: dense floating-point tensors of one layout in the memory of one device."""
-    param, grad, state, noise = leaf
-    wide = torch.promote_types(param.dtype, torch.float32)
-    stored = state[0].dtype
-    if stored is not wide and (noise is None or (stored, wide) != (torch.bfloat16, torch.float32)):
-        return False
-    if not is_plain(param) or not is_plain(grad) or any(tensor.dtype is not stored for tensor in state):
-        return False
-    if param.device.type not in _DEVICES or (noise is not None and noise.part is not None):  # it counts places one by one
-        return False
-    for tensor in leaf.tensors:
-        if tensor.dtype not in _TYPES or tensor.shape != param.shape or tensor.device != param.device or tensor.is_neg():
+class FusedCuda:
+    """Steps dense floating-point tensors of one layout on CUDA."""
+
+    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+        """Return whether the kernel can step the leaf: dense floating-point tensors of one layout on one device."""
+        param, grad, state, noise = leaf
+        wide = torch.promote_types(param.dtype, torch.float32)
+        stored = state[0].dtype
+        if stored is not wide and (noise is None or (stored, wide) != (torch.bfloat16, torch.float32)):
             return False
-    return is_flat(leaf)
+        if not is_plain(param) or not is_plain(grad) or any(tensor.dtype is not stored for tensor in state):
+            return False
+        if param.device.type not in _DEVICES or (noise is not None and noise.part is not None):  # it counts indices one by one
+            return False
+        for tensor in list_tensors(leaf):
+            if tensor.dtype not in _TYPES or tensor.shape != param.shape or tensor.device != param.device or tensor.is_neg():
+                return False
+        return is_flat(leaf)
+
+    def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
+        """Take one step, in place, with one launch per device and combination of dtypes.
+
+        Numbers go to the device in one small copy. Nothing is read back, so a CUDA graph can capture a step whose counts are
+        tensors. See `vsgd.backends.torch.leaves.Engine`.
+        """
+        for device in dict.fromkeys(leaf.param.device for leaf in leaves):
+            chosen = [index for index, leaf in enumerate(leaves) if leaf.param.device == device]
+            members: Sequence[Leaf] = [leaves[index] for index in chosen]
+            step: float | Tensor
+            if isinstance(counts, (int, float)):
+                step = counts
+                members = [set_step(leaf, counts) for leaf in members]
+            else:
+                # In float64, as numbers are: each of the kernel's scalars is then rounded once.
+                step = torch.stack([counts[index] for index in chosen]).double()
+                members = set_steps(members, step)
+            coefficients = options.rule.coefficients(step, options.hyper)
+            decay = 1 - options.lr * options.weight_decay
+            scalars = _make_scalars((*coefficients, options.lr, decay), len(members), device)
+            _step_device(members, scalars, options)
 
 
-def step(
-    rule: core.Rule,
-    leaves: Sequence[Leaf],
-    coefficients: Iterable[float | Tensor],
-    lr: float | Tensor,
-    decay: float | Tensor,
-    *,
-    maximize: bool = False,
-) -> None:
-    """One step, in place, on all leaves: one launch for each combination of dtypes.
-
-    Numbers go to the device in one small copy; nothing is ever read back, so that a CUDA graph can capture a step whose
-    coefficients are tensors.
-
-    Args:
-        rule: the variant to run.
-        leaves: parameters that `accepts`, on one device, with the noise of this step.
-        coefficients: `rule.coefficients(step, hyper)`, each a number or a tensor with one element for all leaves or for each.
-        lr: step size, likewise.
-        decay: `1 - lr * weight_decay`, likewise.
-        maximize: whether to step with the negative gradient.
-    """
-    device = leaves[0].param.device
-    scalars = _scalars((*coefficients, lr, decay), len(leaves), device)
-    per_leaf = len(scalars) > 1
+def _step_device(leaves: Sequence[Leaf], scalars: Tensor, options: StepOptions) -> None:
+    device = scalars.device
     groups: dict[Any, list[tuple[tuple[int, ...], Any]]] = {}
     for index, leaf in enumerate(leaves):
-        tensors, noise = leaf.tensors, leaf.noise
+        tensors, noise = list_tensors(leaf), leaf.noise
         addresses = [tensor.data_ptr() for tensor in tensors]
         aligned = not functools.reduce(operator.or_, addresses) % _ALIGNMENT
-        place = () if noise is None else (leaf.state[0].storage_offset() - noise.origin,)
-        row = (*addresses, leaf.param.numel(), index if per_leaf else 0, *place)
-        kind = (aligned, noise is not None, noise is not None and noise.of_param, *[tensor.dtype for tensor in tensors])
+        first_index = () if noise is None else (leaf.state[0].storage_offset() - noise.origin,)
+        row = (*addresses, leaf.param.numel(), index if len(scalars) > 1 else 0, *first_index)
+        kind = (aligned, noise is not None, noise is not None and noise.round_param, *[tensor.dtype for tensor in tensors])
         groups.setdefault(kind, []).append((row, None if noise is None else noise.key))
     for (aligned, rounds, round_param, *dtypes), members in groups.items():
         rows, keys = zip(*members, strict=True)
-        of_kind = _step_of(rule, maximize, round_param, round_state=rounds and dtypes[-1] is torch.bfloat16)
+        step = _make_step(options.rule, options.maximize, round_param, rounds and dtypes[-1] is torch.bfloat16)
         wide = scalars.to(torch.promote_types(dtypes[-1], torch.float32))
-        _launch(of_kind, rows, wide, _keys(keys, device) if rounds else None, dtypes, aligned)
-    # Autograd must see that these changed, as it does with torch's own operations.
+        _launch(step, rows, wide, _make_keys(keys, device) if rounds else None, dtypes, aligned)
+    # Autograd must see the writes, as it sees those of torch's own operations.
     torch.autograd.graph.increment_version([tensor for leaf in leaves for tensor in (leaf.param, *leaf.state)])
 
 
-def _scalars(values: Sequence[float | Tensor], count: int, device: torch.device) -> Tensor:
-    """The scalars as rows, one for all leaves or, where tensors hold them, one for each; in float64."""
+def _make_scalars(values: Sequence[float | Tensor], count: int, device: torch.device) -> Tensor:
+    """Return the scalars as rows in float64: one row for all leaves, or one for each if some are tensors."""
     if not any(isinstance(value, Tensor) for value in values):
-        return _to_device(np.array([values], dtype=np.float64), device)
+        return _copy_to_device(np.array([values], dtype=np.float64), device)
     zeros = torch.zeros(count, dtype=torch.float64, device=device)
     return torch.stack([zeros + value for value in values], dim=1)
 
 
-def _keys(keys: Sequence[Any], device: torch.device) -> Tensor:
-    """One for each leaf, int32."""
+def _make_keys(keys: Sequence[Any], device: torch.device) -> Tensor:
     if isinstance(keys[0], Tensor):
         return torch.stack(list(keys))
-    return _to_device(np.array(keys, dtype=np.int32), device)
+    return _copy_to_device(np.array(keys, dtype=np.int32), device)
 
 
 def _launch(
@@ -356,14 +349,14 @@ def _launch(
 ) -> None:
     device = scalars.device
     stream = None if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    # What a capture copies is on the device only when the graph is replayed: of no use to others.
+    # A table copied during capture reaches the device only when the graph is replayed: do not cache it.
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
-    make_tensors, make_chunks = (_tensors, _chunks) if capturing else (_kept_tensors, _kept_chunks)
-    work = make_chunks(tuple(row[len(dtypes)] for row in rows), device, stream)
-    if len(work) == 0:
+    make_table, make_chunks = (_make_table, _make_chunks) if capturing else (_make_cached_table, _make_cached_chunks)
+    chunks = make_chunks(tuple(row[len(dtypes)] for row in rows), device, stream)
+    if len(chunks) == 0:
         return
     types = tuple(_TYPES[dtype] for dtype in dtypes)
     with torch.cuda.device_of(scalars):
-        kernel[(len(work),)](
-            make_tensors(rows, device, stream), work, scalars, keys, step, types, scalars.shape[1], aligned, CHUNK, **OPTIONS
+        kernel[(len(chunks),)](
+            make_table(rows, device, stream), chunks, scalars, keys, step, types, scalars.shape[1], aligned, CHUNK, **OPTIONS
         )

@@ -1,27 +1,55 @@
-"""Parameters with their gradients and states, cut into blocks, so that temporaries stay small."""
+"""What an engine steps: parameters with gradients and states, whole, cut into blocks or joined, and the options of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-#: Elements in a block on the CPU: the arrays of a block and its temporaries fit the caches.
+from vsgd import core
+
+#: Elements in a block on the CPU: a block's arrays and temporaries fit into the caches.
 CPU_BLOCK = 65536
-#: Bytes of an array of a block elsewhere: enough to fill a GPU, while its dozen temporaries stay under 64 MB.
+#: Bytes of an array of a block on other devices: enough to fill a GPU, while a dozen temporaries stay under 64 MB.
 DEVICE_BLOCK_BYTES = 2**22
-#: Elements up to which a leaf is small: calling an operation on it costs more than copying it.
+#: Elements up to which a leaf is small: a call of an operation costs more than a copy of the leaf.
 SMALL = 4096
 
 
-class Part(NamedTuple):
-    """Where the elements of a shard are in the whole tensor.
+class StepOptions(NamedTuple):
+    """How to step some leaves.
 
     Attributes:
-        first: the place of its first element.
-        strides: for each dimension, from the outermost in memory, how far apart neighbours are here, and in the whole tensor.
+        rule: the variant to run.
+        hyper: its hyperparameters; Python numbers unless `on_device`.
+        lr: the step size; a number, or with `on_device` also a 0-d tensor.
+        weight_decay: decoupled weight decay.
+        maximize: whether to step with the negative gradient.
+        foreach: whether to run on lists of tensors; None: where that is faster.
+        fused: whether to run one kernel for all leaves; None: where that is possible and faster.
+        differentiable: whether autograd runs through the step.
+        on_device: whether step counts, and so the coefficients, are 0-d tensors that nothing reads back to the host.
+    """
+
+    rule: core.Rule
+    hyper: Any
+    lr: Any
+    weight_decay: Any
+    maximize: bool = False
+    foreach: bool | None = None
+    fused: bool | None = None
+    differentiable: bool = False
+    on_device: bool = False
+
+
+class Part(NamedTuple):
+    """Where a shard's elements are in the whole tensor.
+
+    Attributes:
+        first: the index of the shard's first element.
+        strides: for each dimension, outermost in memory first, the stride in the shard and the stride in the whole tensor.
     """
 
     first: int
@@ -29,29 +57,29 @@ class Part(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """What a leaf's new values are rounded to bfloat16 with.
+    """The random bits with which a leaf's new values are rounded to bfloat16.
 
     Attributes:
-        key: the parameter's `rounding.base_key`, or what `rounding.host_key` makes of it at a step (then maybe a 0-d tensor).
-        origin: the place 0 in the storage of the state arrays; negative for a shard that begins later.
-        of_param: whether the parameter is rounded so too, and not to the nearest.
-        part: of the whole tensor, for a shard that is no contiguous piece of it; None for all others.
+        key: the parameter's `rounding.base_key`; inside an engine, the key of one step, which may be a 0-d tensor.
+        origin: the storage offset of the element with index 0; negative for a shard that begins later.
+        round_param: whether the parameter is rounded stochastically too, and not to the nearest.
+        part: the place of a shard that is not a contiguous piece of the whole tensor; None for all others.
     """
 
-    key: int | Tensor
+    key: Any
     origin: int
-    of_param: bool
+    round_param: bool
     part: Part | None = None
 
 
 class Leaf(NamedTuple):
-    """One parameter, or a block of it, with all that a step reads and writes.
+    """One parameter, or a block of it, with all arrays that a step reads and writes.
 
     Attributes:
         param: the parameter, real.
         grad: its gradient, of the same shape.
         state: its state arrays, of the same shape and in the rule's order.
-        noise: with which to round; None where nothing is rounded at random.
+        noise: the random bits of its rounding; None where nothing is rounded stochastically.
     """
 
     param: Tensor
@@ -59,82 +87,101 @@ class Leaf(NamedTuple):
     state: tuple[Tensor, ...]
     noise: Noise | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the arithmetic."""
-        return torch.promote_types(self.state[0].dtype, torch.float32)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order parameter, gradient, state."""
-        return (self.param, self.grad, *self.state)
+class Engine(Protocol):
+    """One way to run the core on leaves. `vsgd.backends.torch.dispatch` gives each leaf to the first engine that accepts it."""
+
+    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+        """Return whether the engine can step this leaf under options that allow the engine."""
+
+    def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
+        """Take one step, in place.
+
+        Args:
+            leaves: leaves that the engine accepts.
+            counts: which step this is, 1 for the first: one number for all leaves, or with `on_device` a 0-d tensor for each.
+            options: the step's options.
+        """
 
 
-def state_dtype(param: Tensor, wanted: str) -> torch.dtype:
-    """The dtype of a parameter's state.
+# Functions, not properties of `Leaf`: compilers of older torch reject properties of named tuples.
 
-    Half precision to the nearest holds neither b_g (it falls to 1e-8) nor its small changes: state is float32 or more, but for
-    the bfloat16 that is rounded at random.
+
+def get_arithmetic_dtype(leaf: Leaf) -> torch.dtype:
+    """Return the dtype in which a leaf is computed: float32 or float64."""
+    return torch.promote_types(leaf.state[0].dtype, torch.float32)
+
+
+def list_tensors(leaf: Leaf) -> tuple[Tensor, ...]:
+    """Return a leaf's tensors in the order parameter, gradient, state."""
+    return (leaf.param, leaf.grad, *leaf.state)
+
+
+def choose_state_dtype(param: Tensor, state_dtype: str) -> torch.dtype:
+    """Return the dtype of a parameter's state.
+
+    Half precision, rounded to the nearest, holds neither b_g (it falls to 1e-8) nor its small changes. So state is float32 or
+    wider, or bfloat16 that is rounded stochastically.
 
     Args:
-        param: the parameter; float64 and complex ones have state of their own dtype.
-        wanted: "float32" or "bfloat16".
+        param: the parameter; state of float64 and complex parameters has their dtype.
+        state_dtype: "float32" or "bfloat16".
     """
     if param.is_complex():
         return torch.promote_types(param.dtype, torch.complex64)
     dtype = torch.promote_types(param.dtype, torch.float32)
-    return torch.bfloat16 if wanted == "bfloat16" and dtype is torch.float32 else dtype
+    return torch.bfloat16 if state_dtype == "bfloat16" and dtype is torch.float32 else dtype
 
 
-def leaf_of(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = None, round_param: bool = False) -> Leaf:
-    """What the engines work on: this process's part of a sharded tensor, a complex number as two real ones.
+def make_leaf(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = None, round_param: bool = False) -> Leaf:
+    """Return a leaf: this process's shard of a sharded parameter, two real numbers for a complex one.
 
     Args:
         param: the parameter.
         grad: its gradient.
         state: its state arrays.
-        key: its `rounding.base_key`, where the group rounds at random.
-        round_param: whether a parameter in bfloat16 is to be rounded so, too.
+        key: its `rounding.base_key`; None where nothing is rounded stochastically.
+        round_param: whether to round a bfloat16 parameter stochastically too.
     """
     part = Part(0, ())
     if not is_plain(param) and hasattr(param, "to_local"):
-        part = _part(state[0]) if key is not None else part
+        part = _locate_shard(state[0]) if key is not None else part
         if getattr(grad, "placements", None) != param.placements:
             grad = grad.redistribute(param.device_mesh, param.placements)
-        param, grad, *parts = (tensor.to_local() for tensor in (param, grad, *state))
-        state = tuple(parts)
+        param, grad, *shards = (tensor.to_local() for tensor in (param, grad, *state))
+        state = tuple(shards)
     if param.is_complex():
-        # Of the gradient a conjugate is as good as any; a parameter that is one cannot be written to.
-        param, grad, *parts = (torch.view_as_real(tensor) for tensor in (param, grad.resolve_conj(), *state))
-        state = tuple(parts)
-    of_param = round_param and param.dtype is torch.bfloat16
+        # A conjugate gradient is resolved; a conjugate parameter could not be written to.
+        param, grad, *views = (torch.view_as_real(tensor) for tensor in (param, grad.resolve_conj(), *state))
+        state = tuple(views)
+    round_param = round_param and param.dtype is torch.bfloat16
     noise = None
-    if key is not None and (of_param or state[0].dtype is torch.bfloat16):
+    if key is not None and (round_param or state[0].dtype is torch.bfloat16):
         origin = state[0].storage_offset()
-        noise = Noise(key, origin, of_param, part) if part.strides else Noise(key, origin - part.first, of_param)
+        noise = Noise(key, origin, round_param, part) if part.strides else Noise(key, origin - part.first, round_param)
     return Leaf(param, grad, state, noise)
 
 
-def _part(array: Any) -> Part:
-    """Where a shard is in the whole tensor; without strides where it is a contiguous piece of it."""
-    # Here, for a build of torch may lack it.
+def _locate_shard(array: Any) -> Part:
+    """Return where a shard is in the whole tensor, without strides if it is a contiguous piece of it."""
+    # Imported here, because a build of torch may lack it.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(array.shape, array.device_mesh, array.placements)
     first = sum(start * stride for start, stride in zip(offset, array.stride(), strict=True))
     sizes_and_strides = zip(shape, array.to_local().stride(), array.stride(), strict=True)
-    strides = sorted(((here, there) for size, here, there in sizes_and_strides if size != 1), reverse=True)
-    contiguous = all(here == there for here, there in strides) or 0 in shape
+    strides = sorted(((local, whole) for size, local, whole in sizes_and_strides if size != 1), reverse=True)
+    contiguous = all(local == whole for local, whole in strides) or 0 in shape
     return Part(first, () if contiguous else tuple(strides))
 
 
-def block_size(leaf: Leaf) -> int:
-    """The number of elements of a block of such a leaf."""
-    return CPU_BLOCK if leaf.param.is_cpu else DEVICE_BLOCK_BYTES // leaf.dtype.itemsize
+def get_block_size(leaf: Leaf) -> int:
+    """Return the number of elements in a block of this leaf."""
+    return CPU_BLOCK if leaf.param.is_cpu else DEVICE_BLOCK_BYTES // get_arithmetic_dtype(leaf).itemsize
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is plain memory, which may be viewed anew, and no subclass with operations of its own."""
+    """Return whether the tensor is plain strided memory, and not a subclass that redefines operations."""
     kind = type(tensor)
     if kind is not torch.nn.Parameter and kind is not Tensor:
         functions, dispatch = torch._C._disabled_torch_function_impl, torch._C._disabled_torch_dispatch_impl
@@ -144,7 +191,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one piece of memory without gaps or overlaps, in any order of dimensions."""
+    """Return whether the elements fill one piece of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -157,108 +204,108 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def is_flat(leaf: Leaf) -> bool:
-    """Whether all tensors of the leaf are dense and in the same order, so that element i of each belongs together."""
-    param, *others = leaf.tensors
+    """Return whether all tensors of the leaf are dense and in the same order, so that their i-th elements correspond."""
+    param, *others = list_tensors(leaf)
     if param.is_contiguous():
         return all(map(Tensor.is_contiguous, others))
     return is_dense(param) and all(tensor.stride() == param.stride() for tensor in others)
 
 
-def blocks(leaf: Leaf, size: int) -> Iterator[Leaf]:
-    """The leaf in blocks of at most `size` elements, views of its memory.
+def iterate_blocks(leaf: Leaf, size: int) -> Iterator[Leaf]:
+    """Yield the leaf in blocks of at most `size` elements, as views of its memory.
 
     Args:
-        leaf: tensors of any strides.
-        size: the most elements of a block, at least 1.
+        leaf: a leaf whose tensors have any strides.
+        size: the largest number of elements in a block, at least 1.
 
     Yields:
         Leaves that cover every element once, in a fixed order.
 
     Example:
         >>> leaf = Leaf(torch.zeros(3, 2), torch.ones(3, 2), ())
-        >>> [block.param.numel() for block in blocks(leaf, 4)]
+        >>> [block.param.numel() for block in iterate_blocks(leaf, 4)]
         [4, 2]
     """
-    if leaf.param.numel() <= size or not all(map(is_plain, leaf.tensors)):
+    if leaf.param.numel() <= size or not all(map(is_plain, list_tensors(leaf))):
         yield leaf
     elif is_flat(leaf):
-        param, grad, *state = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in leaf.tensors)
+        param, grad, *state = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in list_tensors(leaf))
         yield from _split(Leaf(param, grad, tuple(state), leaf.noise), 0, size)
     else:
         shape = leaf.param.shape
         dim = max(range(len(shape)), key=shape.__getitem__)
         length = max(1, size * shape[dim] // leaf.param.numel())
         for part in _split(leaf, dim, length):
-            yield from blocks(part, size)
+            yield from iterate_blocks(part, size)
 
 
 def _split(leaf: Leaf, dim: int, length: int) -> Iterator[Leaf]:
-    parts = [torch.split(tensor, length, dim) for tensor in leaf.tensors]
+    parts = [torch.split(tensor, length, dim) for tensor in list_tensors(leaf)]
     for param, grad, *state in zip(*parts, strict=True):
         yield Leaf(param, grad, tuple(state), leaf.noise)
 
 
-def batches(leaves: Sequence[Leaf], size: int) -> Iterator[tuple[list[int], list[Leaf]]]:
-    """Blocks of the leaves, in lists of at most `size` elements, with the index of each block's leaf."""
+def iterate_batches(leaves: Sequence[Leaf], size: int) -> Iterator[tuple[list[int], list[Leaf]]]:
+    """Yield lists of blocks with at most `size` elements together, and the index of each block's leaf."""
     indices: list[int] = []
-    chunk: list[Leaf] = []
+    batch: list[Leaf] = []
     elements = 0
     for index, leaf in enumerate(leaves):
-        for block in blocks(leaf, size):
-            if chunk and elements + block.param.numel() > size:
-                yield indices, chunk
-                indices, chunk, elements = [], [], 0
+        for block in iterate_blocks(leaf, size):
+            if batch and elements + block.param.numel() > size:
+                yield indices, batch
+                indices, batch, elements = [], [], 0
             indices.append(index)
-            chunk.append(block)
+            batch.append(block)
             elements += block.param.numel()
-    if chunk:
-        yield indices, chunk
+    if batch:
+        yield indices, batch
 
 
-def small_kinds(leaves: Iterable[Leaf]) -> tuple[list[list[Leaf]], list[Leaf]]:
-    """Small leaves that may be joined, by kind, and all other leaves.
+def group_small(leaves: Iterable[Leaf]) -> tuple[list[list[Leaf]], list[Leaf]]:
+    """Return groups of small leaves that may be joined, and all other leaves.
 
     Args:
-        leaves: of any kind.
+        leaves: leaves of any kind.
 
     Returns:
-        Lists of leaves of equal dtypes on one device; and what is in none of them.
+        Lists of small leaves with equal dtypes on one device; and the leaves that are in no list.
 
     Example:
         >>> small, large = (Leaf(torch.zeros(n), torch.ones(n), (torch.zeros(n),)) for n in (3, 10_000))
-        >>> kinds, others = small_kinds([small, large, small])
-        >>> [len(kind) for kind in kinds], len(others)
+        >>> groups, others = group_small([small, large, small])
+        >>> [len(group) for group in groups], len(others)
         ([2], 1)
     """
-    kinds: dict[Any, list[Leaf]] = {}
+    groups: dict[Any, list[Leaf]] = {}
     others: list[Leaf] = []
     for leaf in leaves:
         shape = leaf.param.shape
-        # State that does not fit is for the engine to refuse: joined, it might happen to.
-        # What is rounded at random stays where the noise of its place is.
+        # State of another shape stays apart, for the engine to refuse: joined, it might fit by chance.
+        # A stochastically rounded leaf stays apart, for its noise depends on its place in memory.
         if (
             leaf.noise is None
             and shape.numel() <= SMALL
-            and all(is_plain(tensor) and tensor.shape == shape for tensor in leaf.tensors)
+            and all(is_plain(tensor) and tensor.shape == shape for tensor in list_tensors(leaf))
         ):
-            kinds.setdefault(tuple((tensor.device, tensor.dtype) for tensor in leaf.tensors), []).append(leaf)
+            groups.setdefault(tuple((tensor.device, tensor.dtype) for tensor in list_tensors(leaf)), []).append(leaf)
         else:
             others.append(leaf)
-    return list(kinds.values()), others
+    return list(groups.values()), others
 
 
-def join(leaves: Sequence[Leaf]) -> Leaf:
-    """A copy of the leaves as one, flat."""
+def join_leaves(leaves: Sequence[Leaf]) -> Leaf:
+    """Return a copy of the leaves as one flat leaf."""
     param, grad, *state = (
-        torch.cat([each.reshape(-1) for each in role]) for role in zip(*(leaf.tensors for leaf in leaves), strict=True)
+        torch.cat([tensor.reshape(-1) for tensor in role]) for role in zip(*map(list_tensors, leaves), strict=True)
     )
     return Leaf(param, grad, tuple(state))
 
 
 def write_back(joined: Leaf, leaves: Sequence[Leaf]) -> None:
-    """Copy what a step has written on the leaves' copy to the leaves."""
+    """Copy the new parameter and state of a joined leaf to the leaves that it was made of."""
     sizes = [leaf.param.numel() for leaf in leaves]
     targets = zip(*((leaf.param, *leaf.state) for leaf in leaves), strict=True)
     for whole, role in zip((joined.param, *joined.state), targets, strict=True):
-        pieces = [piece.view_as(each) for piece, each in zip(whole.split(sizes), role, strict=True)]
+        pieces = [piece.view_as(target) for piece, target in zip(whole.split(sizes), role, strict=True)]
         torch._foreach_copy_(role, pieces)

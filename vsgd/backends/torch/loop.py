@@ -1,70 +1,81 @@
-"""The core's update run by torch on one parameter after the other, block by block: the engine that runs everywhere."""
+"""The core run by torch on one parameter after the other, block by block: the engine that runs everywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch.leaves import Leaf, batches, block_size, blocks, join, small_kinds, write_back
-from vsgd.backends.torch.rounding import rounded
+from vsgd.backends.torch.leaves import (
+    Leaf,
+    StepOptions,
+    get_arithmetic_dtype,
+    get_block_size,
+    group_small,
+    iterate_batches,
+    iterate_blocks,
+    join_leaves,
+    list_tensors,
+    write_back,
+)
+from vsgd.backends.torch.rounding import round_values, set_step
 
 
-def step(
-    rule: core.Rule,
-    leaves: Iterable[Leaf],
-    coefficients: Any,
-    lr: float | Tensor,
-    decay: float | Tensor,
-    *,
-    maximize: bool = False,
-) -> None:
-    """One step, in place, on each leaf.
+class Loop:
+    """Steps leaves of any kind."""
 
-    Every tensor operation is torch's own and nothing depends on a tensor's value, so that it can be compiled, captured in a
-    CUDA graph and differentiated.
+    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+        """Return True."""
+        return True
 
-    Args:
-        rule: the variant to run.
-        leaves: parameters or blocks of them.
-        coefficients: `rule.coefficients(step, hyper)`, of numbers or 0-d tensors.
-        lr: step size, a number or a 0-d tensor.
-        decay: `1 - lr * weight_decay`, likewise.
-        maximize: whether to step with the negative gradient.
-    """
-    update = rule.make_update(torch)
+    def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
+        """Take one step, in place: see `vsgd.backends.torch.leaves.Engine`."""
+        decay = 1 - options.lr * options.weight_decay
+        if isinstance(counts, (int, float)):
+            coefficients = options.rule.coefficients(counts, options.hyper)
+            _step_in_blocks([set_step(leaf, counts) for leaf in leaves], coefficients, decay, options)
+            return
+        whole = torch.compiler.is_compiling() or options.differentiable
+        for leaf, count in zip(leaves, counts, strict=True):
+            # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
+            coefficients = options.rule.coefficients(count.to(get_arithmetic_dtype(leaf)), options.hyper)
+            if torch.compiler.is_compiling() and leaf.param.is_cpu:
+                coefficients = type(coefficients)(*map(_put_in_memory, coefficients))
+            leaf = set_step(leaf, count)
+            blocks = [leaf] if whole else iterate_blocks(leaf, get_block_size(leaf))
+            _step_leaves(blocks, coefficients, decay, options)
+
+
+def _step_in_blocks(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: StepOptions) -> None:
+    """Step large leaves in blocks, and small ones many at a time, on a copy."""
+    groups, others = group_small(leaves)
+    for group in groups:
+        for _, batch in iterate_batches(group, get_block_size(group[0])):
+            joined = join_leaves(batch)
+            _step_leaves([joined], coefficients, decay, options)
+            write_back(joined, batch)
+    blocks = (block for leaf in others for block in iterate_blocks(leaf, get_block_size(leaf)))
+    _step_leaves(blocks, coefficients, decay, options)
+
+
+def _step_leaves(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: StepOptions) -> None:
+    """Step each leaf by operations that can be compiled, captured in a CUDA graph and differentiated."""
+    update = options.rule.make_update(torch)
     for leaf in leaves:
-        # Autograd, in a differentiable step, keeps what is read here: it must not be overwritten below.
+        dtype = get_arithmetic_dtype(leaf)
+        # In a differentiable step autograd keeps what the update reads: the writes below must not overwrite it.
         copy = torch.is_grad_enabled()
-        old_param, old_grad, *old_state = (tensor.to(leaf.dtype, copy=copy) for tensor in leaf.tensors)
-        direction, new_state = update(-old_grad if maximize else old_grad, tuple(old_state), coefficients)
-        stored, new_param = rounded(leaf, new_state, core.descend(old_param, direction, lr, decay))
+        old_param, old_grad, *old_state = (tensor.to(dtype, copy=copy) for tensor in list_tensors(leaf))
+        direction, new_state = update(-old_grad if options.maximize else old_grad, tuple(old_state), coefficients)
+        stored, new_param = round_values(leaf, new_state, core.descend(old_param, direction, options.lr, decay))
         for old, new in zip(leaf.state, stored, strict=True):
             old.copy_(new)
         leaf.param.copy_(new_param)
 
 
-def step_in_blocks(
-    rule: core.Rule, leaves: Iterable[Leaf], coefficients: Any, lr: float, decay: float, *, maximize: bool = False
-) -> None:
-    """One step, in place, on leaves of any size: large ones in blocks, small ones many at a time, on a copy.
-
-    Args:
-        rule: the variant to run.
-        leaves: parameters.
-        coefficients: `rule.coefficients(step, hyper)`, of numbers.
-        lr: step size.
-        decay: `1 - lr * weight_decay`.
-        maximize: whether to step with the negative gradient.
-    """
-    kinds, others = small_kinds(leaves)
-    for kind in kinds:
-        for _, batch in batches(kind, block_size(kind[0])):
-            joined = join(batch)
-            step(rule, [joined], coefficients, lr, decay, maximize=maximize)
-            write_back(joined, batch)
-    parts = (block for leaf in others for block in blocks(leaf, block_size(leaf)))
-    step(rule, parts, coefficients, lr, decay, maximize=maximize)
+def _put_in_memory(value: float | Tensor) -> float | Tensor:
+    """Return the same number, which the compiler then computes once, before the loop over elements."""
+    return value.as_strided((), ()) if isinstance(value, Tensor) else value

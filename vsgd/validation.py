@@ -1,0 +1,182 @@
+"""Checks of the options that all adapters share, each with one sentence of error, and the documentation of these options."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeVar
+
+_Documented = TypeVar("_Documented")
+
+
+class _Range(NamedTuple):
+    label: str
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+_POSITIVE = ("a finite number > 0", lambda x: 0 < x <= sys.float_info.max)
+_NON_NEGATIVE = ("a finite number >= 0", lambda x: 0 <= x <= sys.float_info.max)
+# A smaller prior underflows in float32, and so does b.
+_ABOVE_UNDERFLOW = ("a finite number >= 1e-30", lambda x: 1e-30 <= x <= sys.float_info.max)
+_FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
+
+# Keys are the names in torch and NumPy, and the names in Keras and optax where these differ.
+_RANGES = {
+    "lr": _Range("learning rate", *_NON_NEGATIVE),
+    "learning_rate": _Range("learning rate", *_NON_NEGATIVE),
+    "variance_ratio": _Range("variance_ratio value", *_POSITIVE),
+    "prior_strength": _Range("prior_strength value", *_ABOVE_UNDERFLOW),
+    "kappa": _Range("kappa value", *_FORGETTING),
+    "kappa1": _Range("kappa1 value", *_FORGETTING),
+    "kappa2": _Range("kappa2 value", *_FORGETTING),
+    "eps": _Range("epsilon value", *_NON_NEGATIVE),
+    "epsilon": _Range("epsilon value", *_NON_NEGATIVE),
+    "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
+    "outlier_threshold": _Range("outlier_threshold value", *_POSITIVE),
+    "batch_size": _Range("batch_size value", *_POSITIVE),
+    "scale": _Range("scale value", *_POSITIVE),
+    "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
+    "prior_shape": _Range("prior_shape value", "None or a finite number >= 0", _NON_NEGATIVE[1]),
+}
+_MAY_BE_NONE = {"prior_shape"}
+
+#: The dtypes in which an optimizer can store what is computed in float32.
+STATE_DTYPES = ("float32", "bfloat16")
+
+# Filled in by `document_options`, so that all adapters describe an option in the same words.
+_DESCRIPTIONS = {
+    "variance_ratio": "the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}), noise over drift.",
+    "constant_variance_ratio": "the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}), noise over drift.",
+    "prior_strength": "the paper's gamma, in units of gradient^2: multiply it by c^2 if you multiply the loss by c.",
+    "kappa1": "how fast b_g forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa1.",
+    "kappa2": "how fast b_ghat forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa2.",
+    "kappa": "how fast b forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa.",
+    "eps": "a number added to the root of the second moment, in units of the gradient.",
+    "outlier_threshold": (
+        "clip each gradient element to this many predicted standard deviations around its prediction; None: use every "
+        "gradient as it is. See `vsgd.outliers`."
+    ),
+    "prior_shape": (
+        "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0, `prior_strength` "
+        "and `eps` can follow the loss's scale exactly: see `docs/tuning.md`."
+    ),
+    "state_dtype": (
+        '"float32", or "bfloat16" for state in half the memory, stochastically rounded; the arithmetic stays float32. float64 '
+        "and complex parameters keep state of their own precision."
+    ),
+    "stochastic_rounding": (
+        "round bfloat16 parameters stochastically, once per step after weight decay and update, so that steps too small for "
+        "bfloat16 still count on average."
+    ),
+    "scale": (
+        "the variance at the start of a run over the mean squared gradient. A larger one starts slower; a far smaller one can "
+        "make training fail."
+    ),
+    "seed": (
+        "an integer, the seed of stochastic rounding. The random bits are a hash of the seed, the parameter's index, the step "
+        "and the element's index, so a resumed or sharded run draws the same bits."
+    ),
+}
+
+
+def document_options(**descriptions: str) -> Callable[[_Documented], _Documented]:
+    """Return a decorator that replaces each argument's `{name}` in a docstring by the description of that option.
+
+    Args:
+        **descriptions: descriptions of an adapter's own options, by name; those of shared options are known.
+    """
+
+    def describe(match: re.Match[str]) -> str:
+        indent, argument, option = match.groups()
+        text = {**_DESCRIPTIONS, **descriptions}[option]
+        return textwrap.fill(text, 120, initial_indent=f"{indent}{argument}: ", subsequent_indent=f"{indent}    ")
+
+    def decorate(documented: _Documented) -> _Documented:
+        documented.__doc__ = re.sub(r"(?m)^( *)(\w+): \{(\w+)\}$", describe, documented.__doc__ or "")
+        return documented
+
+    return decorate
+
+
+def validate_numbers(**values: Any) -> None:
+    """Check hyperparameters that are Python numbers.
+
+    Arrays, tensors and tracers of one element pass, since their value may not be known yet.
+
+    Args:
+        **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, `outlier_threshold`, `batch_size`,
+            `scale`, and the fields of `vsgd.core.Hyperparameters` and `ConstantHyperparameters`, where `epsilon` may replace
+            `eps`.
+
+    Raises:
+        KeyError: a name is unknown.
+        ValueError: a value is not a number or lies outside its range.
+
+    Example:
+        >>> validate_numbers(lr=0.01, kappa1=0.81)
+        >>> validate_numbers(lr=-1)
+        Traceback (most recent call last):
+        ValueError: Invalid learning rate: -1 (lr must be a finite number >= 0)
+    """
+    for name, value in values.items():
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        label, allowed, holds = _RANGES[name]
+        if isinstance(value, Real):
+            # NumPy's float32 overflows when it is compared with Python's largest float.
+            is_numpy_float = hasattr(value, "dtype") and not isinstance(value, Integral)
+            valid = holds(float(value) if is_numpy_float else value)
+        else:
+            valid = _has_one_number(value)
+        if not valid:
+            raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
+
+
+def _has_one_number(array: Any) -> bool:
+    # Complex too: `optax.inject_hyperparams` makes all numbers complex if a parameter is.
+    is_number = any(kind in str(getattr(array, "dtype", "")) for kind in ("float", "int", "complex"))
+    return is_number and {*getattr(array, "shape", ())} <= {1}
+
+
+def validate_flags(**flags: Any) -> None:
+    """Check switches that may be True, False or None.
+
+    Args:
+        **flags: switches by name.
+
+    Raises:
+        ValueError: a value is neither True, False nor None.
+
+    Example:
+        >>> validate_flags(foreach=None, maximize=True)
+        >>> validate_flags(foreach="no")
+        Traceback (most recent call last):
+        ValueError: Invalid foreach value: 'no' (foreach must be True, False or None)
+    """
+    for name, value in flags.items():
+        # By equality, to accept NumPy's booleans.
+        if getattr(value, "shape", ()) != () or (value is not None and value not in (True, False)):
+            raise ValueError(f"Invalid {name} value: {value!r} ({name} must be True, False or None)")
+
+
+def validate_state_dtype(state_dtype: Any) -> None:
+    """Check the dtype in which the state is stored.
+
+    Args:
+        state_dtype: one of `STATE_DTYPES`.
+
+    Raises:
+        ValueError: it is another value.
+
+    Example:
+        >>> validate_state_dtype("float16")
+        Traceback (most recent call last):
+        ValueError: Invalid state_dtype value: 'float16' (state_dtype must be 'float32' or 'bfloat16')
+    """
+    if not isinstance(state_dtype, str) or state_dtype not in STATE_DTYPES:
+        allowed = " or ".join(map(repr, STATE_DTYPES))
+        raise ValueError(f"Invalid state_dtype value: {state_dtype!r} (state_dtype must be {allowed})")
