@@ -125,14 +125,14 @@ def format_speed(folder: Path) -> str:
 
 def _compare_others(comparison: Comparison) -> Iterator[str]:
     metric = comparison.task.metric
-    ours = told(comparison, WIDEST, "vsgd")
-    for other in OTHERS:
-        theirs = told(comparison, WIDEST, other)
-        if ours is None or theirs is None:
+    vsgd = told(comparison, WIDEST, "vsgd")
+    for name in OTHERS:
+        other = told(comparison, WIDEST, name)
+        if vsgd is None or other is None:
             yield MISSING
             continue
-        words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", metric))]
-        yield f"{theirs.mean('test', metric)} ({', '.join(words)})"
+        words = [in_a_word(vsgd, other, *which) for which in (("train", "loss"), ("test", metric))]
+        yield f"{other.mean('test', metric)} ({', '.join(words)})"
 
 
 def format_results(store: Store) -> str:
@@ -149,9 +149,9 @@ def format_results(store: Store) -> str:
     rows = []
     for task in TASKS.values():
         comparison = Comparison(task, store.find)
-        ours = told(comparison, WIDEST, "vsgd")
+        vsgd = told(comparison, WIDEST, "vsgd")
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = MISSING if ours is None else ours.mean("test", task.metric)
+        mean = MISSING if vsgd is None else vsgd.mean("test", task.metric)
         rows.append([f"{task.title}, {unit}", mean, *_compare_others(comparison)])
     return table(["test", *(ENTRANTS[name].title for name in ("vsgd", *OTHERS))], rows)
 
