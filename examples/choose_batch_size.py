@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("choose_batch_size.png"), help="figure file (default: %(default)s)")
     arguments = parser.parse_args()
     if min(*arguments.sizes, arguments.seeds) < 1:
-        parser.error("--sizes and --seeds must be at least 1")
+        parser.error(f"--sizes is {arguments.sizes} and --seeds is {arguments.seeds}, but all must be at least 1")
     torch.set_num_threads(1)  # more threads barely speed up so small a model
     data = load_data()
     with tqdm(total=len(arguments.sizes) * len(arguments.rates), unit="training") as bar:

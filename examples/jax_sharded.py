@@ -172,12 +172,13 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=8, help="virtual CPU devices without an accelerator (default: %(default)s)")
     parser.add_argument("--die-at", type=int, metavar="STEP", help="kill the process at this step")
     arguments = parser.parse_args()
-    if min(arguments.steps, arguments.every, arguments.columns, arguments.cpus) < 1:
-        parser.error("--steps, --every, --columns and --cpus must be at least 1")
+    for option in ("steps", "every", "columns", "cpus"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option} is {getattr(arguments, option)}, but must be at least 1")
     jax.config.update("jax_num_cpu_devices", arguments.cpus)
     devices = list_devices()
     if len(devices) % arguments.columns:
-        parser.error(f"--columns must divide {len(devices)}, the number of devices")
+        parser.error(f"--columns is {arguments.columns}, but must divide {len(devices)}, the number of devices")
     mesh = make_mesh(devices, arguments.columns)
     # Save synchronously: a background thread costs more than it gains on so small a model.
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
     arguments = parser.parse_args()
     if min(arguments.epochs, arguments.seeds) < 1:
-        parser.error("--epochs and --seeds must be at least 1")
+        parser.error(f"--epochs is {arguments.epochs} and --seeds is {arguments.seeds}, but both must be at least 1")
     data = load_data()
     for name, optimizer in OPTIMIZERS.items():
         start = time.perf_counter()

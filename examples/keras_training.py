@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
-        parser.error("--epochs must be at least 1")
+        parser.error(f"--epochs is {arguments.epochs}, but must be at least 1")
     data = load_data()
     print(f"Keras {keras.__version__} on {keras.backend.backend()}")
     for name in OPTIMIZERS:

@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="figure file (default: %(default)s)")
     arguments = parser.parse_args()
     if min(arguments.epochs, arguments.seeds) < 1:
-        parser.error("--epochs and --seeds must be at least 1")
+        parser.error(f"--epochs is {arguments.epochs} and --seeds is {arguments.seeds}, but both must be at least 1")
     torch.set_num_threads(1)  # more threads barely speed up so small a model, and slow it on busy cores
     runs = compare(arguments.epochs, arguments.seeds)
     print(format_table(runs))

@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--die-at", type=int, metavar="STEP", help="kill the last process at this step, before any restart")
     arguments = parser.parse_args()
     if min(arguments.steps, arguments.every) < 1:
-        parser.error("--steps and --every must be at least 1")
+        parser.error(f"--steps is {arguments.steps} and --every is {arguments.every}, but both must be at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -205,7 +205,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.steps < 10:
-        parser.error("--steps must be at least 10")
+        parser.error(f"--steps is {arguments.steps}, but must be at least 10")
     runs = filter_all(arguments.steps)
     text = format_table(runs)
     print(text, end="")
