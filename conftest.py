@@ -1,6 +1,6 @@
-"""Which modules can be imported for their doctests: those whose framework is installed; and which backend Keras runs on.
+"""Collect doctests only of modules whose framework is installed, and select Keras's backend.
 
-The pages' snippets are tests by a plugin, `tests/pages.py`.
+The plugin `tests/pages.py` runs the pages' snippets as tests.
 """
 
 import os
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 pytest_plugins = ["pages"]
 
-collect_ignore_glob: list[str] = ["tests/scaling/keras_*.py"]  # each of a process with its own Keras backend
+collect_ignore_glob: list[str] = ["tests/scaling/keras_*.py"]  # each runs in its own process with another Keras backend
 if find_spec("torch") is None:
     collect_ignore_glob += ["vsgd/torch", "vsgd/backends/torch", "tests/torch_*.py", "tests/scaling/torch_*.py"]
 if find_spec("numba") is None:
@@ -26,7 +26,7 @@ if find_spec("orbax") is None:
 if any(find_spec(name) is None for name in ("jax", "optax", "absl")):
     collect_ignore_glob += ["tests/optax_*.py"]
 
-# Where the user names none: the first that is installed, in the order of how little else it loads.
+# The default backend is the first one installed; the order prefers those that load little.
 _keras_backends = [name for name in ("torch", "jax", "tensorflow") if find_spec(name) is not None]
 if find_spec("keras") is None or not _keras_backends:
     collect_ignore_glob += ["vsgd/keras", "vsgd/backends/keras.py", "tests/keras_*.py"]

@@ -1,1 +1,1 @@
-"""How fast and how large a step of each optimizer is: `python -m benchmarks run SUITE`, then `python -m benchmarks report`."""
+"""Measure the speed and memory of the optimizers' steps: `python -m benchmarks run SUITE`, then `report`."""

@@ -1,7 +1,7 @@
-"""What state in bfloat16 costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
+"""Measure what bfloat16 state costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
 
-The table has the quickstart's final losses with both states, over seeds; the figure how the noise estimate follows a tenfold
-drop of the noise, with state rounded at random, to the nearest, and not at all.
+The table compares the quickstart's final losses with float32 and bfloat16 state over several seeds. The figure shows how the
+noise estimate follows a tenfold drop of the noise with float32 state and with both ways to round to bfloat16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,12 +22,15 @@ _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(
 _STEPS, _DROP = 3000, 1000
 
 
-def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
-    """The quickstart's scores at the end, for each state and seed: equal seeds give equal weights and batches.
+def measure_losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
+    """Train the quickstart with each state and each seed; equal seeds give equal weights and batches.
 
     Args:
-        seeds: how many.
+        seeds: number of seeds.
         epochs: passes over the training data.
+
+    Returns:
+        For each state, the final scores of each seed.
     """
     quickstart = load()
     quickstart.OPTIMIZERS.update(_STATES)
@@ -37,25 +39,34 @@ def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
         return {name: [quickstart.train(name, seed, data, epochs, bar).scores for seed in range(seeds)] for name in _STATES}
 
 
-def loss_table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The losses, mean ± standard deviation over the seeds, and the paired differences.
+def format_losses(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Format the scores as mean ± standard deviation over the seeds, and their paired differences.
 
     Args:
-        scores: what `losses` found.
+        scores: the result of `measure_losses`.
+
+    Returns:
+        A table in Markdown.
     """
     parts = ("train loss", "test loss", "test accuracy")
-    rows = [[f"{name} state", *(_spread([run[part] for run in runs]) for part in parts)] for name, runs in scores.items()]
+    rows = [
+        [f"{name} state", *(_format_spread([run[part] for run in runs]) for part in parts)] for name, runs in scores.items()
+    ]
     pairs = list(zip(scores["bfloat16"], scores["float32"], strict=True))
-    rows.append(["difference", *(_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
+    rows.append(["difference", *(_format_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
     return table([f"{len(pairs)} seeds", *parts], rows)
 
 
-def _spread(values: Sequence[float]) -> str:
+def _format_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2g} ± {statistics.stdev(values):.2g}"
 
 
-def noise_estimates() -> dict[str, list[float]]:
-    """The mean noise variance that each state tells after each step, as the noise's deviation drops from 1 to 0.1."""
+def record_noise_estimates() -> dict[str, list[float]]:
+    """Record the mean noise variance after each step while the noise's standard deviation drops from 1 to 0.1.
+
+    Returns:
+        For each kind of state, the estimate after each step.
+    """
     generator = torch.Generator().manual_seed(0)
     params = {name: torch.nn.Parameter(torch.zeros(4096)) for name in (*_STATES, "to the nearest")}
     optimizers = {name: _STATES.get(name, VSGD)([param], lr=0.0) for name, param in params.items()}
@@ -73,13 +84,13 @@ def noise_estimates() -> dict[str, list[float]]:
 
 
 def draw(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the estimates beside the truth.
+    """Draw the estimates and the true noise variance.
 
     Args:
-        estimates: what `noise_estimates` found.
-        path: of the image.
+        estimates: the result of `record_noise_estimates`.
+        path: file to write the image to.
     """
-    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
+    from matplotlib.figure import Figure  # pyplot would keep the figure and choose a backend for the process
 
     styles = {"float32": "-", "bfloat16": "--", "to the nearest": ":"}
     labels = {"bfloat16": "bfloat16, rounded at random", "to the nearest": "bfloat16, rounded to the nearest"}
@@ -100,22 +111,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the table and the figure into the page.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line; None reads it from `sys.argv`.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compact", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="at least 2 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
-    given: Any = parser.parse_args(arguments)
-    if given.seeds < 2:
-        parser.error("--seeds must be at least 2, for a deviation")
-    figure = given.page.with_suffix("") / "compact-state.png"
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}, but must be at least 2: one seed has no standard deviation")
+    figure = options.page.with_suffix("") / "compact-state.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(noise_estimates(), figure)
+    draw(record_noise_estimates(), figure)
     torch.set_num_threads(1)
     title = "The noise estimate of each state after a drop of the noise"
-    parts = [loss_table(losses(given.seeds, given.epochs)), image(title, figure, given.page)]
-    replace_section(given.page, "compact", parts)
+    parts = [format_losses(measure_losses(options.seeds, options.epochs)), image(title, figure, options.page)]
+    replace_section(options.page, "compact", parts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart's model, data and training, for what is measured on them."""
+"""Load the quickstart's model, data and training for the measurements that use them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 def load() -> ModuleType:
-    """The example as a module."""
+    """Return the example as a module."""
     spec = importlib.util.spec_from_file_location("quickstart", _EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     try:
         spec.loader.exec_module(module)
     finally:

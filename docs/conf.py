@@ -1,8 +1,8 @@
-"""Sphinx's configuration: `tox run -e docs` builds the site into `build/docs`."""
+"""Configure Sphinx: `tox run -e docs` builds the site into `build/docs`."""
 
 import os
 
-os.environ.setdefault("KERAS_BACKEND", "jax")  # that Keras can be imported; the documentation is the same for all
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras needs a backend to be imported; the documentation is the same for all
 
 import vsgd
 
@@ -12,7 +12,7 @@ version = release = vsgd.__version__
 html_title = "vsgd"
 
 extensions = [
-    "myst_nb",  # MyST for the pages too
+    "myst_nb",  # includes MyST for the pages
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -23,14 +23,14 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_show_copyright = False
-default_role = "code"  # docstrings have Markdown's single backticks
+default_role = "code"  # docstrings use Markdown's single backticks
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-nb_execution_mode = "off"  # a notebook's outputs are kept in it
+nb_execution_mode = "off"  # the notebooks store their outputs
 copybutton_prompt_text = ">>> "
 copybutton_copy_empty_lines = False
-linkcheck_retries = 3  # `tox run -e docs-links`
+linkcheck_retries = 3  # for `tox run -e docs-links`
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

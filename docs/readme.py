@@ -1,6 +1,6 @@
-"""The README's tables in short: what the pages on agreement, performance and results tell at length.
+"""Write the README's tables, which summarize the pages on agreement, performance and results.
 
-Reads `docs/agreement.md`, and the measurements in `docs/performance` and `docs/results`, and writes the README's sections:
+The script reads `docs/agreement.md` and the measurements in `docs/performance` and `docs/results`:
 
     pip install '.[experiments]'
     python docs/readme.py
@@ -26,7 +26,7 @@ from experiments.tasks import TASKS
 
 DOCS = Path(__file__).parent
 
-#: What the runners of `tests/matrix` belong to, by how their names begin.
+#: Framework of the runners of `tests/matrix`, by the prefix of their names.
 FRAMEWORKS = {
     "numpy": "NumPy",
     "torch-": "PyTorch",
@@ -36,10 +36,10 @@ FRAMEWORKS = {
     "keras-torch": "Keras on PyTorch",
     "mlx": "MLX",
 }
-#: What is told of how they agree: columns of the page.
+#: Columns of the page on agreement that the README shows.
 COLUMNS = ("golden, float64", "golden, float32", "training, float64", "training, float32")
 
-#: By file: what is measured, its baseline, and what VSGD and Constant VSGD are called there.
+#: By file: the measurement, its baseline, and the names of VSGD and Constant VSGD in the file.
 SUITES = {
     "torch": ("PyTorch, a fused step", "AdamW(fused=True)", ("VSGD(fused=True)", "ConstantVSGD(fused=True)")),
     "optax": ("JAX, a step under `jit`", "optax.adamw", ("vsgd", "constant_vsgd")),
@@ -49,26 +49,29 @@ SUITES = {
 }
 SHAPES = ("conv", "many", "large")
 
-#: Whose results are told, beside VSGD's.
+#: Entrants that the README compares with VSGD.
 OTHERS = ("adamw", "adamw-warm", "sgd")
 
 
-def rows_of(page: Path) -> list[dict[str, str]]:
-    """The rows of a page's first table, by the heads of its columns.
+def read_rows(page: Path) -> list[dict[str, str]]:
+    """Read the rows of a page's first table.
 
     Args:
-        page: in Markdown.
+        page: page in Markdown.
+
+    Returns:
+        For each row, its cells by the heads of the columns.
     """
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def number(cell: str) -> float | None:
-    """What a cell begins with, or None where that is no number.
+def parse_number(cell: str) -> float | None:
+    """Return the number at the start of a table's cell, or None if there is no number.
 
     Args:
-        cell: of a table.
+        cell: the cell's text.
     """
     try:
         return float(cell.split()[0])
@@ -76,68 +79,81 @@ def number(cell: str) -> float | None:
         return None
 
 
-def agreement(page: Path) -> str:
-    """How far the worst runner of each framework strays.
+def format_agreement(page: Path) -> str:
+    """Format the largest error of any runner of each framework.
 
     Args:
-        page: the one that `tests/matrix` wrote.
+        page: page that `tests/matrix` wrote.
+
+    Returns:
+        A table in Markdown.
     """
-    found = rows_of(page)
+    found = read_rows(page)
     (bound,) = (row for row in found if row["runner"] == "bound")
     rows = [["bound of the tests", *(bound[column] for column in COLUMNS)]]
     for prefix, title in FRAMEWORKS.items():
-        ours = [row for row in found if row["runner"].startswith(prefix)]
-        columns = [[value for row in ours if (value := number(row[column])) is not None] for column in COLUMNS]
-        if ours:
+        runners = [row for row in found if row["runner"].startswith(prefix)]
+        columns = [[value for row in runners if (value := parse_number(row[column])) is not None] for column in COLUMNS]
+        if runners:
             rows.append([title, *(f"{max(column):.0e}" if column else "reference" for column in columns)])
     return table(["", *COLUMNS], rows)
 
 
-def _ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
+def _format_ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
     found = cell["times"]["competitors"][name]
     return f"{paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
 
 
-def speed(folder: Path) -> str:
-    """The time of VSGD's and Constant VSGD's steps over AdamW's of the same framework.
+def format_speed(folder: Path) -> str:
+    """Format the ratio of VSGD's and Constant VSGD's step time to AdamW's in the same framework.
 
     Args:
-        folder: of the measurements.
+        folder: folder of the measurements.
+
+    Returns:
+        A table in Markdown.
     """
     rows = []
-    for name, (title, baseline, ours) in SUITES.items():
+    for name, (title, baseline, optimizers) in SUITES.items():
         cells = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
-        rows.append([title, *(_ratio(cells[shape], each, baseline) for each in ours for shape in SHAPES)])
+        rows.append(
+            [title, *(_format_ratio(cells[shape], optimizer, baseline) for optimizer in optimizers for shape in SHAPES)]
+        )
     heads = [f"{title}: {shape}" for title in ("VSGD", "Constant VSGD") for shape in SHAPES]
     return table(["time / AdamW", *heads], rows)
 
 
-def _beside(comparison: Comparison) -> Iterator[str]:
+def _compare_others(comparison: Comparison) -> Iterator[str]:
     metric = comparison.task.metric
-    ours = told(comparison, WIDEST, "vsgd")
-    for other in OTHERS:
-        theirs = told(comparison, WIDEST, other)
-        if ours is None or theirs is None:
+    vsgd = told(comparison, WIDEST, "vsgd")
+    for name in OTHERS:
+        other = told(comparison, WIDEST, name)
+        if vsgd is None or other is None:
             yield MISSING
             continue
-        words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", metric))]
-        yield f"{theirs.mean('test', metric)} ({', '.join(words)})"
+        words = [in_a_word(vsgd, other, *which) for which in (("train", "loss"), ("test", metric))]
+        yield f"{other.mean('test', metric)} ({', '.join(words)})"
 
 
-def results(store: Store) -> str:
-    """VSGD on the small tasks, beside some others, all tuned by twenty trials; in brackets VSGD's train loss and test metric.
+def format_results(store: Store) -> str:
+    """Format the test metrics of VSGD and others on the small tasks, all tuned by twenty trials.
+
+    Parentheses after another optimizer's metric compare VSGD's train loss and test metric with it.
 
     Args:
-        store: of the comparison's records.
+        store: the comparison's records.
+
+    Returns:
+        A table in Markdown.
     """
     rows = []
     for task in TASKS.values():
         comparison = Comparison(task, store.find)
-        ours = told(comparison, WIDEST, "vsgd")
+        vsgd = told(comparison, WIDEST, "vsgd")
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = MISSING if ours is None else ours.mean("test", task.metric)
-        rows.append([f"{task.title}, {unit}", mean, *_beside(comparison)])
-    return table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
+        mean = MISSING if vsgd is None else vsgd.mean("test", task.metric)
+        rows.append([f"{task.title}, {unit}", mean, *_compare_others(comparison)])
+    return table(["test", *(ENTRANTS[name].title for name in ("vsgd", *OTHERS))], rows)
 
 
 def write(page: Path, docs: Path = DOCS) -> None:
@@ -145,11 +161,11 @@ def write(page: Path, docs: Path = DOCS) -> None:
 
     Args:
         page: the README.
-        docs: where their sources are.
+        docs: folder of the tables' sources.
     """
-    replace_section(page, "agreement", [agreement(docs / "agreement.md")])
-    replace_section(page, "speed", [speed(docs / "performance")])
-    replace_section(page, "results", [results(Store(docs / "results" / FOLDER))])
+    replace_section(page, "agreement", [format_agreement(docs / "agreement.md")])
+    replace_section(page, "speed", [format_speed(docs / "performance")])
+    replace_section(page, "results", [format_results(Store(docs / "results" / FOLDER))])
 
 
 if __name__ == "__main__":

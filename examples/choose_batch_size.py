@@ -1,14 +1,15 @@
-"""Which batch size? The gradient noise scale's advice beside what batch sizes really cost, on real data.
+"""Choose a batch size: compare the gradient noise scale with the measured cost of each batch size.
 
-Trains an MLP on scikit-learn's handwritten digits to a target loss with Constant VSGD, at several batch sizes, and counts the
-steps and the samples that each needs at the best learning rate of a small grid. The noise scale is read from the state at one
-batch size, the weights held still at a few losses on the way. By theory (arXiv 1812.06162) a batch as large as that needs twice
-the fewest steps and twice the fewest samples, and is as large as the fewest samples over the fewest steps.
+The script trains an MLP with Constant VSGD on scikit-learn's handwritten digits until it reaches a target loss. For each batch
+size it counts the steps and the samples at the best learning rate of a small grid. At a few losses on the way it holds the
+weights still and reads the noise scale from the optimizer's state, at one batch size. In theory (arXiv 1812.06162) the noise
+scale equals the fewest samples divided by the fewest steps. A batch of that size needs twice the fewest steps and twice the
+fewest samples.
 
     pip install '.[examples]'
     python examples/choose_batch_size.py
 
-It prints a table and draws both counts over the batch size, with the advice.
+The script prints a table. It draws both counts over the batch size, and the range of the noise scale.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ from vsgd.torch import ConstantVSGD
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEARNING_RATES = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
-PROBED = 64  # the batch size at which the noise scale is measured, as a user would at the one in use
-TARGET = 0.1  # loss on all the data
+PROBE_SIZE = 64  # batch size for measuring the noise scale; you would take the one in use
+TARGET = 0.1  # loss on all data
 MOST_SAMPLES = 1_000_000
 MOST_STEPS = 4000
-HELD = 300  # steps with the weights held still, at the end of which the noise scale is read
+PROBE_STEPS = 300  # steps with fixed weights to measure the noise scale
 
 
 def load_data() -> tuple[Tensor, Tensor]:
-    """The 1797 digits, pixels scaled to [-1, 1]."""
+    """Load the 1797 digits with pixels scaled to [-1, 1]."""
     pixels, labels = load_digits(return_X_y=True)
     return torch.tensor(pixels, dtype=torch.float32) / 8 - 1, torch.tensor(labels)
 
 
 def make_model(seed: int) -> nn.Sequential:
-    """An MLP; equal seeds give equal weights."""
+    """Make an MLP; equal seeds give equal weights."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
 
 
-def learn(model: nn.Module, optimizer: ConstantVSGD, data: tuple[Tensor, Tensor], size: int) -> None:
-    """Take a step on a batch of independent draws."""
+def take_step(model: nn.Module, optimizer: ConstantVSGD, data: tuple[Tensor, Tensor], size: int) -> None:
+    """Take a step on a batch of independently drawn examples."""
     x, y = data
     batch = torch.randint(len(x), (size,))
     optimizer.zero_grad()
@@ -66,107 +67,109 @@ def learn(model: nn.Module, optimizer: ConstantVSGD, data: tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """The loss on all the data."""
+def compute_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Compute the loss on all data."""
     return functional.cross_entropy(model(data[0]), data[1]).item()
 
 
-def steps_to_target(size: int, lr: float, seed: int, data: tuple[Tensor, Tensor], target: float) -> float:
-    """How many steps it takes to the target, looked for every 2% of the steps so far; infinity where it is not reached."""
+def count_steps(size: int, lr: float, seed: int, data: tuple[Tensor, Tensor], target: float) -> float:
+    """Count the steps to the target loss, checked every 2% of the steps so far; return infinity if it is not reached."""
     model = make_model(seed)
     optimizer = ConstantVSGD(model.parameters(), lr=lr)
-    look = 1
+    next_check = 1
     for step in range(1, min(MOST_STEPS, MOST_SAMPLES // size) + 1):
-        learn(model, optimizer, data, size)
-        if step == look:
-            if loss_of(model, data) <= target:
+        take_step(model, optimizer, data, size)
+        if step == next_check:
+            if compute_loss(model, data) <= target:
                 return step
-            look = step + 1 + step // 50
+            next_check = step + 1 + step // 50
     return math.inf
 
 
-def noise_scale(lr: float, seed: int, data: tuple[Tensor, Tensor], target: float) -> list[tuple[float, float]]:
-    """Pairs of loss and noise scale on the way to the target.
-
-    Measured with the weights held still: while they move, the mean lags and the state's own estimate is far off.
-    """
+def track_noise_scale(lr: float, seed: int, data: tuple[Tensor, Tensor], target: float) -> list[tuple[float, float]]:
+    """Return pairs of loss and noise scale on the way to the target."""
     model = make_model(seed)
     optimizer = ConstantVSGD(model.parameters(), lr=lr)
     found = []
-    loss = loss_of(model, data)
+    loss = compute_loss(model, data)
     for goal in (1.6, 0.8, 0.4, target):
         for _ in range(MOST_STEPS):
             if loss <= goal:
                 break
-            learn(model, optimizer, data, PROBED)
-            loss = loss_of(model, data)
-        found.append((loss, held_still(model, data)))
+            take_step(model, optimizer, data, PROBE_SIZE)
+            loss = compute_loss(model, data)
+        found.append((loss, measure_noise_scale(model, data)))
     return found
 
 
-def held_still(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """The noise scale of the model as it is: numerator and denominator averaged apart over the later steps, at no step size."""
+def measure_noise_scale(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Measure the noise scale at fixed weights; average its numerator and denominator separately over the later steps.
+
+    While weights move, the posterior mean lags behind the gradient and the noise scale in the state is far off.
+    """
     prober = ConstantVSGD(model.parameters(), lr=0.0, prior_strength=1e-20)
     trace = squared_norm = 0.0
-    for step in range(HELD):
-        learn(model, prober, data, PROBED)
-        if step >= HELD // 4:
-            overall = prober.noise_scale(batch_size=PROBED).overall
+    for step in range(PROBE_STEPS):
+        take_step(model, prober, data, PROBE_SIZE)
+        if step >= PROBE_STEPS // 4:
+            overall = prober.noise_scale(batch_size=PROBE_SIZE).overall
             trace, squared_norm = trace + overall.trace.item(), squared_norm + overall.squared_norm.item()
     return NoiseScale(trace, squared_norm).scale
 
 
-def measured(costs: dict[int, Cost]) -> float:
-    """The critical batch size that the costs show: the fewest samples over the fewest steps."""
-    return min(size * each.steps for size, each in costs.items()) / min(each.steps for each in costs.values())
-
-
 class Cost(NamedTuple):
-    """What a batch size costs at its best learning rate: the median over the seeds."""
+    """The best learning rate of a batch size, and its median number of steps over the seeds."""
 
     lr: float
     steps: float
 
 
-def cost(size: int, rates: Sequence[float], seeds: int, data: tuple[Tensor, Tensor], target: float, bar: tqdm[None]) -> Cost:
-    """The learning rate with the fewest steps."""
+def compute_critical_size(costs: dict[int, Cost]) -> float:
+    """Compute the critical batch size: the fewest samples divided by the fewest steps."""
+    return min(size * cost.steps for size, cost in costs.items()) / min(cost.steps for cost in costs.values())
+
+
+def find_cost(
+    size: int, rates: Sequence[float], seeds: int, data: tuple[Tensor, Tensor], target: float, bar: tqdm[None]
+) -> Cost:
+    """Find the learning rate with the fewest steps."""
     found = []
     for lr in rates:
-        found.append(Cost(lr, statistics.median(steps_to_target(size, lr, seed, data, target) for seed in range(seeds))))
+        found.append(Cost(lr, statistics.median(count_steps(size, lr, seed, data, target) for seed in range(seeds))))
         bar.update()
-    return min(found, key=lambda each: each.steps)
+    return min(found, key=lambda cost: cost.steps)
 
 
-def table(costs: dict[int, Cost], scales: list[tuple[float, float]]) -> str:
-    """The costs, and the noise scales."""
+def format_table(costs: dict[int, Cost], scales: list[tuple[float, float]]) -> str:
+    """Format the costs and the noise scales."""
     rows = [("batch size", "best lr", "steps", "samples")]
-    rows += [(str(size), f"{each.lr:g}", f"{each.steps:g}", f"{size * each.steps:g}") for size, each in costs.items()]
+    rows += [(str(size), f"{cost.lr:g}", f"{cost.steps:g}", f"{size * cost.steps:g}") for size, cost in costs.items()]
     lines = ["  ".join(cell.rjust(10) for cell in row) for row in rows]
-    lines.append(f"fewest samples over fewest steps: {measured(costs):.0f} examples")
+    lines.append(f"fewest samples over fewest steps: {compute_critical_size(costs):.0f} examples")
     return "\n".join(lines + [f"noise scale at a loss of {loss:.2f}: {scale:.0f} examples" for loss, scale in scales])
 
 
 def draw(costs: dict[int, Cost], scales: list[tuple[float, float]], target: float, output: Path) -> None:
-    """Steps and samples over the batch size, in logarithms, and the range of the advice."""
+    """Draw steps and samples over the batch size on logarithmic axes, and the range of the noise scale."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    reached = {size: each.steps for size, each in costs.items() if math.isfinite(each.steps)}
+    reached = {size: cost.steps for size, cost in costs.items() if math.isfinite(cost.steps)}
     samples = axes.twinx()
     lines = axes.plot(list(reached), list(reached.values()), "o-", color="#0072B2", label="steps (left)")
     lines += samples.plot(
         list(reached), [size * steps for size, steps in reached.items()], "s--", color="#D55E00", label="samples (right)"
     )
-    advice = [scale for _, scale in scales if scale > 0]
-    if advice:
-        label = f"noise scale on the way: {min(advice):.0f} to {max(advice):.0f}"
-        lines.append(axes.axvspan(min(advice), max(advice), color="#009E73", alpha=0.2, label=label))
-    label = f"fewest samples / fewest steps: {measured(costs):.0f}"
-    lines.append(axes.axvline(measured(costs), color="black", linestyle=":", label=label))
+    positive = [scale for _, scale in scales if scale > 0]
+    if positive:
+        label = f"noise scale on the way: {min(positive):.0f} to {max(positive):.0f}"
+        lines.append(axes.axvspan(min(positive), max(positive), color="#009E73", alpha=0.2, label=label))
+    label = f"fewest samples / fewest steps: {compute_critical_size(costs):.0f}"
+    lines.append(axes.axvline(compute_critical_size(costs), color="black", linestyle=":", label=label))
     axes.set(xscale="log", yscale="log", xlabel="batch size (examples)", ylabel=f"steps to a loss of {target:g}")
     axes.set_xticks(list(costs), labels=list(map(str, costs)))
     samples.set(yscale="log", ylabel=f"samples to a loss of {target:g}")
     axes.set_title("Constant VSGD on digits, each batch size at its best learning rate")
     figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=2)
-    for panel in (axes, samples):  # 20, 50 and 100 rather than powers
+    for panel in (axes, samples):  # label 20, 50 and 100 instead of powers
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
@@ -177,22 +180,23 @@ def draw(costs: dict[int, Cost], scales: list[tuple[float, float]], target: floa
 
 def main() -> None:
     """Run the comparison from the command line."""
-    parser = argparse.ArgumentParser(description="The noise scale's advice beside what batch sizes cost.")
+    parser = argparse.ArgumentParser(description="Compare the gradient noise scale with the cost of each batch size.")
     parser.add_argument("--sizes", type=int, nargs="+", default=BATCH_SIZES, help="batch sizes (default: %(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, help="learning rates (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train from (default: %(default)s)")
-    parser.add_argument("--target", type=float, default=TARGET, help="the loss to reach (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("choose_batch_size.png"), help="the figure (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=TARGET, help="loss to reach (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("choose_batch_size.png"), help="figure file (default: %(default)s)")
     arguments = parser.parse_args()
     if min(*arguments.sizes, arguments.seeds) < 1:
-        parser.error("--sizes and --seeds must be at least 1")
-    torch.set_num_threads(1)  # a second thread gains little on so small a model
+        parser.error(f"--sizes is {arguments.sizes} and --seeds is {arguments.seeds}, but all must be at least 1")
+    torch.set_num_threads(1)  # more threads barely speed up so small a model
     data = load_data()
     with tqdm(total=len(arguments.sizes) * len(arguments.rates), unit="training") as bar:
-        costs = {size: cost(size, arguments.rates, arguments.seeds, data, arguments.target, bar) for size in arguments.sizes}
+        options = (arguments.rates, arguments.seeds, data, arguments.target, bar)
+        costs = {size: find_cost(size, *options) for size in arguments.sizes}
     middle = min(arguments.rates, key=lambda lr: abs(math.log(lr / 0.004)))
-    scales = noise_scale(middle, 0, data, arguments.target)
-    print(table(costs, scales))
+    scales = track_noise_scale(middle, 0, data, arguments.target)
+    print(format_table(costs, scales))
     draw(costs, scales, arguments.target, arguments.output)
     print(f"wrote {arguments.output}")
 

@@ -1,19 +1,20 @@
-"""Sharded training that survives: VSGD on a mesh of devices, with orbax checkpoints, resumed where it was killed.
+"""Train with VSGD on a mesh of devices, save orbax checkpoints, and resume after a kill.
 
-Trains a small network on scikit-learn's handwritten digits (8x8 pixels, no download) on all devices that there are, in rows and
-columns: a batch is shared out along one axis, weights and VSGD's state along both. Where there is a CPU only, it counts as 8:
+The script trains a small network on scikit-learn's handwritten digits (8x8 pixels, no download). It arranges all devices in
+rows and columns. One axis splits the batch, both axes split the weights and VSGD's state. A machine without accelerators runs
+8 virtual CPU devices:
 
     pip install '.[optax]' orbax-checkpoint scikit-learn
     python examples/jax_sharded.py
 
-It begins with the last whole checkpoint in `--checkpoints`, where there is one. To see it, let it kill itself in mid-training
-and start it again. The last line, a digest of all parameters and of the optimizer's state, is that of a run without a break,
-for the batches depend on the seed and on the step only:
+A run resumes from the last complete checkpoint in `--checkpoints`, if there is one. To try it, let the script kill itself
+during training, then start it again. The last line is a digest of all parameters and of the optimizer's state. It equals the
+digest of an uninterrupted run because the batches depend only on the seed and the step:
 
     python examples/jax_sharded.py --die-at 90
     python examples/jax_sharded.py
 
-It resumes on a mesh of another shape too (`--columns 4`). Sums are then taken in another order, and last bits differ.
+A run also resumes on a mesh of another shape (`--columns 4`). The order of sums then changes, and last bits differ.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ solver = vsgd(0.01)
 
 
 class Training(NamedTuple):
-    """All that a checkpoint holds, but for the step, which is its name."""
+    """The contents of a checkpoint; the checkpoint's name is its step."""
 
     params: dict[str, jax.Array]
     state: Any
 
 
-def start() -> Training:
-    """Weights by He's rule, biases of zero, and the state of the optimizer."""
+def init_training() -> Training:
+    """Make weights by He's rule, zero biases, and the optimizer's state."""
     keys = jax.random.split(jax.random.key(0), len(SHAPES))
     params = {
         name: jax.random.normal(key, shape) * jnp.sqrt(2 / shape[0]) if len(shape) == 2 else jnp.zeros(shape)
@@ -61,24 +62,24 @@ def start() -> Training:
     return Training(params, solver.init(params))
 
 
-def usable_devices() -> list[jax.Device]:
-    """All, or as many as can share each dimension of the weights."""
+def list_devices() -> list[jax.Device]:
+    """List the devices to use: the largest power of two up to 64, so that it divides every sharded dimension."""
     return jax.devices()[: 1 << (min(jax.device_count(), 64).bit_length() - 1)]
 
 
 def make_mesh(devices: list[jax.Device], columns: int) -> Mesh:
-    """Devices in rows and columns; the axes have the compiler decide how arrays between are sharded."""
+    """Arrange devices in rows and columns; on Auto axes the compiler shards intermediate arrays."""
     shape = (len(devices) // columns, columns)
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def shardings_on(mesh: Mesh) -> Training:
-    """Where all lies: each array of the state as its parameter does, and the count of steps on all devices."""
+def make_shardings(mesh: Mesh) -> Training:
+    """Shard each array of the state like its parameter, and replicate the step count on all devices."""
     params = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
     state = optax.tree_utils.tree_map_params(
         solver,
         lambda _, sharding: sharding,
-        jax.eval_shape(start).state,
+        jax.eval_shape(init_training).state,
         params,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
@@ -86,13 +87,13 @@ def shardings_on(mesh: Mesh) -> Training:
 
 
 def loss(params: dict[str, jax.Array], images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of a batch."""
+    """Compute the mean cross-entropy of a batch."""
     hidden = jax.nn.gelu(jax.nn.gelu(images @ params["in"] + params["bias"]) @ params["hidden"])
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["out"], labels).mean()
 
 
 def make_step(shardings: Training) -> Any:
-    """The compiled step, in which the compiler puts what the devices must tell each other."""
+    """Compile the step; the compiler inserts the communication between devices."""
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def step(training: Training, images: jax.Array, labels: jax.Array) -> tuple[Training, jax.Array]:
@@ -104,15 +105,15 @@ def make_step(shardings: Training) -> Any:
 
 
 def load_data() -> tuple[np.ndarray, np.ndarray]:
-    """The 1797 digits, pixels scaled to [-1, 1], and their labels."""
+    """Load the 1797 digits with pixels scaled to [-1, 1], and their labels."""
     pixels, labels = load_digits(return_X_y=True)
     return np.float32(pixels / 8 - 1), np.int32(labels)
 
 
-def batch_of(step: int, examples: int, seed: int) -> np.ndarray:
-    """Indices of a step's mini-batch: a new order in each epoch, its incomplete last batch dropped.
+def select_batch(step: int, examples: int, seed: int) -> np.ndarray:
+    """Return the indices of a step's mini-batch: a new order in each epoch, without its incomplete last batch.
 
-    Of the seed and the step alone, so that a resumed run sees what it would have seen.
+    The indices depend only on the seed and the step, so a resumed run uses the same batches as an uninterrupted one.
     """
     epoch, place = divmod(step, examples // BATCH_SIZE)
     order = np.random.default_rng((seed, epoch)).permutation(examples)
@@ -120,14 +121,14 @@ def batch_of(step: int, examples: int, seed: int) -> np.ndarray:
 
 
 def resume(manager: ocp.CheckpointManager, shardings: Training) -> tuple[Training, int]:
-    """What the last whole checkpoint holds, or else a new training, each array straight into its place; and the next step."""
+    """Load the last complete checkpoint or start anew, with every array sharded; return the training and the next step."""
     last = manager.latest_step()
     if last is None:
-        return jax.jit(start, out_shardings=shardings)(), 0
-    # Without it orbax would return dicts, and arrays that lie as they did when they were saved.
+        return jax.jit(init_training, out_shardings=shardings)(), 0
+    # Without a target orbax returns dicts, and arrays with the shardings of the saved ones.
     target = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        jax.eval_shape(start),
+        jax.eval_shape(init_training),
         shardings,
     )
     training = manager.restore(last, args=ocp.args.StandardRestore(target))
@@ -136,14 +137,14 @@ def resume(manager: ocp.CheckpointManager, shardings: Training) -> tuple[Trainin
 
 
 def train(manager: ocp.CheckpointManager, mesh: Mesh, arguments: argparse.Namespace) -> Training:
-    """Train up to the last step, with a checkpoint every so many."""
-    shardings = shardings_on(mesh)
+    """Train up to the last step and save a checkpoint every `--every` steps."""
+    shardings = make_shardings(mesh)
     training, done = resume(manager, shardings)
     take_step, data = make_step(shardings), load_data()
     for step in range(done, arguments.steps):
         if step == arguments.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        batch = batch_of(step, len(data[0]), arguments.seed)
+        batch = select_batch(step, len(data[0]), arguments.seed)
         images, labels = jax.device_put([array[batch] for array in data], NamedSharding(mesh, P("data")))
         training, value = take_step(training, images, labels)
         if (step + 1) % arguments.every == 0 or step + 1 == arguments.steps:
@@ -152,8 +153,8 @@ def train(manager: ocp.CheckpointManager, mesh: Mesh, arguments: argparse.Namesp
     return training
 
 
-def digest(training: Training) -> str:
-    """Of every bit of the parameters and of the optimizer's state."""
+def compute_digest(training: Training) -> str:
+    """Hash every bit of the parameters and of the optimizer's state."""
     result = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(training):
         result.update(jax.tree_util.keystr(path).encode() + np.asarray(array).tobytes())
@@ -165,24 +166,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="VSGD on a mesh of devices, with checkpoints.")
     parser.add_argument("--steps", type=int, default=200, help="mini-batches (default: %(default)s)")
     parser.add_argument("--every", type=int, default=40, help="steps between two checkpoints (default: %(default)s)")
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="where (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the data (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data's order (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=2, help="devices that share a row of the mesh (default: %(default)s)")
-    parser.add_argument("--cpus", type=int, default=8, help="devices, where there is a CPU only (default: %(default)s)")
-    parser.add_argument("--die-at", type=int, metavar="STEP", help="kill itself there")
+    parser.add_argument("--cpus", type=int, default=8, help="virtual CPU devices without an accelerator (default: %(default)s)")
+    parser.add_argument("--die-at", type=int, metavar="STEP", help="kill the process at this step")
     arguments = parser.parse_args()
-    if min(arguments.steps, arguments.every, arguments.columns, arguments.cpus) < 1:
-        parser.error("--steps, --every, --columns and --cpus must be at least 1")
+    for option in ("steps", "every", "columns", "cpus"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option} is {getattr(arguments, option)}, but must be at least 1")
     jax.config.update("jax_num_cpu_devices", arguments.cpus)
-    devices = usable_devices()
+    devices = list_devices()
     if len(devices) % arguments.columns:
-        parser.error(f"--columns must divide {len(devices)}, the number of devices")
+        parser.error(f"--columns is {arguments.columns}, but must divide {len(devices)}, the number of devices")
     mesh = make_mesh(devices, arguments.columns)
-    # Saved before the next step: in the background it would cost so small a model more than it gains.
+    # Save synchronously: a background thread costs more than it gains on so small a model.
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(arguments.checkpoints.absolute(), options=options) as manager:
         training = train(manager, mesh, arguments)
-    print(f"ended at step {arguments.steps}: {digest(training)}")
+    print(f"ended at step {arguments.steps}: {compute_digest(training)}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python examples/keras_training.py
 
-Needs `pip install '.[keras]' scikit-learn` and one of TensorFlow, JAX and PyTorch. Each optimizer starts from the same
-weights and sees the same batches.
+The script needs `pip install '.[keras]' scikit-learn` and one of TensorFlow, JAX and PyTorch. Both optimizers start from the
+same weights and use the same batches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
 
 
 class Digits(NamedTuple):
-    """Images and labels, the test part held out."""
+    """Images and labels of the training part and of the test part."""
 
     train_x: np.ndarray
     test_x: np.ndarray
@@ -36,14 +36,14 @@ class Digits(NamedTuple):
 
 
 def load_data() -> Digits:
-    """The 1797 digits, pixels scaled to [-1, 1], a fifth of each class held out; the same split whatever the seed."""
+    """Load the 1797 digits with pixels scaled to [-1, 1]; a fifth of each class is the test part, the same for every seed."""
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels / 8 - 1).astype("float32").reshape(-1, 8, 8, 1)
     return Digits(*train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0))
 
 
-def convolutional() -> keras.Model:
-    """Two convolutions, a pooling and a head, for 8x8 images in 10 classes."""
+def make_model() -> keras.Model:
+    """Make two convolutions and a dense head for 8x8 images in 10 classes."""
     return keras.Sequential(
         [
             keras.layers.Input((8, 8, 1)),
@@ -56,13 +56,19 @@ def convolutional() -> keras.Model:
 
 
 def train(name: str, data: Digits, epochs: int, seed: int) -> tuple[float, float]:
-    """Train a new model with the optimizer of this name.
+    """Train a new model.
+
+    Args:
+        name: a key of `OPTIMIZERS`.
+        data: the digits.
+        epochs: passes over the training data.
+        seed: seed of the weights and the batches.
 
     Returns:
-        The loss of the last epoch, and the accuracy on the test part in percent.
+        The loss of the last epoch, and the test accuracy in percent.
     """
     keras.utils.set_random_seed(seed)
-    model = convolutional()
+    model = make_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=OPTIMIZERS[name](), loss=loss, metrics=["accuracy"])
     history = model.fit(data.train_x, data.train_y, batch_size=64, epochs=epochs, verbose=0)
@@ -72,12 +78,12 @@ def train(name: str, data: Digits, epochs: int, seed: int) -> tuple[float, float
 
 def main() -> None:
     """Run the comparison from the command line."""
-    parser = argparse.ArgumentParser(description="VSGD beside AdamW in Keras, on scikit-learn's digits.")
+    parser = argparse.ArgumentParser(description="Compare VSGD with AdamW in Keras, on scikit-learn's digits.")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training data (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides weights and batches (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.epochs < 1:
-        parser.error("--epochs must be at least 1")
+        parser.error(f"--epochs is {arguments.epochs}, but must be at least 1")
     data = load_data()
     print(f"Keras {keras.__version__} on {keras.backend.backend()}")
     for name in OPTIMIZERS:

@@ -1,15 +1,15 @@
-"""VSGD beside AdamW and SGD on real data, and what VSGD learns of its gradients on the way.
+"""Compare VSGD with AdamW and SGD on real data, and plot VSGD's gradient estimates.
 
-Trains a small ConvMixer on scikit-learn's handwritten digits (8x8 pixels, no download), from the same initial weights, on the
-same batches, with each optimizer. It prints a table, mean and standard deviation over the seeds, and draws the loss curves
-and, layer by layer, VSGD's gain and signal-to-noise ratio:
+The script trains a small ConvMixer on scikit-learn's handwritten digits (8x8 pixels, no download). All optimizers start from
+the same weights and use the same batches. The script prints the mean and the standard deviation over the seeds. It draws the
+loss curves, and for each layer VSGD's gain and signal-to-noise ratio:
 
     pip install '.[examples]'
     python examples/quickstart.py
 
-VSGD runs at its defaults. The learning rates of the other two are the best of 0.001, 0.003, 0.01, 0.03 (AdamW) and of 0.01,
-0.03, 0.1, 0.3 (SGD) by validation loss: five-fold cross-validation within the training images, 20 epochs; the test images had
-no say. All rates stay constant.
+VSGD uses its defaults. AdamW's learning rate is the best of 0.001, 0.003, 0.01 and 0.03, SGD's the best of 0.01, 0.03, 0.1 and
+0.3, by validation loss: five-fold cross-validation within the training images, 20 epochs. The test images played no part in the
+choice. All learning rates are constant.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from tqdm import tqdm
 from vsgd.torch import VSGD
 
 BATCH_SIZE = 64
-COMPILING_STEPS = 5  # left out of the step times: the first ones compile or allocate
-WINDOW = 20  # steps that the curves average over, about an epoch
+COMPILING_STEPS = 5  # excluded from the step times because they compile or allocate
+WINDOW = 20  # steps in the curves' moving average, about an epoch
 
-# Each one's fused kernel, so that step times compare like with like; VSGD picks its own by default.
+# All use fused kernels so that step times are comparable; VSGD selects its kernel by default.
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
     "VSGD": VSGD,
     "AdamW": partial(torch.optim.AdamW, lr=0.003, fused=True),
@@ -54,32 +54,32 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 
 
 class Residual(nn.Module):
-    """Adds its input to what its layers make of it."""
+    """Layers with a skip connection: the output is the input plus the layers' output."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers."""
+        """Add the layers' output to the input."""
         return x + self.layers(x)
 
 
 def conv_mixer(width: int = 64, depth: int = 3) -> nn.Sequential:
-    """A ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels."""
+    """Make a ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels."""
 
-    def activated(convolution: nn.Conv2d) -> list[nn.Module]:
+    def add_activation(convolution: nn.Conv2d) -> list[nn.Module]:
         return [convolution, nn.GELU(), nn.BatchNorm2d(width)]
 
-    layers = activated(nn.Conv2d(1, width, kernel_size=2, stride=2))
+    layers = add_activation(nn.Conv2d(1, width, kernel_size=2, stride=2))
     for _ in range(depth):
-        layers.append(Residual(*activated(nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))))
-        layers += activated(nn.Conv2d(width, width, kernel_size=1))
+        layers.append(Residual(*add_activation(nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))))
+        layers += add_activation(nn.Conv2d(width, width, kernel_size=1))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
 class Digits(NamedTuple):
-    """Images and labels, the test part held out."""
+    """Images and labels of the training part and of the test part."""
 
     train_x: Tensor
     test_x: Tensor
@@ -88,7 +88,7 @@ class Digits(NamedTuple):
 
 
 def load_data() -> Digits:
-    """The 1797 digits, pixels scaled to [-1, 1], a fifth of each class held out; the same split whatever the seed."""
+    """Load the 1797 digits with pixels scaled to [-1, 1]; a fifth of each class is the test part, the same for every seed."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     parts = train_test_split(images.numpy(), labels, test_size=0.2, stratify=labels, random_state=0)
@@ -96,7 +96,7 @@ def load_data() -> Digits:
 
 
 def batches(n: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Indices of the mini-batches: a new order in each epoch, its incomplete last batch dropped."""
+    """Yield the indices of the mini-batches: a new order in each epoch, without its incomplete last batch."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         yield from torch.randperm(n, generator=generator).split(BATCH_SIZE)[: n // BATCH_SIZE]
@@ -104,7 +104,7 @@ def batches(n: int, epochs: int, seed: int) -> Iterator[Tensor]:
 
 @dataclass
 class Run:
-    """What one training left behind."""
+    """The results of one training."""
 
     lr: float
     losses: list[float] = field(default_factory=list)
@@ -115,7 +115,7 @@ class Run:
 
 
 def train(name: str, seed: int, data: Digits, epochs: int, bar: tqdm[None]) -> Run:
-    """Train a new model with the optimizer of this name; equal seeds give equal weights and batches to all of them."""
+    """Train a new model with the named optimizer; equal seeds give all optimizers equal weights and batches."""
     torch.manual_seed(seed)
     model = conv_mixer()
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -129,22 +129,22 @@ def train(name: str, seed: int, data: Digits, epochs: int, bar: tqdm[None]) -> R
         run.step_times.append(time.perf_counter() - start)
         run.losses.append(loss.item())
         if isinstance(optimizer, VSGD):
-            probe(model, optimizer, run)
+            record_posterior(model, optimizer, run)
         bar.update()
     run.scores = evaluate(model, data)
     return run
 
 
-def probe(model: nn.Module, optimizer: VSGD, run: Run) -> None:
-    """Note how the optimizer filters each layer's gradient: the medians over the layer's weights."""
+def record_posterior(model: nn.Module, optimizer: VSGD, run: Run) -> None:
+    """Record the medians of gain and signal-to-noise ratio over each layer's weights."""
     for layer, weight in layer_weights(model).items():
-        known = optimizer.posterior(weight)
-        run.gains.setdefault(layer, []).append(known.gain.median().item())
-        run.snrs.setdefault(layer, []).append(known.snr.median().item())
+        posterior = optimizer.posterior(weight)
+        run.gains.setdefault(layer, []).append(posterior.gain.median().item())
+        run.snrs.setdefault(layer, []).append(posterior.snr.median().item())
 
 
 def layer_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the convolutions and of the head, by what they do."""
+    """Return the weights of the convolutions and of the head by their role."""
     weights: dict[str, Tensor] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -158,7 +158,7 @@ def layer_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Digits) -> dict[str, float]:
-    """Loss and accuracy (in percent) on both parts of the data."""
+    """Compute loss and accuracy (in percent) on both parts of the data."""
     model.eval()
     scores = {}
     for part, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
@@ -169,7 +169,7 @@ def evaluate(model: nn.Module, data: Digits) -> dict[str, float]:
 
 
 def compare(epochs: int, seeds: int) -> dict[str, list[Run]]:
-    """Train with each optimizer from each seed."""
+    """Train with each optimizer and each seed."""
     data = load_data()
     runs: dict[str, list[Run]] = {name: [] for name in OPTIMIZERS}
     steps = epochs * (len(data.train_x) // BATCH_SIZE)
@@ -181,32 +181,32 @@ def compare(epochs: int, seeds: int) -> dict[str, list[Run]]:
     return runs
 
 
-def table(runs: dict[str, list[Run]]) -> str:
-    """The final scores, mean ± standard deviation over the seeds, and the median time of `optimizer.step()`."""
+def format_table(runs: dict[str, list[Run]]) -> str:
+    """Format the mean ± standard deviation of the final scores, and the median time of `optimizer.step()`."""
     formats = {"train loss": ".5f", "train accuracy": ".2f", "test loss": ".4f", "test accuracy": ".2f"}
     rows = [["optimizer", "lr", *(f"{score} (%)" if "accuracy" in score else score for score in formats), "step (µs)"]]
     for name, done in runs.items():
-        cells = [spread([run.scores[score] for run in done], form) for score, form in formats.items()]
+        cells = [format_spread([run.scores[score] for run in done], form) for score, form in formats.items()]
         times = [seconds for run in done for seconds in run.step_times[COMPILING_STEPS:]]
         rows.append([name, f"{done[0].lr:g}", *cells, f"{1e6 * statistics.median(times):.0f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean ± standard deviation."""
+def format_spread(values: list[float], form: str) -> str:
+    """Format mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):{form}} ± {deviation:{form}}"
 
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; dashes tell the depth of layers of one kind.
+# Okabe and Ito's colours suit colour-blind readers; dashes show the depth of layers of one kind.
 COLOURS = {"VSGD": "#0072B2", "AdamW": "#D55E00", "SGD": "#009E73"}
 LAYER_COLOURS = {"patches": "#000000", "depthwise": "#0072B2", "pointwise": "#E69F00", "head": "#CC79A7"}
 DASHES = ["-", "--", ":"]
 
 
 def draw(runs: dict[str, list[Run]], output: Path) -> None:
-    """Write the figure: loss curves above, below what VSGD learned of its gradients."""
+    """Draw the loss curves above VSGD's gain and signal-to-noise ratio."""
     figure, axes = plt.subplot_mosaic([["loss", "loss"], ["gain", "snr"]], figsize=(10, 7.5), layout="constrained")
     draw_losses(axes["loss"], runs)
     draw_layers(axes["gain"], [run.gains for run in runs["VSGD"]])
@@ -228,7 +228,7 @@ def draw(runs: dict[str, list[Run]], output: Path) -> None:
 
 
 def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
-    """One curve for each optimizer, with the range over the seeds."""
+    """Draw one curve for each optimizer, with the range over the seeds."""
     for name, done in runs.items():
         curves = smooth([run.losses for run in done])
         steps = range(WINDOW, WINDOW + curves.shape[1])
@@ -239,7 +239,7 @@ def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
 
 
 def draw_layers(axes: Axes, seeds: list[dict[str, list[float]]]) -> None:
-    """One curve for each layer, the median over the seeds."""
+    """Draw one curve for each layer, the median over the seeds."""
     for layer in seeds[0]:
         logs = smooth([list(map(math.log, curves[layer])) for curves in seeds])
         kind, _, depth = layer.partition(" ")
@@ -248,22 +248,22 @@ def draw_layers(axes: Axes, seeds: list[dict[str, list[float]]]) -> None:
 
 
 def smooth(curves: list[list[float]]) -> NDArray[np.float64]:
-    """Moving averages over WINDOW steps, one row for each curve."""
+    """Compute moving averages over WINDOW steps, one row for each curve."""
     return np.array([np.convolve(curve, np.full(WINDOW, 1 / WINDOW), "valid") for curve in curves])
 
 
 def main() -> None:
     """Run the comparison from the command line."""
-    parser = argparse.ArgumentParser(description="VSGD beside AdamW and SGD on scikit-learn's digits.")
+    parser = argparse.ArgumentParser(description="Compare VSGD with AdamW and SGD on scikit-learn's digits.")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train from (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="the figure (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="figure file (default: %(default)s)")
     arguments = parser.parse_args()
     if min(arguments.epochs, arguments.seeds) < 1:
-        parser.error("--epochs and --seeds must be at least 1")
-    torch.set_num_threads(1)  # a second thread gains little on so small a model, and costs much on busy cores
+        parser.error(f"--epochs is {arguments.epochs} and --seeds is {arguments.seeds}, but both must be at least 1")
+    torch.set_num_threads(1)  # more threads barely speed up so small a model, and slow it on busy cores
     runs = compare(arguments.epochs, arguments.seeds)
-    print(table(runs))
+    print(format_table(runs))
     draw(runs, arguments.output)
     print(f"wrote {arguments.output}")
 

@@ -1,1 +1,1 @@
-"""What a release must pass: `python -m release.tag v0.1.0`, and `python -m release.trials dist` on what was built."""
+"""Check a release: `python -m release.tag v0.1.0` checks its tag, `python -m release.trials dist` its wheel and sdist."""

@@ -1,7 +1,6 @@
-"""Whether an installed vsgd works: `python -P release/smoke.py VERSION ADAPTER ...`.
+"""Check that an installed vsgd works: `python -P release/smoke.py VERSION ADAPTER ...`.
 
-It needs nothing but what is to be tried out. Each adapter takes the steps of a golden trajectory, of the authors' code, in
-float64.
+The script needs only vsgd and the adapters' frameworks. Each adapter repeats a trajectory of the authors' code in float64.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from numpy.typing import NDArray
 import vsgd
 
 _GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "defaults_f64.npz"
-#: What every adapter holds to the authors' code in float64.
+#: Largest allowed difference to the authors' code, relative to the largest parameter.
 _TOLERANCE = 1e-10
 
 _Arrays = list[NDArray[np.float64]]
 
 
 class Trajectory(NamedTuple):
-    """What the authors' code did with given gradients.
+    """A run of the authors' code.
 
     Attributes:
-        lr: the step size, of all steps.
+        lr: the learning rate of all steps.
         start: the parameters before the first step.
-        gradients: at each step those of each parameter.
-        expected: the parameters after each step.
+        gradients: for each step, the gradient of each parameter.
+        expected: for each step, the parameters after it.
     """
 
     lr: float
@@ -42,8 +41,8 @@ class Trajectory(NamedTuple):
     expected: list[_Arrays]
 
 
-def golden() -> Trajectory:
-    """60 steps of two parameters, at the authors' defaults."""
+def load_trajectory() -> Trajectory:
+    """Load 60 steps of two parameters at the authors' defaults."""
     arrays = np.load(_GOLDEN)
     (lr,) = set(arrays["lr"].tolist())
     gradients, expected = (
@@ -52,7 +51,7 @@ def golden() -> Trajectory:
     return Trajectory(lr, [arrays["param0_0"], arrays["param0_1"]], gradients, expected)
 
 
-def _numpy(given: Trajectory) -> Iterator[_Arrays]:
+def _run_numpy(given: Trajectory) -> Iterator[_Arrays]:
     from vsgd.numpy import VSGD
 
     params = [array.copy() for array in given.start]
@@ -62,7 +61,7 @@ def _numpy(given: Trajectory) -> Iterator[_Arrays]:
         yield params
 
 
-def _torch(given: Trajectory, fused: bool) -> Iterator[_Arrays]:
+def _run_torch(given: Trajectory, fused: bool) -> Iterator[_Arrays]:
     import torch
 
     from vsgd.torch import VSGD
@@ -76,7 +75,7 @@ def _torch(given: Trajectory, fused: bool) -> Iterator[_Arrays]:
         yield [param.detach().numpy() for param in params]
 
 
-def _optax(given: Trajectory) -> Iterator[_Arrays]:
+def _run_optax(given: Trajectory) -> Iterator[_Arrays]:
     import jax
     import optax
 
@@ -92,7 +91,7 @@ def _optax(given: Trajectory) -> Iterator[_Arrays]:
         yield list(map(np.asarray, params))
 
 
-def _keras(given: Trajectory) -> Iterator[_Arrays]:
+def _run_keras(given: Trajectory) -> Iterator[_Arrays]:
     import keras
 
     from vsgd.keras import VSGD
@@ -101,7 +100,7 @@ def _keras(given: Trajectory) -> Iterator[_Arrays]:
         import jax
 
         jax.config.update("jax_enable_x64", True)
-    keras.config.set_floatx("float64")  # also of the learning rate
+    keras.config.set_floatx("float64")  # the learning rate's dtype, too
     variables = [keras.Variable(array) for array in given.start]
     optimizer = VSGD(given.lr)
     for gradients in given.gradients:
@@ -109,52 +108,52 @@ def _keras(given: Trajectory) -> Iterator[_Arrays]:
         yield list(map(keras.ops.convert_to_numpy, variables))
 
 
-def _mlx(given: Trajectory) -> Iterator[_Arrays]:
+def _run_mlx(given: Trajectory) -> Iterator[_Arrays]:
     import mlx.core as mx
 
     from vsgd.mlx import VSGD
 
     mx.set_default_device(mx.cpu)  # GPUs have no float64
     params = {"params": [mx.array(array, mx.float64) for array in given.start]}
-    optimizer = VSGD(mx.array(given.lr, mx.float64))  # a number would be kept in float32
+    optimizer = VSGD(mx.array(given.lr, mx.float64))  # MLX stores a Python number in float32
     for gradients in given.gradients:
         params = optimizer.apply_gradients({"params": [mx.array(array, mx.float64) for array in gradients]}, params)
         yield list(map(np.array, params["params"]))
 
 
 ADAPTERS: dict[str, Callable[[Trajectory], Iterator[_Arrays]]] = {
-    "numpy": _numpy,
-    "torch": partial(_torch, fused=False),
-    "torch-fused": partial(_torch, fused=True),
-    "optax": _optax,
-    "keras": _keras,
-    "mlx": _mlx,
+    "numpy": _run_numpy,
+    "torch": partial(_run_torch, fused=False),
+    "torch-fused": partial(_run_torch, fused=True),
+    "optax": _run_optax,
+    "keras": _run_keras,
+    "mlx": _run_mlx,
 }
 
 
 def check_steps(name: str) -> None:
-    """That an adapter follows the authors' code.
+    """Check that an adapter's steps equal those of the authors' code.
 
     Args:
-        name: of `ADAPTERS`.
+        name: a key of `ADAPTERS`.
 
     Raises:
-        AssertionError: it strays.
+        AssertionError: a parameter differs by more than the tolerance.
     """
-    given = golden()
-    for ours, theirs in zip(ADAPTERS[name](given), given.expected, strict=True):
-        for array, expected in zip(ours, theirs, strict=True):
+    given = load_trajectory()
+    for params, expected_params in zip(ADAPTERS[name](given), given.expected, strict=True):
+        for array, expected in zip(params, expected_params, strict=True):
             np.testing.assert_allclose(array, expected, rtol=0, atol=_TOLERANCE * np.abs(expected).max(), err_msg=name)
 
 
 def check_installation(version: str) -> None:
-    """That what is imported is what was installed, with its types.
+    """Check that Python imports the installed package, in the given version and with its types.
 
     Args:
-        version: as in the name of what was installed.
+        version: the version in the artifact's name.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: the path, the version or the file `py.typed` is wrong.
     """
     package = Path(vsgd.__file__).parent
     assert package.parent == Path(sysconfig.get_path("purelib")), f"vsgd was imported from {package}"
@@ -166,8 +165,8 @@ def main(version: str, adapters: Sequence[str]) -> None:
     """Check the installation, then the steps of the adapters.
 
     Args:
-        version: as in the name of what was installed.
-        adapters: of `ADAPTERS`.
+        version: the version in the artifact's name.
+        adapters: keys of `ADAPTERS`.
     """
     check_installation(version)
     for name in adapters:

@@ -1,4 +1,4 @@
-"""Whether a tag may be released: `python -m release.tag v0.1.0`."""
+"""Check that a tag may be released: `python -m release.tag v0.1.0`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
 
 def check(tag: str, version: str, changelog: str) -> None:
-    """That the tag, the version and the changelog's newest section are of one release.
+    """Check that the tag, the package's version and the changelog's newest section name the same release.
 
     Args:
-        tag: of the commit.
-        version: of the package.
+        tag: the commit's tag.
+        version: the package's version.
         changelog: the text of the changelog, newest section first.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the tag or the changelog names another release.
     """
     if tag != f"v{version}":
-        raise ValueError(f"the tag is {tag!r}, but must be 'v{version}', for that is the package's version")
+        raise ValueError(f"tag is {tag!r}, but must be 'v{version}' for the package's version")
     newest = re.search(r"^## (.*)$", changelog, flags=re.MULTILINE)
     heading = newest[1] if newest else ""
     if not re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d{{2}}-\d{{2}}", heading):
-        raise ValueError(f"the changelog begins with {heading!r}, but must with '[{version}] - ' and the day")
+        raise ValueError(f"changelog begins with {heading!r}, but must begin with '[{version}] - YYYY-MM-DD'")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Installs what was built as its users will, and tries it out: `python -m release.trials dist`.
+"""Install the built wheel and sdist as users do, and test them: `python -m release.trials dist`.
 
-Each extra of the wheel and of the sdist gets an environment of its own, one at a time, for with PyTorch it takes a gigabyte.
+Each extra of each artifact gets a new environment. The environments exist one at a time because PyTorch takes a gigabyte.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 
 class Trial(NamedTuple):
-    """What must work with one extra, and nothing else, installed.
+    """The checks to run with a single extra installed.
 
     Attributes:
-        adapters: those that `release/smoke.py` is to step.
-        tests: of the sdist, to be run after that.
-        keras_backend: what the user brings to Keras.
+        adapters: adapters that `release/smoke.py` checks.
+        tests: tests of the sdist to run afterwards.
+        keras_backend: package that the user installs as Keras's backend.
     """
 
     adapters: tuple[str, ...]
@@ -31,7 +31,7 @@ class Trial(NamedTuple):
     keras_backend: str | None = None
 
 
-#: By extra; "" is none.
+#: The trial of each extra; "" installs no extra.
 TRIALS = {
     "": Trial(("numpy",), tests=("tests",)),
     "torch": Trial(("numpy", "torch")),
@@ -46,27 +46,30 @@ TRIALS = {
 
 
 def check_contents(wheel: Path, source: Path) -> None:
-    """That a wheel has the package's files, its metadata, and nothing else.
+    """Check that a wheel contains the package's files, its metadata and nothing else.
 
     Args:
         wheel: the file.
         source: the unpacked sdist.
 
     Raises:
-        ValueError: it has others.
+        ValueError: the wheel lacks files or contains others.
     """
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    there = {path.relative_to(source).as_posix() for path in (source / "vsgd").rglob("*") if path.is_file()}
-    if packed != there:
-        raise ValueError(f"{wheel.name} and the sdist differ in {', '.join(sorted(packed ^ there))}")
+    expected = {path.relative_to(source).as_posix() for path in (source / "vsgd").rglob("*") if path.is_file()}
+    if packed != expected:
+        raise ValueError(f"{wheel.name} and the sdist differ in {', '.join(sorted(packed ^ expected))}")
 
 
-def unpacked(sdist: Path, folder: Path) -> Path:
-    """The folder of the unpacked sdist.
+def unpack(sdist: Path, folder: Path) -> Path:
+    """Unpack an sdist.
 
     Args:
         sdist: the file.
-        folder: where it is to be unpacked.
+        folder: folder to unpack into.
+
+    Returns:
+        The unpacked sdist, a folder inside `folder`.
     """
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -74,19 +77,19 @@ def unpacked(sdist: Path, folder: Path) -> Path:
 
 
 def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
-    """Install an artifact with one extra into a new environment, and do what its trial says.
+    """Install an artifact with one extra into a new environment and run the extra's trial.
 
     Args:
         artifact: a wheel or an sdist.
-        extra: of `TRIALS`.
-        version: the artifact's.
-        source: the unpacked sdist, where the commands run.
+        extra: a key of `TRIALS`.
+        version: the artifact's version.
+        source: the unpacked sdist, in which the commands run.
 
     Raises:
         subprocess.CalledProcessError: a command failed.
     """
     trial = TRIALS[extra]
-    brought = [trial.keras_backend] if trial.keras_backend else []
+    added = [trial.keras_backend] if trial.keras_backend else []
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if trial.keras_backend:
         variables["KERAS_BACKEND"] = trial.keras_backend
@@ -95,12 +98,12 @@ def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
         python = os.path.join(sysconfig.get_path("scripts", "venv", {"base": folder}), "python")
 
         def run(*arguments: str) -> None:
-            # -P, lest the sdist's own package is imported instead of what is installed.
+            # -P makes Python import the installed package instead of the sdist's.
             subprocess.run([python, "-P", *arguments], cwd=source, env=variables, check=True)
 
         def install(*extras: str) -> None:
-            wanted = f"vsgd[{','.join(filter(None, extras))}] @ {artifact.resolve().as_uri()}"
-            run("-m", "pip", "install", "--quiet", "--no-compile", wanted, *brought)
+            requirement = f"vsgd[{','.join(filter(None, extras))}] @ {artifact.resolve().as_uri()}"
+            run("-m", "pip", "install", "--quiet", "--no-compile", requirement, *added)
 
         install(extra)
         run("release/smoke.py", version, *trial.adapters)
@@ -110,19 +113,19 @@ def try_out(artifact: Path, extra: str, version: str, source: Path) -> None:
 
 
 def main(dist: Path) -> None:
-    """Try out the wheel and the sdist with each extra.
+    """Test the wheel and the sdist with each extra.
 
     Args:
-        dist: the folder with one of each.
+        dist: folder with one wheel and one sdist.
 
     Raises:
-        ValueError: the wheel has not the files that it should.
-        subprocess.CalledProcessError: something does not work.
+        ValueError: the wheel lacks files or contains others.
+        subprocess.CalledProcessError: an installation or a check failed.
     """
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     version = wheel.name.split("-")[1]
     with tempfile.TemporaryDirectory() as folder:
-        source = unpacked(sdist, Path(folder))
+        source = unpack(sdist, Path(folder))
         check_contents(wheel, source)
         for artifact in (wheel, sdist):
             for extra in TRIALS:

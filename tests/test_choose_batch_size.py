@@ -65,10 +65,10 @@ def test_the_noise_scale_of_weights_held_still_is_near_the_truth(example: Module
     truth = ((each - mean).square().sum() / len(each) / mean.square().sum()).item()
     torch.manual_seed(1)
     before = [param.detach().clone() for param in params]
-    assert example.held_still(model, data) == pytest.approx(truth, rel=0.1)
+    assert example.measure_noise_scale(model, data) == pytest.approx(truth, rel=0.1)
     assert all(torch.equal(one, other) for one, other in zip(before, params, strict=True))
 
 
 def test_what_is_not_reached_costs_infinity(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(example, "MOST_STEPS", 2)
-    assert example.steps_to_target(16, 0.001, 0, example.load_data(), target=0.1) == math.inf
+    assert example.count_steps(16, 0.001, 0, example.load_data(), target=0.1) == math.inf

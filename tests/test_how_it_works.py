@@ -223,7 +223,7 @@ def test_a_rate_is_an_average_of_what_each_step_alone_would_have(kappa: float, f
     for step, grad in enumerate(np.random.default_rng(0).standard_normal(50), start=1):
         alone.append(update(grad, state, core.VSGD.coefficients(1, hyper))[1][1:])
         _, state = update(grad, state, core.VSGD.coefficients(step, hyper))
-    weights = figures.weights(50, kappa)
+    weights = figures.compute_weights(50, kappa)
     assert weights.sum() == pytest.approx(1)
     np.testing.assert_allclose(weights @ np.array(alone), state[1:], rtol=1e-12)
     if kappa == 1:
@@ -270,7 +270,7 @@ def figures() -> Iterator[ModuleType]:
 
 
 def test_the_table_is_what_the_script_makes(figures: ModuleType) -> None:
-    assert (SCRIPT.parent / "filtering.txt").read_text(encoding="utf-8") == figures.table(figures.filter_all(500))
+    assert (SCRIPT.parent / "filtering.txt").read_text(encoding="utf-8") == figures.format_table(figures.filter_all(500))
 
 
 def test_the_figure_of_the_direction_is_the_cores(figures: ModuleType) -> None:

@@ -37,4 +37,4 @@ def test_both_optimizers_learn_the_digits() -> None:
 def test_no_epochs_are_refused() -> None:
     done = run("--epochs", "0")
     assert done.returncode == 2
-    assert "--epochs and --seeds must be at least 1" in done.stderr
+    assert "--epochs is 0 and --seeds is 5, but both must be at least 1" in done.stderr

@@ -40,4 +40,4 @@ def test_it_trains_and_prints_both_accuracies() -> None:
 def test_it_refuses_no_epochs() -> None:
     done = run("--epochs", "0")
     assert done.returncode == 2
-    assert "--epochs must be at least 1" in done.stderr
+    assert "--epochs is 0, but must be at least 1" in done.stderr

@@ -39,7 +39,7 @@ def params(layers: tuple[int, ...] = ()) -> Any:
     )
 
 
-@pytest.mark.parametrize(("mask", "layers"), [("matrices", ()), ("by_name", ()), ("by_name", (2,))])
+@pytest.mark.parametrize(("mask", "layers"), [("mask_matrices", ()), ("mask_by_name", ()), ("mask_by_name", (2,))])
 def test_it_is_two_optimizers_in_one(mask: str, layers: tuple[int, ...], recipe: ModuleType) -> None:
     together = vsgd(0.01, weight_decay=0.1, mask=getattr(recipe, mask))
     apart = optax.multi_transform({"decayed": vsgd(0.01, weight_decay=0.1), "spared": vsgd(0.01)}, KINDS)

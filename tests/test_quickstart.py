@@ -84,4 +84,4 @@ def test_command_refuses_no_epochs(
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--epochs", "0"])
     with pytest.raises(SystemExit):
         quickstart.main()
-    assert "--epochs and --seeds must be at least 1" in capsys.readouterr().err
+    assert "--epochs is 0 and --seeds is 3, but both must be at least 1" in capsys.readouterr().err

@@ -27,9 +27,9 @@ def test_a_tag_that_fits_is_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "changelog", "said"),
     [
-        ("v0.2.1", "0.2.0", RELEASED, "the tag is 'v0.2.1', but must be 'v0.2.0'"),
-        ("0.2.0", "0.2.0", RELEASED, "the tag is '0.2.0', but must be 'v0.2.0'"),
-        ("v0.1.0", "0.1.0", RELEASED, r"begins with '\[0.2.0\] - 2027-01-31', but must with '\[0.1.0\] - '"),
+        ("v0.2.1", "0.2.0", RELEASED, "tag is 'v0.2.1', but must be 'v0.2.0'"),
+        ("0.2.0", "0.2.0", RELEASED, "tag is '0.2.0', but must be 'v0.2.0'"),
+        ("v0.1.0", "0.1.0", RELEASED, r"begins with '\[0.2.0\] - 2027-01-31', but must begin with '\[0.1.0\] - YYYY-MM-DD'"),
         ("v0.2.0", "0.2.0", RELEASED.replace("- 2027-01-31", ""), r"begins with '\[0.2.0\] '"),
         ("v0.2.0", "0.2.0", RELEASED.replace("# Changelog", "## [Unreleased]"), r"begins with '\[Unreleased\]'"),
         ("v0.2.0", "0.2.0", "# Changelog\n", "begins with ''"),
@@ -76,7 +76,7 @@ def test_an_sdist_is_unpacked(source: Path, tmp_path: Path) -> None:
     sdist = tmp_path / f"{source.name}.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         archive.add(source, source.name)
-    assert (trials.unpacked(sdist, tmp_path / "elsewhere") / "vsgd" / "__init__.py").is_file()
+    assert (trials.unpack(sdist, tmp_path / "elsewhere") / "vsgd" / "__init__.py").is_file()
 
 
 def test_steps_that_follow_the_authors_code_pass() -> None:

@@ -1,4 +1,4 @@
-"""Draws the figures of `docs/how-it-works.md`, and writes its table of how a hidden gradient is filtered.
+"""Draw the figures of `docs/how-it-works.md` and write its table of the filtered gradients.
 
 To run it:
 
@@ -26,21 +26,21 @@ from vsgd import core
 
 Array = NDArray[np.float64]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours suit colour-blind readers.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 
-NOISES = (0.1, 1.0)  # standard deviations, an element for each
+NOISES = (0.1, 1.0)  # standard deviation of each element's noise
 
 
 class Filtered(NamedTuple):
-    """What VSGD made of gradients that it was shown, an array for each, steps first, an element for each noise.
+    """VSGD's estimates of a gradient, in arrays of shape (steps, noises).
 
     Attributes:
         hidden: the true gradient.
-        seen: the gradients that were shown.
+        seen: the noisy gradients.
         mean: the posterior's mean.
-        deviation: its standard deviation.
-        gain: by how much of an innovation the mean moves.
+        deviation: the posterior's standard deviation.
+        gain: how far the mean moves towards each new gradient.
     """
 
     hidden: Array
@@ -50,27 +50,27 @@ class Filtered(NamedTuple):
     gain: Array
 
 
-def gradients(steps: int, seed: int = 0) -> tuple[Array, Array]:
-    """A gradient that swings and dies away, and what noise makes of it."""
+def make_gradients(steps: int, seed: int = 0) -> tuple[Array, Array]:
+    """Make a decaying oscillation as the hidden gradient, and noisy copies of it."""
     rng = np.random.default_rng(seed)
     time = np.arange(1, steps + 1) / steps
     hidden = np.tile((np.cos(10 * time) * np.exp(-2 * time))[:, None], len(NOISES))
     return hidden, hidden + np.array(NOISES) * rng.standard_normal(hidden.shape)
 
 
-def follow(optimizer: Any, hidden: Array, seen: Array) -> Filtered:
-    """Show an optimizer the gradients and ask it after each what it knows."""
-    known = []
+def record_filtering(optimizer: Any, hidden: Array, seen: Array) -> Filtered:
+    """Step an optimizer with the noisy gradients and record its posterior."""
+    records = []
     for grad in seen:
-        before = optimizer.posterior(0)  # the variance and the gain of a step depend on the state that it finds
+        before = optimizer.posterior(0)  # a step's variance and gain depend on the state before it
         optimizer.step([grad])
-        known.append((optimizer.posterior(0).mean, np.sqrt(before.variance), before.gain))
-    return Filtered(hidden, seen, *map(np.array, zip(*known, strict=True)))
+        records.append((optimizer.posterior(0).mean, np.sqrt(before.variance), before.gain))
+    return Filtered(hidden, seen, *map(np.array, zip(*records, strict=True)))
 
 
 def filter_all(steps: int) -> dict[str, Filtered]:
-    """The same gradients filtered by VSGD under two priors, and by Constant VSGD."""
-    hidden, seen = gradients(steps)
+    """Filter the same gradients by VSGD with two priors and by Constant VSGD."""
+    hidden, seen = make_gradients(steps)
     strength = vsgd.numpy.prior_strength_from([grad] for grad in seen[:10])
     still = [np.zeros(len(NOISES))]
     optimizers = {
@@ -78,11 +78,11 @@ def filter_all(steps: int) -> dict[str, Filtered]:
         "VSGD, default prior": vsgd.numpy.VSGD(still, lr=0.0),
         "Constant VSGD": vsgd.numpy.ConstantVSGD(still, lr=0.0),
     }
-    return {name: follow(optimizer, hidden, seen) for name, optimizer in optimizers.items()}
+    return {name: record_filtering(optimizer, hidden, seen) for name, optimizer in optimizers.items()}
 
 
-def table(runs: dict[str, Filtered]) -> str:
-    """How far the mean strays from the truth, and the gains along the way, in Markdown."""
+def format_table(runs: dict[str, Filtered]) -> str:
+    """Format the error of the mean and the gains at some steps, in Markdown."""
     steps = len(next(iter(runs.values())).gain)
     looks = [step for step in (1, 2, 10, 100, 500) if step <= steps]
     lines = [
@@ -99,7 +99,7 @@ def table(runs: dict[str, Filtered]) -> str:
 
 
 def draw_filtering(runs: dict[str, Filtered]) -> Figure:
-    """A row for each optimizer: both elements' hidden gradient, what was seen of it, the posterior, and the gains."""
+    """Draw a row for each optimizer: both elements' hidden gradient, noisy gradients and posterior, and the gains."""
     figure, axes = plt.subplots(len(runs), 3, figsize=(10, 6.5), sharex=True, layout="constrained")
     for row, (title, run) in zip(axes, runs.items(), strict=True):
         steps = np.arange(1, len(run.seen) + 1)
@@ -119,17 +119,17 @@ def draw_filtering(runs: dict[str, Filtered]) -> Figure:
 
 
 def draw_model() -> Figure:
-    """The model as a graph: circles are hidden, the filled one is seen, the dot is known; the frame is repeated."""
+    """Draw the model as a graph: open circles are hidden, the filled one is observed, the dot is fixed, the frame repeats."""
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
     radius = 0.33
-    known, drift, noise, hidden, seen = map(np.array, [(0.5, 1.0), (1.5, 2.4), (3.5, 2.4), (2.5, 1.0), (4.5, 1.0)])
-    for start, end in [(known, hidden), (drift, hidden), (hidden, seen), (noise, seen)]:
+    fixed, drift, noise, hidden, seen = map(np.array, [(0.5, 1.0), (1.5, 2.4), (3.5, 2.4), (2.5, 1.0), (4.5, 1.0)])
+    for start, end in [(fixed, hidden), (drift, hidden), (hidden, seen), (noise, seen)]:
         tip = end - radius * (end - start) / np.linalg.norm(end - start)
         axes.annotate("", tip, start, arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}, zorder=1)
     for centre, name in [(drift, r"$\tau_g$"), (noise, r"$\tau_{\hat g}$"), (hidden, "$g_t$"), (seen, r"$\hat g_t$")]:
         axes.add_patch(Circle(centre, radius, facecolor="#d9d9d9" if centre is seen else "white", edgecolor="black", zorder=2))
         axes.text(*centre, name, ha="center", va="center", fontsize=14, zorder=3)
-    axes.add_patch(Circle(known, 0.07, color="black", zorder=2))
+    axes.add_patch(Circle(fixed, 0.07, color="black", zorder=2))
     axes.text(0.5, 0.65, r"$u_t = \mu_{t-1}$", ha="center", va="center", fontsize=12)
     axes.add_patch(Rectangle((-0.2, 0.3), 5.4, 1.3, fill=False, edgecolor=GREY))
     axes.text(5.1, 0.4, "each step $t$", ha="right", fontsize=10, color="#555555")
@@ -141,13 +141,13 @@ def draw_model() -> Figure:
 
 
 def draw_direction() -> Figure:
-    """The step over the learning rate, as a function of the posterior mean over its standard deviation."""
+    """Draw the step divided by the learning rate as a function of the posterior mean divided by its standard deviation."""
     rule, hyper = core.VSGD, core.VSGD.hyperparameters(eps=0.0)
     ratio = np.linspace(-6, 6, 401)
     gain, sigma2 = 1 / 31, 1.0
     b_ghat = sigma2 * core.compute_shape(hyper) / gain
     state = (ratio, np.full_like(ratio, gain / (1 - gain) * b_ghat), np.full_like(ratio, b_ghat))
-    # A gradient that says what is expected leaves the mean where it is.
+    # A gradient equal to the mean leaves the mean unchanged.
     direction, _ = rule.make_update(np)(ratio, state, rule.coefficients(2, hyper))
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     axes.plot(ratio, ratio, color=GREY, linestyle=":", label=r"$\mu / \sigma$")
@@ -158,22 +158,22 @@ def draw_direction() -> Figure:
     return figure
 
 
-def weights(steps: int, kappa: float) -> Array:
-    """How much each of so many steps counts in a rate after the last one."""
+def compute_weights(steps: int, kappa: float) -> Array:
+    """Compute the weight of each step in a rate after the last step."""
     rho = np.arange(1, steps + 1) ** -kappa
     kept = np.append(np.cumprod((1 - rho)[:0:-1])[::-1], 1)
     return rho * kept
 
 
 def draw_memory(steps: int) -> Figure:
-    """How long the two rates remember, and what each past step counts."""
+    """Draw the memory of the two rates and the weight of each past step."""
     hyper = core.VSGD.hyperparameters()
     kappas = {r"$b_g$, $\kappa_1$": (hyper.kappa1, GREEN), r"$b_{\hat g}$, $\kappa_2$": (hyper.kappa2, ORANGE)}
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     time = np.arange(1, steps + 1)
     for name, (kappa, colour) in kappas.items():
         axes[0].plot(time, time**kappa, color=colour, label=f"{name} = {kappa}")
-        axes[1].plot(time, weights(steps, kappa), color=colour, label=f"{name} = {kappa}")
+        axes[1].plot(time, compute_weights(steps, kappa), color=colour, label=f"{name} = {kappa}")
     axes[0].plot(time, time, color=GREY, linestyle=":", label=r"$\kappa = 1$, a plain average")
     axes[1].axhline(1 / steps, color=GREY, linestyle=":", label=r"$\kappa = 1$, a plain average")
     axes[0].set(xscale="log", yscale="log", xlabel="step $t$", ylabel=r"memory $1 / \rho_t = t^\kappa$, steps")
@@ -184,7 +184,7 @@ def draw_memory(steps: int) -> Figure:
 
 
 def draw_all(runs: dict[str, Filtered], folder: Path) -> None:
-    """Write all figures."""
+    """Draw all figures and save them as PNG."""
     figures: dict[str, Figure] = {
         "model": draw_model(),
         "filtering": draw_filtering(runs),
@@ -197,15 +197,17 @@ def draw_all(runs: dict[str, Filtered], folder: Path) -> None:
 
 
 def main() -> None:
-    """Draw and write from the command line."""
-    parser = argparse.ArgumentParser(description="The figures and the table of docs/how-it-works.md.")
-    parser.add_argument("--steps", type=int, default=500, help="gradients that are filtered (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    """Draw the figures and write the table from the command line."""
+    parser = argparse.ArgumentParser(description="Draw the figures and write the table of docs/how-it-works.md.")
+    parser.add_argument("--steps", type=int, default=500, help="number of gradients (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="folder to write to (default: the script's folder)"
+    )
     arguments = parser.parse_args()
     if arguments.steps < 10:
-        parser.error("--steps must be at least 10")
+        parser.error(f"--steps is {arguments.steps}, but must be at least 10")
     runs = filter_all(arguments.steps)
-    text = table(runs)
+    text = format_table(runs)
     print(text, end="")
     (arguments.output / "filtering.txt").write_text(text, encoding="utf-8")
     draw_all(runs, arguments.output)

@@ -1,4 +1,4 @@
-"""VSGD in JAX with weight decay for matrices alone, on scikit-learn's handwritten digits (8x8 pixels, no download).
+"""Train with VSGD in JAX and decay only matrices, on scikit-learn's handwritten digits (8x8 pixels, no download).
 
 To run it:
 
@@ -18,18 +18,18 @@ from sklearn.datasets import load_digits
 from vsgd.optax import vsgd
 
 
-def matrices(params: Any) -> Any:
-    """What is decayed: biases and the scales of norms have one dimension, and are not."""
+def mask_matrices(params: Any) -> Any:
+    """Select arrays of at least two dimensions for decay; biases and norms' scales have one."""
     return jax.tree.map(lambda param: param.ndim >= 2, params)
 
 
-def by_name(params: Any) -> Any:
-    """The same where layers are stacked, so that a bias has two dimensions: by the last name of each."""
+def mask_by_name(params: Any) -> Any:
+    """Select by name, for stacked layers whose biases have two dimensions."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
 
 
-def logits(params: Any, images: jax.Array) -> jax.Array:
-    """A layer, normalized, and another."""
+def compute_logits(params: Any, images: jax.Array) -> jax.Array:
+    """Apply a layer, a norm and a second layer."""
     hidden = jax.nn.standardize(images @ params["first"]["kernel"] + params["first"]["bias"])
     hidden = jax.nn.gelu(hidden * params["norm"]["scale"])
     return hidden @ params["last"]["kernel"] + params["last"]["bias"]
@@ -45,10 +45,10 @@ def main() -> Any:
         "norm": {"scale": jnp.ones(64)},
         "last": {"kernel": jax.random.normal(keys[1], (64, 10)) / 8, "bias": jnp.zeros(10)},
     }
-    solver = vsgd(0.01, weight_decay=0.1, mask=matrices)
+    solver = vsgd(0.01, weight_decay=0.1, mask=mask_matrices)
 
     def loss(params: Any) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(compute_logits(params, images), labels).mean()
 
     @jax.jit
     def step(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:

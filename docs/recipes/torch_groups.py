@@ -1,4 +1,4 @@
-"""VSGD with weight decay for matrices alone, on scikit-learn's handwritten digits (8x8 pixels, no download).
+"""Train with VSGD and decay only matrices, on scikit-learn's handwritten digits (8x8 pixels, no download).
 
 To run it:
 
@@ -18,7 +18,7 @@ from vsgd.torch import VSGD
 
 
 def decay_matrices_alone(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of parameters: biases and the weights of norms have one dimension, and are not decayed."""
+    """Return parameter groups that decay only matrices; biases and norms' weights have one dimension."""
     params = [param for param in model.parameters() if param.requires_grad]
     return [
         {"params": [param for param in params if param.ndim >= 2], "weight_decay": weight_decay},

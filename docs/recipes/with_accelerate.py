@@ -1,4 +1,4 @@
-"""VSGD with Accelerate: a small network on scikit-learn's handwritten digits (8x8 pixels, no download).
+"""Train a small network with VSGD and Accelerate on scikit-learn's handwritten digits (8x8 pixels, no download).
 
 To run it:
 
@@ -22,21 +22,21 @@ from torch.utils.data import DataLoader, TensorDataset
 from vsgd.torch import VSGD
 
 
-def batches() -> DataLoader[Any]:
-    """The digits, pixels scaled to [-1, 1], in a new order in each epoch."""
+def make_loader() -> DataLoader[Any]:
+    """Load the digits with pixels scaled to [-1, 1], in a new order in each epoch."""
     pixels, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(pixels, dtype=torch.float32) / 8 - 1, torch.tensor(labels))
     return DataLoader(data, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
 
 
 def main() -> tuple[nn.Module, VSGD]:
-    """Train; each step on the mean of two batches, its gradient cut to a norm of 1."""
+    """Train; each step averages the gradients of two batches and clips them to a norm of 1."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     set_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
     optimizer = VSGD(model.parameters(), lr=0.01, weight_decay=0.01)
     warm_up = LinearLR(optimizer, start_factor=0.1, total_iters=20)
-    model, optimizer, warm_up, loader = accelerator.prepare(model, optimizer, warm_up, batches())
+    model, optimizer, warm_up, loader = accelerator.prepare(model, optimizer, warm_up, make_loader())
     for epoch in range(5):
         for images, labels in loader:
             with accelerator.accumulate(model):

@@ -1,4 +1,4 @@
-"""VSGD with DeepSpeed: a small network on scikit-learn's handwritten digits (8x8 pixels, no download).
+"""Train a small network with VSGD and DeepSpeed on scikit-learn's handwritten digits (8x8 pixels, no download).
 
 To run it:
 
@@ -23,20 +23,20 @@ from vsgd.torch import VSGD
 CONFIG = {
     "train_micro_batch_size_per_gpu": 64,
     "zero_optimization": {"stage": 2},
-    "zero_allow_untested_optimizer": True,  # any that is not among DeepSpeed's own
-    "gradient_clipping": 0.0,  # none; left out, DeepSpeed cuts to a norm of 1
+    "zero_allow_untested_optimizer": True,  # required for optimizers outside DeepSpeed
+    "gradient_clipping": 0.0,  # off; DeepSpeed's default clips to a norm of 1
 }
 
 
-def batches() -> DataLoader[Any]:
-    """This process's share of the digits, pixels scaled to [-1, 1], in a new order in each epoch."""
+def make_loader() -> DataLoader[Any]:
+    """Load this process's share of the digits with pixels scaled to [-1, 1], in a new order in each epoch."""
     pixels, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(pixels, dtype=torch.float32) / 8 - 1, torch.tensor(labels))
     return DataLoader(data, batch_size=64, sampler=DistributedSampler(data))
 
 
-def prepared(config: dict[str, Any]) -> Any:
-    """DeepSpeed's engine of a new network."""
+def make_engine(config: dict[str, Any]) -> Any:
+    """Make a network and DeepSpeed's engine for it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
     optimizer = VSGD(model.parameters(), lr=0.01, weight_decay=0.01)
@@ -46,7 +46,7 @@ def prepared(config: dict[str, Any]) -> Any:
 
 
 def train(engine: Any, loader: DataLoader[Any], epoch: int) -> None:
-    """One epoch."""
+    """Train for one epoch."""
     loader.sampler.set_epoch(epoch)
     for images, labels in loader:
         loss = nn.functional.cross_entropy(engine(images.to(engine.device)), labels.to(engine.device))
@@ -57,9 +57,9 @@ def train(engine: Any, loader: DataLoader[Any], epoch: int) -> None:
 
 
 def main() -> Any:
-    """Train; state and gradients are shared out among the processes."""
-    engine = prepared(CONFIG)
-    loader = batches()
+    """Train with state and gradients sharded among the processes."""
+    engine = make_engine(CONFIG)
+    loader = make_loader()
     for epoch in range(5):
         train(engine, loader, epoch)
     return engine

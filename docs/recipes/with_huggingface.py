@@ -1,4 +1,4 @@
-"""VSGD with Hugging Face's Trainer: a small ConvNeXt on scikit-learn's handwritten digits (no download).
+"""Train a small ConvNeXt with VSGD and Hugging Face's Trainer on scikit-learn's handwritten digits (no download).
 
 To run it:
 
@@ -19,8 +19,8 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, Trainer
 from vsgd.torch import VSGD
 
 
-def small_convnext() -> ConvNextForImageClassification:
-    """Two layers of random weights."""
+def make_convnext() -> ConvNextForImageClassification:
+    """Make a network of two layers with random weights."""
     config = ConvNextConfig(
         num_channels=1,
         patch_size=2,
@@ -33,44 +33,44 @@ def small_convnext() -> ConvNextForImageClassification:
     return ConvNextForImageClassification(config)
 
 
-def digits() -> list[dict[str, Tensor]]:
-    """Images of one channel, pixels scaled to [-1, 1], and their labels."""
+def load_data() -> list[dict[str, Tensor]]:
+    """Load images of one channel with pixels scaled to [-1, 1], and their labels."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     return [{"pixel_values": image, "labels": label} for image, label in zip(images, torch.tensor(labels), strict=True)]
 
 
-def arguments(folder: str, **options: Any) -> TrainingArguments:
-    """What both ways below share."""
+def make_arguments(folder: str, **options: Any) -> TrainingArguments:
+    """Make the arguments that both trainings below share."""
     return TrainingArguments(
         folder, num_train_epochs=4, per_device_train_batch_size=64, logging_steps=29, use_cpu=True, report_to="none", **options
     )
 
 
-def with_the_trainers_groups(folder: str = "huggingface") -> Trainer:
-    """The Trainer makes the optimizer, which decays no bias and no norm, and a schedule from its arguments."""
+def train_with_trainer_groups(folder: str = "huggingface") -> Trainer:
+    """Let the Trainer make an optimizer that decays no bias and no norm, and a schedule from its arguments."""
     set_seed(0)
     trainer = Trainer(
-        small_convnext(),
-        arguments(folder, weight_decay=0.01, warmup_steps=10, lr_scheduler_type="cosine"),
-        train_dataset=digits(),
-        optimizer_cls_and_kwargs=(VSGD, {"lr": 0.01}),  # here, for learning_rate among the arguments is not asked
+        make_convnext(),
+        make_arguments(folder, weight_decay=0.01, warmup_steps=10, lr_scheduler_type="cosine"),
+        train_dataset=load_data(),
+        optimizer_cls_and_kwargs=(VSGD, {"lr": 0.01}),  # not as learning_rate, which the Trainer ignores
     )
     trainer.train()
     return trainer
 
 
-def with_an_own_schedule(folder: str = "huggingface") -> Trainer:
-    """Optimizer and schedule are made here; `weight_decay` and `lr_scheduler_type` among the arguments are not asked."""
+def train_with_own_schedule(folder: str = "huggingface") -> Trainer:
+    """Pass an optimizer and a schedule; the Trainer ignores the arguments `weight_decay` and `lr_scheduler_type`."""
     set_seed(0)
-    model = small_convnext()
+    model = make_convnext()
     optimizer = VSGD(model.parameters(), lr=0.01)
     schedule = LinearLR(optimizer, start_factor=0.1, total_iters=10)
-    trainer = Trainer(model, arguments(folder), train_dataset=digits(), optimizers=(optimizer, schedule))
+    trainer = Trainer(model, make_arguments(folder), train_dataset=load_data(), optimizers=(optimizer, schedule))
     trainer.train()
     return trainer
 
 
 if __name__ == "__main__":
-    with_the_trainers_groups()
-    with_an_own_schedule()
+    train_with_trainer_groups()
+    train_with_own_schedule()

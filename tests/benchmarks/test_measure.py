@@ -95,7 +95,8 @@ def test_shapes(module: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("word", ["small", "tensors=", "tensors=0", "tensors=x", "conv=3"])
 def test_a_shape_that_is_none(module: Callable[[str], Any], word: str) -> None:
-    with pytest.raises(ValueError, match="is no shape; there are conv, many, large"):
+    said = rf"^shape is '{word}', but must be one of conv, many, large, parameters, tensors or a point such as parameters=1000$"
+    with pytest.raises(ValueError, match=said):
         module("shapes").parse(word)
 
 
@@ -135,8 +136,8 @@ def test_a_competitor_that_lacks_something_sits_out(module: Callable[[str], Any]
         "elsewhere": suite.Competitor(make=lambda problem: None, devices=("cuda",)),
     }
     small = suite.Suite("", ("base",), competitors, lambda shape, device: None, (), {}, "")
-    assert measure.chosen(small, None, "cpu") == ["base", "other"]
-    assert measure.chosen(small, None, "cuda") == ["base", "other", "elsewhere"]
-    assert measure.chosen(small, ["lacking", "elsewhere"], "cpu") == ["base"]
-    with pytest.raises(ValueError, match="no such competitor: none; there are base, other"):
-        measure.chosen(small, ["none"], "cpu")
+    assert measure.select_competitors(small, None, "cpu") == ["base", "other"]
+    assert measure.select_competitors(small, None, "cuda") == ["base", "other", "elsewhere"]
+    assert measure.select_competitors(small, ["lacking", "elsewhere"], "cpu") == ["base"]
+    with pytest.raises(ValueError, match=r"^competitors has none, but must be among base, other"):
+        measure.select_competitors(small, ["none"], "cpu")

@@ -111,7 +111,7 @@ def test_a_section_that_does_not_end_is_refused(module: Callable[[str], Any], tm
 
 def test_the_floor_is_traffic_over_bandwidth(module: Callable[[str], Any]) -> None:
     # 36 bytes of each of 100 parameters, at 50 GB/s.
-    assert module("plots").floor(cell(SLOW)["times"], "slow") == pytest.approx(3600 / 5e10)
+    assert module("plots").compute_floor(cell(SLOW)["times"], "slow") == pytest.approx(3600 / 5e10)
 
 
 def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) -> None:

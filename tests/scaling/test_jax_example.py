@@ -95,8 +95,8 @@ def test_it_resumes_on_another_mesh(uninterrupted: list[str], checkpoints: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--every", "0"), "--steps, --every, --columns and --cpus must be at least 1"),
-        (("--columns", "3"), "--columns must divide 8, the number of devices"),
+        (("--every", "0"), "--every is 0, but must be at least 1"),
+        (("--columns", "3"), "--columns is 3, but must divide 8, the number of devices"),
     ],
 )
 def test_a_bad_option_is_named(options: tuple[str, ...], message: str) -> None:

@@ -56,13 +56,13 @@ def plain() -> tuple[Trained, LinearLR]:
 
 
 def in_order(recipe: ModuleType) -> DataLoader[Any]:
-    return DataLoader(recipe.batches().dataset, batch_size=64)
+    return DataLoader(recipe.make_loader().dataset, batch_size=64)
 
 
 def test_the_recipe(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = recipe.main()
     ended, warm_up = plain()
-    batches = recipe.batches()
+    batches = recipe.make_loader()
     for _ in range(5):
         torch_plain.train(ended, loss_of, batches, accumulate=2, clip=torch_plain.to_norm_1, schedulers=[warm_up])
     assert strayed(Trained(model, optimizer), ended) == 0

@@ -60,7 +60,7 @@ def epochs(trainer: transformers.Trainer, number: int) -> Iterator[Any]:
 
 def fresh(recipe: ModuleType) -> nn.Module:
     transformers.set_seed(0)
-    return recipe.small_convnext()
+    return recipe.make_convnext()
 
 
 def trained_by(trainer: transformers.Trainer) -> Trained:
@@ -72,7 +72,7 @@ def losses(trainer: transformers.Trainer) -> list[float]:
 
 
 def test_the_recipe_with_the_trainers_groups(recipe: ModuleType, tmp_path: Path) -> None:
-    trainer = recipe.with_the_trainers_groups(str(tmp_path))
+    trainer = recipe.train_with_trainer_groups(str(tmp_path))
     model = fresh(recipe)
     ended = Trained(model, grouped(model))
     schedule = transformers.get_cosine_schedule_with_warmup(ended.optimizer, 10, 116)
@@ -83,7 +83,7 @@ def test_the_recipe_with_the_trainers_groups(recipe: ModuleType, tmp_path: Path)
 
 
 def test_the_recipe_with_an_own_schedule(recipe: ModuleType, tmp_path: Path) -> None:
-    trainer = recipe.with_an_own_schedule(str(tmp_path))
+    trainer = recipe.train_with_own_schedule(str(tmp_path))
     model = fresh(recipe)
     ended = Trained(model, VSGD(model.parameters(), lr=0.01))
     warm_up = LinearLR(ended.optimizer, start_factor=0.1, total_iters=10)
@@ -96,9 +96,9 @@ def test_the_recipe_with_an_own_schedule(recipe: ModuleType, tmp_path: Path) -> 
 def trainer_of(recipe: ModuleType, folder: Path, **options: Any) -> transformers.Trainer:
     """As in the recipe, for ten steps of a constant learning rate."""
     given = {"max_steps": 10, "weight_decay": 0.01, "lr_scheduler_type": "constant", **options}
-    arguments = recipe.arguments(str(folder), **given)
+    arguments = recipe.make_arguments(str(folder), **given)
     kind = (VSGD, {"lr": 0.01})
-    return transformers.Trainer(fresh(recipe), arguments, train_dataset=recipe.digits(), optimizer_cls_and_kwargs=kind)
+    return transformers.Trainer(fresh(recipe), arguments, train_dataset=recipe.load_data(), optimizer_cls_and_kwargs=kind)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -123,7 +123,7 @@ def test_accumulated_clipped_and_in_bfloat16(
 
 
 def test_the_trainer_decays_layer_scales_too(recipe: ModuleType, tmp_path: Path) -> None:
-    model = recipe.small_convnext()
+    model = recipe.make_convnext()
     names = {param: name for name, param in model.named_parameters()}
     with loaded(RECIPE.with_name("torch_groups.py")) as groups:
         matrices, _ = groups.decay_matrices_alone(model, 0.01)

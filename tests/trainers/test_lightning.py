@@ -76,7 +76,7 @@ def fresh(recipe: ModuleType) -> Any:
 def test_the_recipe(recipe: ModuleType) -> None:
     trainer = recipe.main()
     ended, warm_up = plain(recipe)
-    batches = recipe.batches()
+    batches = recipe.make_loader()
     for _ in range(5):
         torch_plain.train(ended, loss_of, batches, accumulate=2, clip=torch_plain.to_norm_1, schedulers=[warm_up])
     assert strayed(trained_by(trainer), ended) == 0
@@ -91,10 +91,10 @@ def test_accumulated_and_clipped(by: str, accumulate: int, recipe: ModuleType) -
         "norm": ({"gradient_clip_val": 1.0}, torch_plain.to_norm_1),
         "value": ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, torch_plain.to_values_of_a_hundredth),
     }[by]
-    batches = recipe.batches()
+    batches = recipe.make_loader()
     trainer = fit(fresh(recipe), batches, {"max_epochs": 1, "accumulate_grad_batches": accumulate, **options})
     ended, warm_up = plain(recipe)
-    torch_plain.train(ended, loss_of, recipe.batches(), accumulate=accumulate, clip=clip, schedulers=[warm_up])
+    torch_plain.train(ended, loss_of, recipe.make_loader(), accumulate=accumulate, clip=clip, schedulers=[warm_up])
     assert trainer.global_step == -(-29 // accumulate)
     assert strayed(trained_by(trainer), ended) == 0
 
@@ -114,9 +114,9 @@ def test_manual_optimization(recipe: ModuleType) -> None:
             self.lr_schedulers().step()
 
     lightning.seed_everything(0, verbose=False)
-    trainer = fit(Manual(), recipe.batches(), {"max_epochs": 1})
+    trainer = fit(Manual(), recipe.make_loader(), {"max_epochs": 1})
     ended, warm_up = plain(recipe)
-    torch_plain.train(ended, loss_of, recipe.batches(), clip=torch_plain.to_norm_1, schedulers=[warm_up])
+    torch_plain.train(ended, loss_of, recipe.make_loader(), clip=torch_plain.to_norm_1, schedulers=[warm_up])
     assert strayed(trained_by(trainer), ended) == 0
 
 
@@ -127,9 +127,9 @@ def test_a_batch_without_loss_is_no_step(recipe: ModuleType) -> None:
             return super().training_step(batch, index) if index % 2 == 0 else None
 
     lightning.seed_everything(0, verbose=False)
-    trainer = fit(Choosy(), recipe.batches(), {"max_epochs": 1})
+    trainer = fit(Choosy(), recipe.make_loader(), {"max_epochs": 1})
     ended, warm_up = plain(recipe)
-    for index, batch in enumerate(recipe.batches()):
+    for index, batch in enumerate(recipe.make_loader()):
         if index % 2 == 0:
             torch_plain.train(ended, loss_of, [batch])
         warm_up.step()  # Lightning counts the batches
@@ -148,23 +148,23 @@ def test_precision(precision: str, recipe: ModuleType, tmp_path: Path) -> None:
             return loss_of(model, [images.to(PRECISIONS[precision]), labels])
 
     options = {"max_epochs": 1, "precision": precision, "gradient_clip_val": 1.0}
-    trainer = fit(fresh(recipe), recipe.batches(), options)
+    trainer = fit(fresh(recipe), recipe.make_loader(), options)
     ended, warm_up = plain(recipe, PRECISIONS[precision])
-    torch_plain.train(ended, precise_loss, recipe.batches(), clip=torch_plain.to_norm_1, schedulers=[warm_up])
+    torch_plain.train(ended, precise_loss, recipe.make_loader(), clip=torch_plain.to_norm_1, schedulers=[warm_up])
     assert strayed(trained_by(trainer), ended) == 0
     # The state of bfloat16 parameters is float32, and a checkpoint keeps it so.
     expected = torch.float64 if precision == "64-true" else torch.float32
     trainer.save_checkpoint(tmp_path / "ended.ckpt")
     # Of this precision before: Lightning loads first and converts then, which in float32 would lose digits of float64.
     model = fresh(recipe).to(PRECISIONS[precision])
-    resumed = fit(model, recipe.batches(), options, ckpt_path=tmp_path / "ended.ckpt")
+    resumed = fit(model, recipe.make_loader(), options, ckpt_path=tmp_path / "ended.ckpt")
     assert strayed(trained_by(resumed), ended) == 0
     assert {state["b_g"].dtype for state in resumed.optimizers[0].state.values()} == {expected}
 
 
 def test_resumed_from_a_checkpoint(recipe: ModuleType, tmp_path: Path) -> None:
     # In the same order in each epoch: Lightning keeps no generator of the batches' order.
-    batches = DataLoader(recipe.batches().dataset, batch_size=64)
+    batches = DataLoader(recipe.make_loader().dataset, batch_size=64)
     uninterrupted = fit(fresh(recipe), batches, {"max_epochs": 3, "accumulate_grad_batches": 2})
     first = fit(fresh(recipe), batches, {"max_epochs": 1, "accumulate_grad_batches": 2})
     assert first.lr_scheduler_configs[0].scheduler.get_last_lr()[0] < 0.01  # amid the warm-up

@@ -74,7 +74,7 @@ def accelerate(folder: Path) -> Seen:
     from accelerate import Accelerator
 
     with loaded(RECIPES / "with_accelerate.py") as recipe:
-        batches = DataLoader(some(recipe.batches().dataset), batch_size=64)
+        batches = DataLoader(some(recipe.make_loader().dataset), batch_size=64)
     accelerator = Accelerator(cpu=True)
     trained, schedule = plain()
     network, optimizer, schedule, share = accelerator.prepare(*trained, schedule, batches)
@@ -96,17 +96,17 @@ def huggingface(folder: Path) -> Seen:
     import transformers
 
     with loaded(RECIPES / "with_huggingface.py") as recipe:
-        data = some(recipe.digits())
+        data = some(recipe.load_data())
         schedule = {"warmup_steps": 20, "lr_scheduler_type": "constant_with_warmup"}
-        arguments = recipe.arguments(
+        arguments = recipe.make_arguments(
             str(folder), max_steps=STEPS, train_sampling_strategy="sequential", disable_tqdm=True, **schedule
         )
         transformers.set_seed(0)
         kind = (VSGD, {"lr": 0.01})
-        trainer = transformers.Trainer(recipe.small_convnext(), arguments, train_dataset=data, optimizer_cls_and_kwargs=kind)
+        trainer = transformers.Trainer(recipe.make_convnext(), arguments, train_dataset=data, optimizer_cls_and_kwargs=kind)
         trainer.train()
         transformers.set_seed(0)
-        network = recipe.small_convnext()
+        network = recipe.make_convnext()
     ended = Trained(network, VSGD(network.parameters()))
     torch_plain.train(
         ended,
@@ -125,13 +125,13 @@ def lightning_fit(recipe: ModuleType, model: Any, strategy: Any, options: dict[s
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, **quiet, **options)
     # Lightning shares it out in a new order in each epoch, though it says nothing of an order.
-    trainer.fit(model, DataLoader(some(recipe.batches().dataset), batch_size=64), **fitting)
+    trainer.fit(model, DataLoader(some(recipe.make_loader().dataset), batch_size=64), **fitting)
     return trainer
 
 
 def lightning_seen(recipe: ModuleType, trainer: Any, clip: torch_plain.Clip) -> Seen:
     ended, warm_up = plain(recipe)
-    for batches in in_turn(some(recipe.batches().dataset), trainer.current_epoch):
+    for batches in in_turn(some(recipe.make_loader().dataset), trainer.current_epoch):
         torch_plain.train(ended, loss_of, batches, accumulate=2, clip=clip, schedulers=[warm_up])
     return seen(trainer.world_size, Trained(trainer.lightning_module.network, trainer.optimizers[0]), ended)
 
@@ -174,16 +174,16 @@ def deepspeed_zero(folder: Path) -> Seen:
     # It would be compiled now, for inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with loaded(RECIPES / "with_deepspeed.py") as recipe:
-        engine, data = recipe.main(), recipe.batches().dataset
+        engine, data = recipe.main(), recipe.make_loader().dataset
         strayed_by = {"recipe": gathered_apart(engine, data, 5)}
         for stage in range(4):
             config = {**recipe.CONFIG, "zero_optimization": {"stage": stage}}
-            first = recipe.prepared(config)
-            recipe.train(first, recipe.batches(), 0)
+            first = recipe.make_engine(config)
+            recipe.train(first, recipe.make_loader(), 0)
             first.save_checkpoint(str(folder / f"stage-{stage}"))
-            resumed = recipe.prepared(config)
+            resumed = recipe.make_engine(config)
             resumed.load_checkpoint(str(folder / f"stage-{stage}"))
-            recipe.train(resumed, recipe.batches(), 1)
+            recipe.train(resumed, recipe.make_loader(), 1)
             strayed_by[f"stage {stage}"] = gathered_apart(resumed, data, 2)
     return {"processes": engine.world_size, "strayed by": strayed_by}
 
