@@ -28,7 +28,7 @@ STEP = """
         params[fused].grad = torch.linspace(-1, 1, 5)
         VSGD([params[fused]], fused=fused, foreach=False).step()
     torch.testing.assert_close(params[True], params[False])
-    kernel = numba_cpu._compiled(core.VSGD, False, parallel=False)
+    kernel = numba_cpu._compile(core.VSGD, False, parallel=False)
     print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
 

@@ -1,13 +1,13 @@
 """VSGD: Variational Stochastic Gradient Descent (arXiv 2404.06549) for PyTorch, Keras, JAX, MLX and NumPy.
 
-The package imports no framework; each adapter is a module of its own:
+The package imports no framework. Import the adapter that you need:
 
 - `vsgd.torch`: `VSGD` and `ConstantVSGD` as `torch.optim.Optimizer`.
 - `vsgd.optax`: `vsgd` and `constant_vsgd` as optax gradient transformations.
 - `vsgd.keras`: `VSGD` and `ConstantVSGD` as `keras.optimizers.Optimizer`, on any Keras backend.
 - `vsgd.mlx`: `VSGD` and `ConstantVSGD` as `mlx.optimizers.Optimizer`.
 - `vsgd.numpy`: `VSGD` and `ConstantVSGD` for lists of arrays, the readable reference.
-- `vsgd.core`: the update itself, stated once for every array library.
+- `vsgd.core`: the update, stated once for every array library.
 """
 
 __version__ = "0.1.0"

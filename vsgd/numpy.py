@@ -131,12 +131,14 @@ class _RuleOptimizer:
         Raises:
             ValueError: the gradients do not fit the parameters.
         """
-        pairs = zip(self._check_grads(grads), self.state, strict=True)
-        return [None if grad is None else self._average_surprise(grad, state) for grad, state in pairs]
-
-    def _average_surprise(self, grad: np.ndarray, state: dict[str, Any]) -> float:
-        real_grad = _view_as_real(grad.astype(state["mu_g"].dtype))
-        return float(compute_surprise(real_grad, *self._get_real_state(state)).mean())
+        surprises: list[float | None] = []
+        for grad, state in zip(self._check_grads(grads), self.state, strict=True):
+            if grad is None:
+                surprises.append(None)
+                continue
+            real_grad = _view_as_real(grad.astype(state["mu_g"].dtype))
+            surprises.append(float(compute_surprise(real_grad, *self._get_real_state(state)).mean()))
+        return surprises
 
     def _compute_posterior(self, state: dict[str, Any]) -> Posterior:
         return compute_posterior(*self._get_real_state(state))

@@ -131,15 +131,11 @@ def validate_numbers(**values: Any) -> None:
             is_numpy_float = hasattr(value, "dtype") and not isinstance(value, Integral)
             valid = holds(float(value) if is_numpy_float else value)
         else:
-            valid = _has_one_number(value)
+            # Complex too: `optax.inject_hyperparams` makes all numbers complex if a parameter is.
+            is_number = any(kind in str(getattr(value, "dtype", "")) for kind in ("float", "int", "complex"))
+            valid = is_number and {*getattr(value, "shape", ())} <= {1}
         if not valid:
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
-
-
-def _has_one_number(array: Any) -> bool:
-    # Complex too: `optax.inject_hyperparams` makes all numbers complex if a parameter is.
-    is_number = any(kind in str(getattr(array, "dtype", "")) for kind in ("float", "int", "complex"))
-    return is_number and {*getattr(array, "shape", ())} <= {1}
 
 
 def validate_flags(**flags: Any) -> None:

@@ -39,7 +39,6 @@ class OptaxRunner:
         import vsgd.optax
 
         self.names = RULES[kind].state_names
-        self.of_posterior = {name: hyper[name] for name in ("prior_strength", "variance_ratio") if name in hyper}
         make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]
         rates = None if lr is None else jnp.asarray(lr, params[0].dtype)
         solver = make(LR if rates is None else lambda count: rates[count], **hyper)  # has no default
@@ -68,7 +67,7 @@ class OptaxRunner:
     def posterior(self) -> Snapshot:
         import vsgd.optax
 
-        known = vsgd.optax.posterior(self.state, **self.of_posterior)
+        known = vsgd.optax.posterior(self.state)
         return [{name: np.array(array) for name, array in each._asdict().items()} for each in known]
 
 

@@ -71,8 +71,8 @@ def compiled() -> dict[str, int]:
         from vsgd import core
         from vsgd.backends import numba as numba_cpu
 
-        kernels = [numba_cpu._compiled(core.VSGD, False, parallel=parallel) for parallel in (False, True)]
-        counts["numba"] = sum(len(each.signatures) for each in (*kernels, numba_cpu._compiled_count()))
+        kernels = [numba_cpu._compile(core.VSGD, False, parallel=parallel) for parallel in (False, True)]
+        counts["numba"] = sum(len(each.signatures) for each in (*kernels, numba_cpu._compile_counter()))
     if HAS_TORCH:
         from torch._dynamo.utils import counters
 

@@ -149,11 +149,6 @@ def compute_rounded_step(
     return [round_value(param, len(state)) if round_param else param, *state]
 
 
-def is_better_compiled(variable: Any) -> bool:
-    """Return whether a step should be compiled: on a CPU, Keras lets TensorFlow make an array for each operation."""
-    return keras.backend.backend() == "tensorflow" and "CPU" in variable.device
-
-
 @functools.cache
 def compile_step(shape: tuple[int, ...], compute: Callable[..., list[Any]], *fixed: Any) -> Callable[..., list[Any]]:
     """Return `compute` with its first arguments fixed, compiled by XLA for variables of this shape."""

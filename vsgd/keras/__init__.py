@@ -20,7 +20,7 @@ from vsgd.validation import document_options
 if keras.backend.backend() == "torch":
     from vsgd.keras.torch_optimizer import TorchRuleOptimizer as RuleOptimizer
 else:
-    from vsgd.keras.optimizer import RuleOptimizer  # type: ignore[assignment]
+    from vsgd.keras.optimizer import RuleOptimizer
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
 

@@ -182,8 +182,10 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         else:
             compute, fixed = backend.compute_step, (self._rule,)
             param = ops.cast(param, dtype)
-        make = partial(backend.compile_step, tuple(variable.shape)) if backend.is_better_compiled(variable) else partial
-        values = make(compute, *fixed)([param, gradient, *state], *arguments)
+        # On a CPU, Keras does not compile for TensorFlow, which would make an array for each operation.
+        compiles = keras.backend.backend() == "tensorflow" and "CPU" in variable.device
+        step = backend.compile_step(tuple(variable.shape), compute, *fixed) if compiles else partial(compute, *fixed)
+        values = step([param, gradient, *state], *arguments)
         for target, value in zip((variable, *states), values, strict=True):
             self.assign(target, value)
 

@@ -43,11 +43,12 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
         0.005
         >>> optimizer = VSGD(prior_strength=strength)
     """
-    return prior.prior_strength_from(gradients, scale, prior.iterate_lists(_make_leaf), _sum)
-
-
-def _sum(magnitudes: Any) -> float:
-    return float(ops.convert_to_numpy(ops.sum(magnitudes)))
+    return prior.prior_strength_from(
+        gradients,
+        scale,
+        prior.iterate_lists(_make_leaf),
+        lambda magnitudes: float(ops.convert_to_numpy(ops.sum(magnitudes))),
+    )
 
 
 def _make_leaf(name: str, grad: Any) -> prior.Leaf:

@@ -169,7 +169,8 @@ def summarize(step: int, blocks: Sequence[Block], fetch_digest: Callable[[Block,
         count = width * len(block.sizes)
         samples = fetched[count:].reshape(2, -1)  # of gain and of SNR
         names += block.names
-        sums += map(_read_sums, block.sizes, fetched[:count].reshape(-1, width).tolist())
+        for size, (trace, norm, *surprise) in zip(block.sizes, fetched[:count].reshape(-1, width).tolist(), strict=True):
+            sums.append(_Sums(NoiseScale(trace, norm), sum(surprise), size if surprise else 0))
         quantiles += _compute_quantiles(samples, layout)
         overall_samples.append(samples[:, layout.ends[-1] :])
         offset += sum(block.sizes)
@@ -234,11 +235,6 @@ def _lay_out_samples(sizes: tuple[int, ...]) -> _Layout:
     ranks = np.outer(counts - 1, (0.1, 0.5, 0.9))
     starts = (ends - counts)[:, None]
     return _Layout(ends.tolist(), starts + np.floor(ranks).astype(int), starts + np.ceil(ranks).astype(int), ranks % 1)
-
-
-def _read_sums(size: int, row: list[float]) -> _Sums:
-    trace, norm, *surprises = row
-    return _Sums(NoiseScale(trace, norm), sum(surprises), size if surprises else 0)
 
 
 def _compute_quantiles(samples: Any, layout: _Layout) -> list[Any]:

@@ -37,11 +37,11 @@ def get_dtype(array: Any) -> Any:
 
 def make_weakly_typed(*values: Any) -> tuple[Any, ...]:
     """Return numbers as Python floats, which take on an array's dtype; NumPy's would widen it, and large integers overflow."""
-    return tuple(float(value) if isinstance(value, Real) and _is_strongly_typed(value) else value for value in values)
-
-
-def _is_strongly_typed(value: Any) -> bool:
-    return hasattr(value, "dtype") or (isinstance(value, int) and 2**31 <= abs(value) <= sys.float_info.max)
+    weak = []
+    for value in values:
+        is_large = isinstance(value, int) and 2**31 <= abs(value) <= sys.float_info.max
+        weak.append(float(value) if isinstance(value, Real) and (hasattr(value, "dtype") or is_large) else value)
+    return tuple(weak)
 
 
 def cast_hyperparameters(hyper: Any, dtype: Any) -> Any:

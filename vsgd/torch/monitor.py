@@ -22,11 +22,13 @@ __all__ = ["watch"]
 _BLOCK = 2**22
 
 
-def _take(values: Tensor, indices: Any) -> Tensor:
-    return values[torch.from_numpy(indices).to(values.device)]
-
-
-_OPS = MonitorOps(torch.sum, lambda table, sizes: table.split(sizes, dim=1), torch.stack, torch.cat, _take)
+_OPS = MonitorOps(
+    sum=torch.sum,
+    split=lambda table, sizes: table.split(sizes, dim=1),
+    stack=torch.stack,
+    concatenate=torch.cat,
+    take=lambda values, indices: values[torch.from_numpy(indices).to(values.device)],
+)
 
 
 def watch(

@@ -1,1 +1,1 @@
-"""The core on torch: leaves, the engines that step them, and the dispatch between these."""
+"""The core on torch: `dispatch` gives each of `leaves` to an engine: `fused_cpu`, `fused_cuda`, `foreach` or `loop`."""

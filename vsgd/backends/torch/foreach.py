@@ -111,19 +111,15 @@ class Foreach:
         if torch.compiler.is_compiling():  # the compiler fuses operations itself: temporaries need no bound
             _step_batch(leaves, scalars, options, type(coefficients))
             return
-        for members in _group_by_kind(leaves):
+        kinds: dict[Any, list[int]] = {}
+        for index, leaf in enumerate(leaves):
+            kind_of_leaf = (leaf.param.device, leaf.param.dtype, leaf.grad.dtype, type(leaf.param))
+            kinds.setdefault(kind_of_leaf, []).append(index)
+        for members in kinds.values():
             kind = [leaves[index] for index in members]
             for indices, batch in iterate_batches(kind, get_block_size(kind[0])):
                 chosen = [members[index] for index in indices]
                 _step_batch(batch, [_select(scalar, chosen) for scalar in scalars], options, type(coefficients))
-
-
-def _group_by_kind(leaves: Iterable[Leaf]) -> Iterable[list[int]]:
-    kinds: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        param = leaf.param
-        kinds.setdefault((param.device, param.dtype, leaf.grad.dtype, type(param)), []).append(index)
-    return kinds.values()
 
 
 def _select(scalar: float | TensorList, indices: Iterable[int]) -> float | TensorList:

@@ -148,6 +148,10 @@ class Step:
         """Return the key of Triton's disk cache, with the hash of sources: an edited core must not hit the cache."""
         return self.version
 
+    @staticmethod
+    def _wrap(tensors: Any, semantic: Any) -> list[Any]:
+        return [_Value(tensor, semantic) for tensor in tensors]
+
     def __call__(self, arrays: Any, scalars: Any, indices: Any, key: Any, _semantic: Any = None) -> tuple[tl.tensor, ...]:
         """Return the new parameter and state.
 
@@ -157,8 +161,8 @@ class Step:
             indices: the elements' indices in the whole array, int32; None where nothing is rounded stochastically.
             key: the key of the step, int32; None where nothing is rounded stochastically.
         """
-        param, grad, *state = (_Value(array, _semantic) for array in arrays)
-        *coefficients, lr, decay = (_Value(scalar, _semantic) for scalar in scalars)
+        param, grad, *state = self._wrap(arrays, _semantic)
+        *coefficients, lr, decay = self._wrap(scalars, _semantic)
         direction, new_state = self.update(-grad if self.maximize else grad, tuple(state), self.coefficients(*coefficients))
         new = (core.descend(param, direction, lr, decay), *new_state)
         if any(self.rounders):
@@ -320,7 +324,11 @@ def _step_device(leaves: Sequence[Leaf], scalars: Tensor, options: StepOptions) 
         rows, keys = zip(*members, strict=True)
         step = _make_step(options.rule, options.maximize, round_param, rounds and dtypes[-1] is torch.bfloat16)
         wide = scalars.to(torch.promote_types(dtypes[-1], torch.float32))
-        _launch(step, rows, wide, _make_keys(keys, device) if rounds else None, dtypes, aligned)
+        key_table = None
+        if rounds:
+            on_device = isinstance(keys[0], Tensor)
+            key_table = torch.stack(keys) if on_device else _copy_to_device(np.array(keys, dtype=np.int32), device)
+        _launch(step, rows, wide, key_table, dtypes, aligned)
     # Autograd must see the writes, as it sees those of torch's own operations.
     torch.autograd.graph.increment_version([tensor for leaf in leaves for tensor in (leaf.param, *leaf.state)])
 
@@ -331,12 +339,6 @@ def _make_scalars(values: Sequence[float | Tensor], count: int, device: torch.de
         return _copy_to_device(np.array([values], dtype=np.float64), device)
     zeros = torch.zeros(count, dtype=torch.float64, device=device)
     return torch.stack([zeros + value for value in values], dim=1)
-
-
-def _make_keys(keys: Sequence[Any], device: torch.device) -> Tensor:
-    if isinstance(keys[0], Tensor):
-        return torch.stack(list(keys))
-    return _copy_to_device(np.array(keys, dtype=np.int32), device)
 
 
 def _launch(

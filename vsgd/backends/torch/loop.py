@@ -43,7 +43,9 @@ class Loop:
             # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
             coefficients = options.rule.coefficients(count.to(get_arithmetic_dtype(leaf)), options.hyper)
             if torch.compiler.is_compiling() and leaf.param.is_cpu:
-                coefficients = type(coefficients)(*map(_put_in_memory, coefficients))
+                # In memory, the compiler computes them once, before the loop over elements.
+                in_memory = (each.as_strided((), ()) if isinstance(each, Tensor) else each for each in coefficients)
+                coefficients = type(coefficients)(*in_memory)
             leaf = set_step(leaf, count)
             blocks = [leaf] if whole else iterate_blocks(leaf, get_block_size(leaf))
             _step_leaves(blocks, coefficients, decay, options)
@@ -63,7 +65,7 @@ def _step_in_blocks(leaves: Iterable[Leaf], coefficients: Any, decay: Any, optio
 
 def _step_leaves(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: StepOptions) -> None:
     """Step each leaf by operations that can be compiled, captured in a CUDA graph and differentiated."""
-    update = options.rule.make_update(torch)
+    update = options.rule.make_update(torch)  # type: ignore[arg-type]  # mypy does not see the functions of torch
     for leaf in leaves:
         dtype = get_arithmetic_dtype(leaf)
         # In a differentiable step autograd keeps what the update reads: the writes below must not overwrite it.
@@ -74,8 +76,3 @@ def _step_leaves(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options:
         for old, new in zip(leaf.state, stored, strict=True):
             old.copy_(new)
         leaf.param.copy_(new_param)
-
-
-def _put_in_memory(value: float | Tensor) -> float | Tensor:
-    """Return the same number, which the compiler then computes once, before the loop over elements."""
-    return value.as_strided((), ()) if isinstance(value, Tensor) else value
