@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks import measure, report, shapes, suite, timing
+from benchmarks import catalogue, measure, report, shapes, timing
 
 _RESULTS = Path("docs/performance")
 _PARTS = ("times", "probes", "imports")
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = timing.Limits()
 
     run = commands.add_parser("run", help="measure a suite, and write what was found to a JSON file, into what it has")
-    run.add_argument("suite", choices=suite.NAMES)
+    run.add_argument("suite", choices=catalogue.SUITES)
     run.add_argument("--shapes", nargs="*", default=list(shapes.NAMED), metavar="SHAPE", help=shapes.parse.__doc__)
     run.add_argument("--parts", nargs="+", default=_PARTS, choices=_PARTS)
     run.add_argument("--competitors", nargs="+", metavar="NAME", help="these beside the baselines; default: all")
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, help="default: docs/performance/SUITE.json, and SUITE-cuda.json")
 
     probe = commands.add_parser("probe", help="print the first step's seconds and a step's memory, for one competitor")
-    probe.add_argument("suite", choices=suite.NAMES)
+    probe.add_argument("suite", choices=catalogue.SUITES)
     probe.add_argument("shape")
     probe.add_argument("competitor")
     probe.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -52,7 +52,7 @@ def main() -> None:
             _run(arguments)
         elif arguments.command == "probe":
             (shape,) = shapes.parse(arguments.shape)
-            loaded = suite.load(arguments.suite)
+            loaded = catalogue.load_suite(arguments.suite)
             print(json.dumps(measure.probe(loaded, shape, arguments.competitor, arguments.device)))
         else:
             report.write(arguments.results, arguments.page)

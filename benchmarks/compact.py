@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.quickstart import load
-from benchmarks.report import image, replace_section, table
+from reporting.examples import load_example
+from reporting.pages import format_image, format_table, replace_section
 from vsgd.torch import VSGD
 
 _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(VSGD, state_dtype="bfloat16")}
@@ -30,7 +30,7 @@ def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
         seeds: how many.
         epochs: passes over the training data.
     """
-    quickstart = load()
+    quickstart = load_example("quickstart")
     quickstart.OPTIMIZERS.update(_STATES)
     data = quickstart.load_data()
     with quickstart.tqdm(total=len(_STATES) * seeds * epochs * (len(data.train_x) // quickstart.BATCH_SIZE)) as bar:
@@ -47,7 +47,7 @@ def loss_table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     rows = [[f"{name} state", *(_spread([run[part] for run in runs]) for part in parts)] for name, runs in scores.items()]
     pairs = list(zip(scores["bfloat16"], scores["float32"], strict=True))
     rows.append(["difference", *(_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
-    return table([f"{len(pairs)} seeds", *parts], rows)
+    return format_table([f"{len(pairs)} seeds", *parts], rows)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(noise_estimates(), figure)
     torch.set_num_threads(1)
     title = "The noise estimate of each state after a drop of the noise"
-    parts = [loss_table(losses(given.seeds, given.epochs)), image(title, figure, given.page)]
+    parts = [loss_table(losses(given.seeds, given.epochs)), format_image(title, figure, given.page)]
     replace_section(given.page, "compact", parts)
 
 

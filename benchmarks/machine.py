@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from reporting.machine import count_processors
+
 _REPETITIONS = 5
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def environment(packages: Iterable[str], threads: int, gpu: str | None) -> dict[str, Any]:
-    """What must be known of the machine and its software to read a measurement.
-
-    Args:
-        packages: distributions whose versions count, where they are installed.
-        threads: how many the framework uses.
-        gpu: the GPU's name, where the steps run on one.
-    """
-    return {
-        "cpu": _cpu(),
-        "processors": processors(),
-        "threads": threads,
-        "gpu": gpu,
-        "system": platform.system(),
-        "versions": {"python": platform.python_version(), **_versions(packages)},
-    }
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def can_measure_peak() -> bool:
@@ -106,7 +63,7 @@ class Memory:
     def __init__(self, size: int) -> None:
         self._a, self._b = (np.ones(max(1, size // 8), np.float32) for _ in range(2))
         self.moved = 3 * self._a.nbytes
-        bounds = np.linspace(0, self._a.size, processors() + 1, dtype=int)
+        bounds = np.linspace(0, self._a.size, count_processors() + 1, dtype=int)
         self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         self._pool = ThreadPoolExecutor(len(self._parts))
         self._move = min((self._by_one, self._by_all), key=fastest)

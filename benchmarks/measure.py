@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import machine, shapes, timing
+from benchmarks.catalogue import load_suite
 from benchmarks.shapes import Shape
-from benchmarks.suite import Suite, load, state_bytes_per_parameter, traffic_bytes
+from benchmarks.suite import Suite, state_bytes_per_parameter, traffic_bytes
 
 _IMPORTS = 3
 # Numbers that a step of VSGD holds for each parameter: itself, its gradient, and three arrays of state.
@@ -145,7 +146,7 @@ def run(
     Yields:
         The results so far, as `benchmarks.report` reads them: after each shape, and at the end.
     """
-    suite = load(suite_name)
+    suite = load_suite(suite_name)
     head = {"suite": suite_name, "title": suite.title, "device": device, "baselines": list(suite.baselines)}
     cells = dict(results.get("cells", {}))
     wanted = [(shape, word in shapes.SWEEPS) for word in words for shape in shapes.parse(word)]

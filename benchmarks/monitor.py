@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from benchmarks.quickstart import load
 from benchmarks.timing import Limits, interleave, paired_ratio, spread, taken
+from reporting.examples import load_example
 from vsgd.monitor import Monitor
 from vsgd.torch import VSGD
 from vsgd.torch.monitor import watch
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
-    conv_mixer = load().conv_mixer
+    conv_mixer = load_example("quickstart").conv_mixer
     torch.set_num_threads(1)  # as the quickstart
     with tempfile.TemporaryDirectory() as folder:
         monitors = {

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, shapes
 from benchmarks.timing import Spread, paired_ratio, seconds_per_byte, spread, taken
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned.
-
-    Args:
-        header: the heads of the columns.
-        rows: the cells of each row.
-    """
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = (_row(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join([first, _row("-" * width for width in widths), *others])
+from reporting.pages import format_image, format_table, replace_section
 
 
 def _ratio(ratio: Spread) -> str:
@@ -73,7 +56,7 @@ def times(results: Mapping[str, Any], baseline: str) -> str:
             ratio = _ratio(paired_ratio(seconds, found["against"][baseline]))
             row.append(f"{'1' if name == baseline else ratio}, {_milliseconds(spread(taken(seconds)).median)}")
         rows.append(row)
-    return table([f"time / {baseline}", *cells], rows)
+    return format_table([f"time / {baseline}", *cells], rows)
 
 
 def memory(results: Mapping[str, Any]) -> str:
@@ -92,7 +75,7 @@ def memory(results: Mapping[str, Any]) -> str:
         row += ["" if each is None else f"{each['first_step_seconds']:.2g}" for each in found]
         rows.append(row)
     header = ["", "state, bytes / parameter", *(f"peak of a step, MB: {name}" for name in probed)]
-    return table([*header, *(f"first step, s: {name}" for name in probed)], rows)
+    return format_table([*header, *(f"first step, s: {name}" for name in probed)], rows)
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -155,41 +138,5 @@ def write(folder: Path, page: Path) -> None:
         results = json.loads(file.read_text(encoding="utf-8"))
         parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", tables(results)]
         drawn = plots.draw(results, folder / file.stem)
-        parts += [image(plot.title, plot.path, page) for plot in drawn]
+        parts += [format_image(plot.title, plot.path, page) for plot in drawn]
         replace_section(page, file.stem, parts)
-
-
-def image(title: str, path: Path, page: Path) -> str:
-    """An image in Markdown.
-
-    Args:
-        title: what it shows.
-        path: of the image, which may lie anywhere.
-        page: that shows it.
-    """
-    return f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
-
-
-def replace_section(page: Path, name: str, parts: Iterable[str]) -> None:
-    """Write paragraphs between `<!-- NAME -->` and `<!-- /NAME -->` of a page, or at its end.
-
-    Args:
-        page: the Markdown page, which may not exist yet, nor its folder.
-        name: of the section.
-        parts: the paragraphs.
-
-    Raises:
-        ValueError: the section begins and does not end.
-    """
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    section = "\n\n".join([begin, *parts, end])
-    if begin in text:
-        before, _, rest = text.partition(begin)
-        if end not in rest:
-            raise ValueError(f"section {name!r} of {page} begins with {begin}, but must end with {end}")
-        text = f"{before}{section}{rest.partition(end)[2]}"
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from benchmarks import machine
 from benchmarks.shapes import Shape
+from reporting.machine import count_processors, describe_environment
 
 LEARNING_RATE = 1e-4
 #: The same for every competitor that decays weights apart from the gradient, for it may cost a pass over them.
@@ -104,28 +102,12 @@ class Suite:
     packages: tuple[str, ...]
     imports: Mapping[str, tuple[str, ...]]
     memory: str
-    threads: Callable[[], int] = machine.processors
+    threads: Callable[[], int] = count_processors
     gpu: Callable[[], str | None] = lambda: None
 
     def environment(self, device: str) -> dict[str, Any]:
         """The machine and the versions."""
-        return machine.environment(self.packages, self.threads(), None if device == "cpu" else self.gpu())
-
-
-_KERAS_BACKENDS = ("tensorflow", "jax", "torch")
-
-#: The names of all suites.
-NAMES = ("torch", "optax", *(f"keras-{task}-{backend}" for task in ("apply", "train") for backend in _KERAS_BACKENDS))
-
-
-def load(name: str) -> Suite:
-    """The suite of a name; imports its framework."""
-    if not name.startswith("keras-"):
-        return importlib.import_module(f"benchmarks.{name}_suite").SUITE
-    _, task, backend = name.split("-")
-    os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return importlib.import_module("benchmarks.keras_suite").SUITES[task]
+        return describe_environment(self.packages, self.threads(), None if device == "cpu" else self.gpu())
 
 
 def state_bytes_per_parameter(arm: Arm, shape: Shape) -> float:

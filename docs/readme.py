@@ -16,13 +16,13 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.report import replace_section, table
 from benchmarks.timing import paired_ratio
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
 from experiments.paper_report import MISSING
 from experiments.report import in_a_word, told
 from experiments.spread import FOLDER, Store
 from experiments.tasks import TASKS
+from reporting.pages import format_table, replace_section
 
 DOCS = Path(__file__).parent
 
@@ -90,7 +90,7 @@ def agreement(page: Path) -> str:
         columns = [[value for row in ours if (value := number(row[column])) is not None] for column in COLUMNS]
         if ours:
             rows.append([title, *(f"{max(column):.0e}" if column else "reference" for column in columns)])
-    return table(["", *COLUMNS], rows)
+    return format_table(["", *COLUMNS], rows)
 
 
 def _ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
@@ -109,7 +109,7 @@ def speed(folder: Path) -> str:
         cells = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
         rows.append([title, *(_ratio(cells[shape], each, baseline) for each in ours for shape in SHAPES)])
     heads = [f"{title}: {shape}" for title in ("VSGD", "Constant VSGD") for shape in SHAPES]
-    return table(["time / AdamW", *heads], rows)
+    return format_table(["time / AdamW", *heads], rows)
 
 
 def _beside(comparison: Comparison) -> Iterator[str]:
@@ -137,7 +137,7 @@ def results(store: Store) -> str:
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
         mean = MISSING if ours is None else ours.mean("test", task.metric)
         rows.append([f"{task.title}, {unit}", mean, *_beside(comparison)])
-    return table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
+    return format_table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
 
 
 def write(page: Path, docs: Path = DOCS) -> None:

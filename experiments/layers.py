@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from benchmarks.report import replace_section, table
 from experiments import comparison, sweep, tasks
 from experiments.bench import Bench
 from experiments.comparison import Setting, Trial
+from reporting.pages import format_table, replace_section
 
 TASKS = (*sweep.TASKS, "digits-vae")
 #: What of the steps is told, beside the last one.
@@ -138,5 +138,5 @@ def run(page: Path, backend: str) -> None:
             "step / lr, root mean square",
         ]
         told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_mean_square(found):.1e}"
-        parts.append(f"{task.title}, {told}:\n\n{table(heads, _rows(found))}")
+        parts.append(f"{task.title}, {told}:\n\n{format_table(heads, _rows(found))}")
     replace_section(page, "layers", parts)

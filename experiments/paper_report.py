@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.report import image, replace_section, table
 from experiments import datasets, paper, records
 from experiments.optimizers import OPTIMIZERS
+from reporting.pages import format_image, format_table, replace_section
 
 #: The records' file, in the folder of results.
 FILE = "paper.jsonl"
@@ -63,7 +63,9 @@ def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> 
             for optimizer in paper.COMPARED
         ]
         parts.append(
-            table([f"{source.title}, test accuracy, %", *(paper.MODELS[paper.EXPERIMENTS[name].model] for name in names)], rows)
+            format_table(
+                [f"{source.title}, test accuracy, %", *(paper.MODELS[paper.EXPERIMENTS[name].model] for name in names)], rows
+            )
         )
     return parts
 
@@ -133,8 +135,5 @@ def write(results: Path, page: Path) -> None:
         for data, source in datasets.SOURCES.items():
             path = results / f"paper-{data}-{backend}.png"
             if draw(cells, data, path):
-                parts.append(image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
-    if not page.exists():
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text("# Results\n", encoding="utf-8")
+                parts.append(format_image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
     replace_section(page, "paper", parts)

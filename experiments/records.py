@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks import machine
+from reporting.machine import count_processors, describe_environment
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ def environment(gpu: str | None = None) -> dict[str, Any]:
     Args:
         gpu: the GPU's name, where the run uses one.
     """
-    return machine.environment(PACKAGES, machine.processors(), gpu)
+    return describe_environment(PACKAGES, count_processors(), gpu)
 
 
 def _canonical(key: Mapping[str, Any]) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import image, replace_section, table
 from experiments import figures, tasks
 from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
 from experiments.paper_report import MISSING
 from experiments.spread import FOLDER, Store
 from experiments.statistics import Difference, Range, median_steps, paired_difference, steps_to, useful_range
+from reporting.pages import format_image, format_table, replace_section
 
 #: Whom the summary is about.
 OURS = "vsgd"
@@ -164,7 +164,7 @@ def task_table(comparison: Comparison) -> str:
     task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
     test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
     header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", minus, test, minus]
-    return table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
+    return format_table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
 
 
 def task_section(comparison: Comparison) -> str:
@@ -199,7 +199,7 @@ def summary(arm: str, found: Sequence[Comparison]) -> str:
         rows.append(cells)
     totals = [" / ".join("-".join(str(each[word]) for word in _WORDS) for each in counts[other]) for other in others]
     header = [f"VSGD, {arm}", *(f"to {ENTRANTS[other].title}" for other in others)]
-    return table(header, [*rows, ["better-level-worse", *totals]])
+    return format_table(header, [*rows, ["better-level-worse", *totals]])
 
 
 def _width(found: Range | None) -> str:
@@ -219,7 +219,7 @@ def sensitivity(found: Sequence[Comparison]) -> str:
     for comparison in found:
         tried = [comparison.tried(entrant) for entrant in comparison.entrants]
         rows.append([comparison.task.title, *(MISSING if each is None else _width(useful_range(*each)) for each in tried)])
-    return table(["", *(ENTRANTS[each].title for each in found[0].entrants)], rows)
+    return format_table(["", *(ENTRANTS[each].title for each in found[0].entrants)], rows)
 
 
 def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
@@ -234,7 +234,7 @@ def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
         parts = (comparison.tuning, comparison.tests)
         done = [[store.find(each) is not None for who in comparison.entrants for each in part(who)] for part in parts]
         rows.append([comparison.task.title, *(f"{sum(each)} of {len(each)}" for each in done)])
-    lines = [table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
+    lines = [format_table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
     for record in store.of("environments"):
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         lines.append(f"Run on {record['processors']} processors ({record['cpu']}), one thread a run; {versions}.")
@@ -264,10 +264,10 @@ def _write_group(group: str, found: Sequence[Comparison], results: Path, page: P
     figures.draw_rates(found, rates)
     sections = {
         "summary": [summary(arm, found) for arm in ARMS],
-        "curves": [image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
+        "curves": [format_image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
         "sensitivity": [
             sensitivity(found),
-            image("Validation metric at the end over the learning rate, task by task", rates, page),
+            format_image("Validation metric at the end over the learning rate, task by task", rates, page),
         ],
         "tables": list(map(task_section, found)),
     }

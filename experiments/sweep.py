@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import replace_section, table
 from experiments import tasks
 from experiments.comparison import Setting, Trial
 from experiments.paper_report import MISSING
 from experiments.report import Told
 from experiments.spread import Store, perform_all
+from reporting.pages import format_table, replace_section
 
 #: Of the records, in the folder of results.
 FOLDER = "sweep"
@@ -178,7 +178,7 @@ def grid_table(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], bac
         for name in ("train loss", f"validation {metric}")
         for head in (*(f"{name}, lr {rate}" for rate in rates), "minus default's")
     ]
-    return table([*grid.heads, *heads], _rows(task, grid, find, backend))
+    return format_table([*grid.heads, *heads], _rows(task, grid, find, backend))
 
 
 def run(results: Path, page: Path, workers: int, backend: str) -> None:

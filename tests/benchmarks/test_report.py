@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from reporting.examples import load_example
+from reporting.pages import format_table, replace_section
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -100,13 +103,27 @@ def test_the_page_and_its_images_may_lie_apart(module: Callable[[str], Any], tmp
     assert "](../../results/torch-tensors.png)" in page.read_text()
 
 
-def test_a_section_that_does_not_end_is_refused(module: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_section_that_does_not_end_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     text = "<!-- /torch -->\n\n<!-- torch -->\nold\n\nAfter.\n"
     page.write_text(text)
     with pytest.raises(ValueError, match=r"^section 'torch' of .*page\.md begins with <!-- torch -->, but must end with <"):
-        module("report").replace_section(page, "torch", ["new"])
+        replace_section(page, "torch", ["new"])
     assert page.read_text() == text
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    rows = [["a", "1.5"], ["long name", "10"]]
+    left = ["| name      | x   |", "| --------- | --- |", "| a         | 1.5 |", "| long name | 10  |"]
+    right = ["| name      |   x |", "| --------- | --: |", "| a         | 1.5 |", "| long name |  10 |"]
+    assert format_table(["name", "x"], rows).splitlines() == left
+    assert format_table(["name", "x"], rows, left=1).splitlines() == right
+
+
+def test_a_new_page_is_titled_after_its_file(tmp_path: Path) -> None:
+    page = tmp_path / "new" / "performance.md"
+    replace_section(page, "torch", ["Text."])
+    assert page.read_text() == "# Performance\n\n<!-- torch -->\n\nText.\n\n<!-- /torch -->\n"
 
 
 def test_the_floor_is_traffic_over_bandwidth(module: Callable[[str], Any]) -> None:
@@ -124,10 +141,10 @@ def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) 
     assert merge(old, other) == other
 
 
-def test_the_quickstart_is_loaded_and_leaves_no_module(module: Callable[[str], Any]) -> None:
+def test_the_quickstart_is_loaded_and_leaves_no_module() -> None:
     for package in ("torch", "sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(package)
-    assert "VSGD" in module("quickstart").load().OPTIMIZERS
+    assert "VSGD" in load_example("quickstart").OPTIMIZERS
     assert "quickstart" not in sys.modules
 
 

@@ -77,7 +77,7 @@ def moved(problem: Any, read: Callable[[], list[np.ndarray]], competitor: Any) -
 
 def test_torch_competitors_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("torch")
-    loaded, (shape,) = module("suite").load("torch"), module("shapes").parse("tensors=2")
+    loaded, (shape,) = module("catalogue").load_suite("torch"), module("shapes").parse("tensors=2")
     problem = loaded.problem(shape, "cpu")
     names = [name for name in module("measure").chosen(loaded, None, "cpu") if "compile" not in name]
     assert len(names) >= 8
@@ -89,7 +89,7 @@ def test_torch_competitors_step(module: Callable[[str], Any]) -> None:
 def test_optax_competitors_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("jax")
     pytest.importorskip("optax")
-    loaded, (shape,) = module("suite").load("optax"), module("shapes").parse("tensors=2")
+    loaded, (shape,) = module("catalogue").load_suite("optax"), module("shapes").parse("tensors=2")
     problem = loaded.problem(shape, module("optax_suite").jax.default_backend().replace("gpu", "cuda"))
     for name, competitor in loaded.competitors.items():
         assert moved(problem, lambda: [np.array(param) for param in problem.params], competitor), name
@@ -191,7 +191,7 @@ def test_temporaries_of_the_parameters_size_show(module: Callable[[str], Any]) -
 def test_jax_tells_the_memory_of_a_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("optax")
     (shape,) = module("shapes").parse("parameters=40000")
-    loaded = module("suite").load("optax")
+    loaded = module("catalogue").load_suite("optax")
     problem = loaded.problem(shape, module("optax_suite").jax.default_backend().replace("gpu", "cuda"))
     assert loaded.competitors["optax.adamw"].make(problem).transient_bytes() < 4 * shape.parameters
 
