@@ -55,7 +55,7 @@ def main() -> None:
             loaded = catalogue.load_suite(arguments.suite)
             print(json.dumps(measure.probe(loaded, shape, arguments.competitor, arguments.device)))
         else:
-            report.write(arguments.results, arguments.page)
+            report.write_page(arguments.results, arguments.page)
     except ValueError as error:
         parser.error(str(error))
 
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
         # After each shape, for a run may take long.
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         results = found
-    print(report.tables(results))
+    print(report.format_tables(results))
 
 
 if __name__ == "__main__":

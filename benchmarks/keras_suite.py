@@ -28,7 +28,7 @@ class _KerasProblem:
             raise ValueError("the Keras suites run on the CPU alone")
         self.shape = shape
 
-    def memory(self, size: int) -> machine.Memory:
+    def make_memory(self, size: int) -> machine.Memory:
         return machine.Memory(size)
 
 
@@ -43,7 +43,7 @@ class ApplyProblem(_KerasProblem):
         self.grads = [ops.convert_to_tensor(each) for each in noise]
         self.opposite = [ops.convert_to_tensor(-each) for each in noise]
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         self.grads, self.opposite = self.opposite, self.grads
 
 
@@ -62,7 +62,7 @@ class TrainProblem(_KerasProblem):
         self.x = rng.standard_normal((BATCH, *features), np.float32)
         self.y = rng.standard_normal((BATCH, *self.outputs.shape[1:]), np.float32)
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         """The gradients of a training change by themselves."""
 
 
@@ -101,15 +101,15 @@ class _KerasArm:
     def step(self, count: int) -> None:
         raise NotImplementedError
 
-    def state(self) -> list[tuple[int, int]]:
+    def measure_state(self) -> list[tuple[int, int]]:
         # After the iterations and the learning rate. Of the values: a variable may say another dtype.
-        return [_size(ops.convert_to_tensor(variable)) for variable in self.optimizer.variables[2:]]
+        return [_measure_array(ops.convert_to_tensor(variable)) for variable in self.optimizer.variables[2:]]
 
-    def transient_bytes(self) -> int | None:
-        return machine.peak_growth(lambda: self.step(1))
+    def measure_transient_bytes(self) -> int | None:
+        return machine.measure_peak_growth(lambda: self.step(1))
 
 
-def _size(array: Any) -> tuple[int, int]:
+def _measure_array(array: Any) -> tuple[int, int]:
     elements = math.prod(array.shape)
     bits = int("".join(filter(str.isdigit, keras.backend.standardize_dtype(array.dtype))))
     return elements, elements * bits // 8
@@ -122,13 +122,15 @@ class ApplyArm(_KerasArm):
         super().__init__(optimizer)
         optimizer.build(problem.variables)
         self.problem = problem
-        self.run = {"tensorflow": _tensorflow_apply, "jax": _jax_apply, "torch": _torch_apply}[BACKEND](problem, optimizer)
+        self.run = {"tensorflow": _compile_tensorflow_apply, "jax": _compile_jax_apply, "torch": _make_torch_apply}[BACKEND](
+            problem, optimizer
+        )
 
     def step(self, count: int) -> None:
         self.run(count)
 
 
-def _tensorflow_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
+def _compile_tensorflow_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     import tensorflow as tf
 
     apply = tf.function(lambda grads: optimizer.apply(grads, problem.variables))
@@ -140,7 +142,7 @@ def _tensorflow_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], 
     return run
 
 
-def _jax_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
+def _compile_jax_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     import jax
 
     apply = jax.jit(optimizer.stateless_apply, donate_argnums=(0, 2))
@@ -157,7 +159,7 @@ def _jax_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     return run
 
 
-def _torch_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
+def _make_torch_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     def run(count: int) -> None:
         for _ in range(count):
             optimizer.apply(problem.grads, problem.variables)
@@ -193,7 +195,7 @@ _OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
+def _make_suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
     def competitor(optimizer: Callable[[], Any]) -> Competitor:
         return Competitor(lambda problem: arm(problem, optimizer()))
 
@@ -201,7 +203,7 @@ def _suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
         title=f"Keras on {BACKEND}, {title}",
         baselines=("keras AdamW",),
         competitors={name: competitor(optimizer) for name, optimizer in _OPTIMIZERS.items()},
-        problem=problem,
+        make_problem=problem,
         packages=("keras", BACKEND, f"{BACKEND}-cpu"),
         imports={"vsgd.keras": ("keras",)},
         memory="growth of the process's resident memory",
@@ -209,6 +211,6 @@ def _suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
 
 
 SUITES = {
-    "apply": _suite("`optimizer.apply` alone", ApplyProblem, ApplyArm),
-    "train": _suite(f"a whole `train_on_batch` of {BATCH} samples", TrainProblem, TrainArm),
+    "apply": _make_suite("`optimizer.apply` alone", ApplyProblem, ApplyArm),
+    "train": _make_suite(f"a whole `train_on_batch` of {BATCH} samples", TrainProblem, TrainArm),
 }

@@ -21,7 +21,7 @@ def can_measure_peak() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def peak_growth(action: Callable[[], None]) -> int | None:
+def measure_peak_growth(action: Callable[[], None]) -> int | None:
     """By how many bytes this process's resident memory grew, at its highest, while an action ran.
 
     Memory that was freed before must have gone back to the system, or the action could use it unseen; `RETURN_MEMORY` has
@@ -33,16 +33,16 @@ def peak_growth(action: Callable[[], None]) -> int | None:
     if not can_measure_peak():
         return None
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
+    before = _read_resident_bytes("VmRSS")
     action()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, _read_resident_bytes("VmHWM") - before)
 
 
 #: An environment in which freed memory of any size that matters goes back to the system at once.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def _resident(name: str) -> int:
+def _read_resident_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(name))
     return int(line.split()[1]) * 1024
@@ -66,15 +66,15 @@ class Memory:
         bounds = np.linspace(0, self._a.size, count_processors() + 1, dtype=int)
         self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         self._pool = ThreadPoolExecutor(len(self._parts))
-        self._move = min((self._by_one, self._by_all), key=fastest)
+        self._move = min((self._add_by_one_thread, self._add_by_all_threads), key=time_fastest)
 
     def _add(self, part: slice) -> None:
         np.add(self._a[part], self._b[part], out=self._a[part])
 
-    def _by_one(self) -> None:
+    def _add_by_one_thread(self) -> None:
         self._add(slice(None))
 
-    def _by_all(self) -> None:
+    def _add_by_all_threads(self) -> None:
         list(self._pool.map(self._add, self._parts))
 
     def step(self, count: int) -> None:
@@ -83,7 +83,7 @@ class Memory:
             self._move()
 
 
-def fastest(action: Callable[[], object]) -> float:
+def time_fastest(action: Callable[[], object]) -> float:
     """The seconds of the fastest of several runs."""
     action()
     times = []

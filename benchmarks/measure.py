@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import machine, shapes, timing
 from benchmarks.catalogue import load_suite
 from benchmarks.shapes import Shape
-from benchmarks.suite import Suite, state_bytes_per_parameter, traffic_bytes
+from benchmarks.suite import Suite, compute_state_bytes, compute_traffic_bytes
 
 _IMPORTS = 3
 # Numbers that a step of VSGD holds for each parameter: itself, its gradient, and three arrays of state.
@@ -37,7 +37,7 @@ def chosen(suite: Suite, names: Iterable[str] | None, device: str) -> list[str]:
     return [
         name
         for name, competitor in suite.competitors.items()
-        if (name in names or name in suite.baselines) and not competitor.missing(device)
+        if (name in names or name in suite.baselines) and not competitor.find_missing(device)
     ]
 
 
@@ -47,21 +47,21 @@ def _plotted(suite: Suite) -> list[str]:
 
 def times(suite: Suite, shape: Shape, names: Iterable[str], device: str, limits: timing.Limits) -> dict[str, Any]:
     """The times of all competitors' steps on one shape, and of moving memory in the same rounds."""
-    problem = suite.problem(shape, device)
-    memory = problem.memory(4 * _WORKING_SET * shape.parameters)
+    problem = suite.make_problem(shape, device)
+    memory = problem.make_memory(4 * _WORKING_SET * shape.parameters)
     arms = {name: suite.competitors[name].make(problem) for name in names}
     steps = {name: arm.step for name, arm in arms.items()}
-    samples = timing.interleave({**steps, _MEMORY: memory.step}, limits, problem.turn)
+    samples = timing.interleave({**steps, _MEMORY: memory.step}, limits, problem.flip_gradients)
     against = {name: samples[name] for name in suite.baselines}
     return {
-        "environment": suite.environment(device),
+        "environment": suite.describe_environment(device),
         "memory": {"bytes": memory.moved, "seconds": samples[_MEMORY]},
         "competitors": {
             name: {
                 "seconds": samples[name],
                 "against": against,
-                "state_bytes_per_parameter": state_bytes_per_parameter(arm, shape),
-                "traffic_bytes": traffic_bytes(arm, shape),
+                "state_bytes_per_parameter": compute_state_bytes(arm, shape),
+                "traffic_bytes": compute_traffic_bytes(arm, shape),
             }
             for name, arm in arms.items()
         },
@@ -70,13 +70,13 @@ def times(suite: Suite, shape: Shape, names: Iterable[str], device: str, limits:
 
 def probe(suite: Suite, shape: Shape, name: str, device: str) -> dict[str, Any]:
     """What the first steps of a process tell of one competitor."""
-    problem = suite.problem(shape, device)
+    problem = suite.make_problem(shape, device)
     start = time.perf_counter()
     arm = suite.competitors[name].make(problem)
     arm.step(1)
     first = time.perf_counter() - start
     arm.step(2)
-    return {"first_step_seconds": first, "transient_bytes": arm.transient_bytes()}
+    return {"first_step_seconds": first, "transient_bytes": arm.measure_transient_bytes()}
 
 
 def probes(suite_name: str, suite: Suite, shape: Shape, names: Iterable[str], device: str) -> dict[str, Any]:
@@ -88,13 +88,13 @@ def probes(suite_name: str, suite: Suite, shape: Shape, names: Iterable[str], de
             arguments = ("probe", suite_name, shape.name, name, "--device", device)
             caches = {"NUMBA_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
             found[name] = json.loads(_python("-m", "benchmarks", *arguments, **caches, **machine.RETURN_MEMORY))
-    return {"environment": suite.environment(device), "memory": suite.memory, "competitors": found}
+    return {"environment": suite.describe_environment(device), "memory": suite.memory, "competitors": found}
 
 
 def imports(suite: Suite, device: str) -> dict[str, Any]:
     """The seconds that importing a module adds to what is imported anyway, each time in a fresh process."""
     return {
-        "environment": suite.environment(device),
+        "environment": suite.describe_environment(device),
         "seconds": {
             module: statistics.median(_import_seconds(module, before) for _ in range(_IMPORTS))
             for module, before in suite.imports.items()

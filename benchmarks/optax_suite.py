@@ -26,10 +26,10 @@ class OptaxProblem:
         self.grads = [1e-2 * jax.random.normal(key, tensor) for key, tensor in zip(keys, shape.tensors, strict=True)]
         self.opposite = [-grad for grad in self.grads]
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         self.grads, self.opposite = self.opposite, self.grads
 
-    def memory(self, size: int) -> machine.Memory:
+    def make_memory(self, size: int) -> machine.Memory:
         return machine.Memory(size)
 
 
@@ -54,10 +54,10 @@ class OptaxArm:
         self.problem.params = params
         jax.block_until_ready((params, self.optimizer_state))
 
-    def state(self) -> list[tuple[int, int]]:
+    def measure_state(self) -> list[tuple[int, int]]:
         return [(leaf.size, leaf.nbytes) for leaf in jax.tree.leaves(self.optimizer_state)]
 
-    def transient_bytes(self) -> int | None:
+    def measure_transient_bytes(self) -> int | None:
         compiled = self.update.lower(self.problem.params, self.optimizer_state, self.problem.grads).compile()
         analysis = compiled.memory_analysis()
         return None if analysis is None else int(analysis.temp_size_in_bytes)
@@ -83,9 +83,9 @@ SUITE = Suite(
         "vsgd, bfloat16 state": _decaying(vsgd.optax.vsgd, state_dtype="bfloat16"),
         "constant_vsgd": _decaying(vsgd.optax.constant_vsgd, plotted=True),
     },
-    problem=OptaxProblem,
+    make_problem=OptaxProblem,
     packages=("jax", "jaxlib", "optax"),
     imports={"vsgd.optax": ("jax", "optax")},
     memory="temp_size_in_bytes of jax's compiled.memory_analysis()",
-    gpu=lambda: jax.devices()[0].device_kind,
+    find_gpu=lambda: jax.devices()[0].device_kind,
 )

@@ -12,19 +12,19 @@ from benchmarks.timing import Spread, paired_ratio, seconds_per_byte, spread, ta
 from reporting.pages import format_image, format_table, replace_section
 
 
-def _ratio(ratio: Spread) -> str:
+def _format_ratio(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _milliseconds(seconds: float) -> str:
+def _format_milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-def _megabytes(size: int | None) -> str:
+def _format_megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.3g}"
 
 
-def _cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
+def _select_cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
     """The part's results for each named shape that has them, in the order of the shapes."""
     cells = results["cells"]
     found = {name: cells[name][part] for name in shapes.NAMED if part in cells.get(name, {})}
@@ -32,20 +32,20 @@ def _cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
     return found or {name: cell[part] for name, cell in cells.items() if part in cell}
 
 
-def _competitors(cells: Mapping[str, Any]) -> list[str]:
+def _list_competitors(cells: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for cell in cells.values() for name in cell["competitors"]))
 
 
-def times(results: Mapping[str, Any], baseline: str) -> str:
+def format_times(results: Mapping[str, Any], baseline: str) -> str:
     """The table of times as ratios to a baseline's.
 
     Args:
         results: of a suite.
         baseline: the competitor that the others are told in ratios to.
     """
-    cells = _cells(results, "times")
+    cells = _select_cells(results, "times")
     rows = []
-    for name in _competitors(cells):
+    for name in _list_competitors(cells):
         row = [name]
         for cell in cells.values():
             if name not in cell["competitors"]:
@@ -53,32 +53,32 @@ def times(results: Mapping[str, Any], baseline: str) -> str:
                 continue
             found = cell["competitors"][name]
             seconds = found["seconds"]
-            ratio = _ratio(paired_ratio(seconds, found["against"][baseline]))
-            row.append(f"{'1' if name == baseline else ratio}, {_milliseconds(spread(taken(seconds)).median)}")
+            ratio = _format_ratio(paired_ratio(seconds, found["against"][baseline]))
+            row.append(f"{'1' if name == baseline else ratio}, {_format_milliseconds(spread(taken(seconds)).median)}")
         rows.append(row)
     return format_table([f"time / {baseline}", *cells], rows)
 
 
-def memory(results: Mapping[str, Any]) -> str:
+def format_memory(results: Mapping[str, Any]) -> str:
     """The table of state, transient memory and first steps.
 
     Args:
         results: of a suite, with probes.
     """
-    timed, probed = _cells(results, "times"), _cells(results, "probes")
+    timed, probed = _select_cells(results, "times"), _select_cells(results, "probes")
     rows = []
-    for name in _competitors(probed):
+    for name in _list_competitors(probed):
         sizes = [cell["competitors"][name] for cell in timed.values() if name in cell["competitors"]]
         row = [name, f"{min(each['state_bytes_per_parameter'] for each in sizes):.1f}" if sizes else ""]
         found = [cell["competitors"].get(name) for cell in probed.values()]
-        row += ["" if each is None else _megabytes(each["transient_bytes"]) for each in found]
+        row += ["" if each is None else _format_megabytes(each["transient_bytes"]) for each in found]
         row += ["" if each is None else f"{each['first_step_seconds']:.2g}" for each in found]
         rows.append(row)
     header = ["", "state, bytes / parameter", *(f"peak of a step, MB: {name}" for name in probed)]
     return format_table([*header, *(f"first step, s: {name}" for name in probed)], rows)
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
+def _describe_machine(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     gpu = "" if environment["gpu"] is None else f" and {environment['gpu']}"
     return (
@@ -87,41 +87,41 @@ def _machine(environment: Mapping[str, Any]) -> str:
     )
 
 
-def _environments(results: Mapping[str, Any]) -> list[str]:
+def _list_machines(results: Mapping[str, Any]) -> list[str]:
     """The machine and versions; several, where a file has runs of several."""
     parts = [cell[part] for cell in results["cells"].values() for part in ("times", "probes") if part in cell]
     parts += [results["imports"]] if "imports" in results else []
-    return list(dict.fromkeys(_machine(part["environment"]) for part in parts))
+    return list(dict.fromkeys(_describe_machine(part["environment"]) for part in parts))
 
 
-def _command(results: Mapping[str, Any]) -> str:
+def _format_command(results: Mapping[str, Any]) -> str:
     device = "" if results["device"] == "cpu" else f" --device {results['device']}"
     return f"python -m benchmarks run {results['suite']}{device}"
 
 
-def tables(results: Mapping[str, Any]) -> str:
+def format_tables(results: Mapping[str, Any]) -> str:
     """All tables of a suite, with what must be known to read them.
 
     Args:
         results: of a suite.
     """
-    parts = [f"`{_command(results)}`, on {'; and on '.join(_environments(results))}."]
-    timed = _cells(results, "times")
+    parts = [f"`{_format_command(results)}`, on {'; and on '.join(_list_machines(results))}."]
+    timed = _select_cells(results, "times")
     if timed:
         speeds = ", ".join(f"{1e-9 / seconds_per_byte(cell['memory']):.3g} GB/s on {name}" for name, cell in timed.items())
         parts.append(f"Median of paired ratios (quartiles), and median time. Memory moved {speeds}.")
-        parts += [times(results, baseline) for baseline in results["baselines"]]
-    probed = _cells(results, "probes")
+        parts += [format_times(results, baseline) for baseline in results["baselines"]]
+    probed = _select_cells(results, "probes")
     if probed:
         (how,) = {cell["memory"] for cell in probed.values()}
-        parts += [f"Peak memory of a step beyond what lives before it: {how}.", memory(results)]
+        parts += [f"Peak memory of a step beyond what lives before it: {how}.", format_memory(results)]
     if "imports" in results:
         seconds = ", ".join(f"`{module}` {seconds:.2g} s" for module, seconds in results["imports"]["seconds"].items())
         parts.append(f"Import, over the framework's own: {seconds}.")
     return "\n\n".join(parts)
 
 
-def write(folder: Path, page: Path) -> None:
+def write_page(folder: Path, page: Path) -> None:
     """Draw the plots of all results in a folder, and write tables and plots into a page.
 
     A suite's part of the page stands between `<!-- NAME -->` and `<!-- /NAME -->`, with the name of its file; one that the page
@@ -136,7 +136,7 @@ def write(folder: Path, page: Path) -> None:
     """
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
-        parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", tables(results)]
+        parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", format_tables(results)]
         drawn = plots.draw(results, folder / file.stem)
         parts += [format_image(plot.title, plot.path, page) for plot in drawn]
         replace_section(page, file.stem, parts)

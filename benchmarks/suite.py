@@ -25,10 +25,10 @@ class Arm(Protocol):
     def step(self, count: int) -> None:
         """Take so many steps and wait for their end."""
 
-    def state(self) -> list[tuple[int, int]]:
+    def measure_state(self) -> list[tuple[int, int]]:
         """The number of elements and of bytes of each array of state."""
 
-    def transient_bytes(self) -> int | None:
+    def measure_transient_bytes(self) -> int | None:
         """Memory that a step takes beyond what lives before it; None where it cannot be told."""
 
 
@@ -44,10 +44,10 @@ class Memory(Protocol):
 class Problem(Protocol):
     """Parameters of a shape, with gradients, which all competitors step in turn."""
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         """Change the gradients, all to their opposite: constant ones would leave nothing to filter."""
 
-    def memory(self, size: int) -> Memory:
+    def make_memory(self, size: int) -> Memory:
         """Arrays of so many bytes together, to be moved where the parameters are."""
 
 
@@ -67,13 +67,13 @@ class Competitor:
     devices: tuple[str, ...] = ("cpu", "cuda")
     plotted: bool = False
 
-    def missing(self, device: str) -> list[str]:
+    def find_missing(self, device: str) -> list[str]:
         """What it lacks here."""
-        lacks = [need for need in self.needs if not _has(need)]
+        lacks = [need for need in self.needs if not _is_available(need)]
         return lacks if device in self.devices else [*lacks, f"not on {device}"]
 
 
-def _has(need: str) -> bool:
+def _is_available(need: str) -> bool:
     if need == COMPILER:
         return any(map(shutil.which, ("c++", "g++", "clang++")))
     return find_spec(need) is not None
@@ -98,28 +98,28 @@ class Suite:
     title: str
     baselines: tuple[str, ...]
     competitors: Mapping[str, Competitor]
-    problem: Callable[[Shape, str], Problem]
+    make_problem: Callable[[Shape, str], Problem]
     packages: tuple[str, ...]
     imports: Mapping[str, tuple[str, ...]]
     memory: str
-    threads: Callable[[], int] = count_processors
-    gpu: Callable[[], str | None] = lambda: None
+    count_threads: Callable[[], int] = count_processors
+    find_gpu: Callable[[], str | None] = lambda: None
 
-    def environment(self, device: str) -> dict[str, Any]:
+    def describe_environment(self, device: str) -> dict[str, Any]:
         """The machine and the versions."""
-        return describe_environment(self.packages, self.threads(), None if device == "cpu" else self.gpu())
+        return describe_environment(self.packages, self.count_threads(), None if device == "cpu" else self.find_gpu())
 
 
-def state_bytes_per_parameter(arm: Arm, shape: Shape) -> float:
+def compute_state_bytes(arm: Arm, shape: Shape) -> float:
     """All of an optimizer's state, shared out among the parameters."""
-    return sum(size for _, size in arm.state()) / shape.parameters
+    return sum(size for _, size in arm.measure_state()) / shape.parameters
 
 
-def traffic_bytes(arm: Arm, shape: Shape) -> int:
+def compute_traffic_bytes(arm: Arm, shape: Shape) -> int:
     """The bytes that a step on float32 parameters must move: read the gradient, read and write the parameter and its state.
 
     Of the state, only arrays as large as a parameter count: a count of steps stays in the processor's caches.
     """
     least = min(map(math.prod, shape.tensors))
-    state = sum(size for elements, size in arm.state() if elements >= least)
+    state = sum(size for elements, size in arm.measure_state() if elements >= least)
     return (4 + 2 * 4) * shape.parameters + 2 * state

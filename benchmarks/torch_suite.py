@@ -25,7 +25,7 @@ class TorchProblem:
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         torch._foreach_neg_(self.grads)
         self.wait()
 
@@ -33,7 +33,7 @@ class TorchProblem:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def memory(self, size: int) -> TorchMemory:
+    def make_memory(self, size: int) -> TorchMemory:
         return TorchMemory(self, size)
 
 
@@ -64,13 +64,13 @@ class TorchArm:
             self.one_step()
         self.problem.wait()
 
-    def state(self) -> list[tuple[int, int]]:
+    def measure_state(self) -> list[tuple[int, int]]:
         values = (value for state in self.optimizer.state.values() for value in state.values())
         return [(value.numel(), value.nbytes) for value in values if isinstance(value, torch.Tensor)]
 
-    def transient_bytes(self) -> int | None:
+    def measure_transient_bytes(self) -> int | None:
         if self.problem.device == "cpu":
-            return machine.peak_growth(lambda: self.step(1))
+            return machine.measure_peak_growth(lambda: self.step(1))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.step(1)
@@ -123,7 +123,7 @@ SUITE = Suite(
     title="PyTorch, `optimizer.step()`",
     baselines=("AdamW(fused=True)", "AdamW()"),
     competitors=COMPETITORS,
-    problem=TorchProblem,
+    make_problem=TorchProblem,
     packages=("torch", "numba", "pytorch_optimizer"),
     imports={
         "vsgd.torch": ("torch",),
@@ -131,6 +131,6 @@ SUITE = Suite(
         **({"vsgd.backends.torch.fused_cpu": ("torch", "vsgd.torch")} if find_spec("numba") else {}),
     },
     memory="on a CPU growth of the process's resident memory, on a GPU torch.cuda.max_memory_allocated",
-    threads=torch.get_num_threads,
-    gpu=torch.cuda.get_device_name,
+    count_threads=torch.get_num_threads,
+    find_gpu=torch.cuda.get_device_name,
 )

@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.timing import paired_ratio
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
 from experiments.paper_report import MISSING
-from experiments.report import in_a_word, told
+from experiments.report import find_result, format_verdict
 from experiments.spread import FOLDER, Store
 from experiments.tasks import TASKS
 from reporting.pages import format_table, replace_section
@@ -53,7 +53,7 @@ SHAPES = ("conv", "many", "large")
 OTHERS = ("adamw", "adamw-warm", "sgd")
 
 
-def rows_of(page: Path) -> list[dict[str, str]]:
+def read_rows(page: Path) -> list[dict[str, str]]:
     """The rows of a page's first table, by the heads of its columns.
 
     Args:
@@ -64,7 +64,7 @@ def rows_of(page: Path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def number(cell: str) -> float | None:
+def parse_number(cell: str) -> float | None:
     """What a cell begins with, or None where that is no number.
 
     Args:
@@ -76,29 +76,29 @@ def number(cell: str) -> float | None:
         return None
 
 
-def agreement(page: Path) -> str:
+def format_agreement(page: Path) -> str:
     """How far the worst runner of each framework strays.
 
     Args:
         page: the one that `tests/matrix` wrote.
     """
-    found = rows_of(page)
+    found = read_rows(page)
     (bound,) = (row for row in found if row["runner"] == "bound")
     rows = [["bound of the tests", *(bound[column] for column in COLUMNS)]]
     for prefix, title in FRAMEWORKS.items():
         ours = [row for row in found if row["runner"].startswith(prefix)]
-        columns = [[value for row in ours if (value := number(row[column])) is not None] for column in COLUMNS]
+        columns = [[value for row in ours if (value := parse_number(row[column])) is not None] for column in COLUMNS]
         if ours:
             rows.append([title, *(f"{max(column):.0e}" if column else "reference" for column in columns)])
     return format_table(["", *COLUMNS], rows)
 
 
-def _ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
+def _format_ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
     found = cell["times"]["competitors"][name]
     return f"{paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
 
 
-def speed(folder: Path) -> str:
+def format_speed(folder: Path) -> str:
     """The time of VSGD's and Constant VSGD's steps over AdamW's of the same framework.
 
     Args:
@@ -107,24 +107,24 @@ def speed(folder: Path) -> str:
     rows = []
     for name, (title, baseline, ours) in SUITES.items():
         cells = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
-        rows.append([title, *(_ratio(cells[shape], each, baseline) for each in ours for shape in SHAPES)])
+        rows.append([title, *(_format_ratio(cells[shape], each, baseline) for each in ours for shape in SHAPES)])
     heads = [f"{title}: {shape}" for title in ("VSGD", "Constant VSGD") for shape in SHAPES]
     return format_table(["time / AdamW", *heads], rows)
 
 
-def _beside(comparison: Comparison) -> Iterator[str]:
+def _format_comparisons(comparison: Comparison) -> Iterator[str]:
     metric = comparison.task.metric
-    ours = told(comparison, WIDEST, "vsgd")
+    ours = find_result(comparison, WIDEST, "vsgd")
     for other in OTHERS:
-        theirs = told(comparison, WIDEST, other)
+        theirs = find_result(comparison, WIDEST, other)
         if ours is None or theirs is None:
             yield MISSING
             continue
-        words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", metric))]
-        yield f"{theirs.mean('test', metric)} ({', '.join(words)})"
+        words = [format_verdict(ours, theirs, *which) for which in (("train", "loss"), ("test", metric))]
+        yield f"{theirs.format_mean('test', metric)} ({', '.join(words)})"
 
 
-def results(store: Store) -> str:
+def format_results(store: Store) -> str:
     """VSGD on the small tasks, beside some others, all tuned by twenty trials; in brackets VSGD's train loss and test metric.
 
     Args:
@@ -133,24 +133,24 @@ def results(store: Store) -> str:
     rows = []
     for task in TASKS.values():
         comparison = Comparison(task, store.find)
-        ours = told(comparison, WIDEST, "vsgd")
+        ours = find_result(comparison, WIDEST, "vsgd")
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = MISSING if ours is None else ours.mean("test", task.metric)
-        rows.append([f"{task.title}, {unit}", mean, *_beside(comparison)])
+        mean = MISSING if ours is None else ours.format_mean("test", task.metric)
+        rows.append([f"{task.title}, {unit}", mean, *_format_comparisons(comparison)])
     return format_table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
 
 
-def write(page: Path, docs: Path = DOCS) -> None:
+def write_tables(page: Path, docs: Path = DOCS) -> None:
     """Write the tables into the page's sections.
 
     Args:
         page: the README.
         docs: where their sources are.
     """
-    replace_section(page, "agreement", [agreement(docs / "agreement.md")])
-    replace_section(page, "speed", [speed(docs / "performance")])
-    replace_section(page, "results", [results(Store(docs / "results" / FOLDER))])
+    replace_section(page, "agreement", [format_agreement(docs / "agreement.md")])
+    replace_section(page, "speed", [format_speed(docs / "performance")])
+    replace_section(page, "results", [format_results(Store(docs / "results" / FOLDER))])
 
 
 if __name__ == "__main__":
-    write(DOCS.parent / "README.md")
+    write_tables(DOCS.parent / "README.md")

@@ -29,13 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--iterations", type=int, help="instead of the paper's")
     run.add_argument("--batch-size", type=int, help="instead of the paper's")
     run.add_argument("--evaluate-every", type=int, help="steps between two tests and two checkpoints; default: the paper's")
-    _add_running(run)
+    _add_run_options(run)
 
     every = commands.add_parser("paper", help="do all runs of the paper that are missing, then report")
     every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="these alone", metavar="NAME")
     every.add_argument("--seeds", type=int, default=paper.SEEDS, help="how many, from 0")
     every.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
-    _add_running(every)
+    _add_run_options(every)
 
     compare = commands.add_parser("compare", help="do all runs on our small tasks that are missing, tuning first")
     compare.add_argument(
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         help="these alone; NAME:kappa1=0.6,kappa2=0.7 is one with other hyperparameters",
         metavar="NAME",
     )
-    _add_workers(compare)
+    _add_worker_options(compare)
 
     tell = commands.add_parser("report", help="write tables and curves of all results into a page")
     tell.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser(
         "sweep", help="do all runs of VSGD's grids that are missing, and write their tables into a page"
     )
-    _add_workers(sweep)
+    _add_worker_options(sweep)
     sweep.add_argument("--page", type=Path, default=_TUNING)
 
     layers = commands.add_parser("layers", help="train with VSGD, and write what it sees of each tensor into a page")
@@ -66,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_workers(parser: argparse.ArgumentParser) -> None:
+def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=_BACKENDS, help="of Keras; default: what Keras is set to")
     parser.add_argument("--data-dir", type=Path, help="a folder with the published archives; default: download them")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
@@ -97,14 +97,14 @@ def main(command: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def _list(arguments: argparse.Namespace) -> None:
-    print(paper.overview())
-    print(comparison.overview())
+def _print_list(arguments: argparse.Namespace) -> None:
+    print(paper.format_overview())
+    print(comparison.format_overview())
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run_one(arguments: argparse.Namespace) -> None:
     hyper = {} if arguments.weight_decay is None else {"weight_decay": arguments.weight_decay}
-    chosen = paper.settings(
+    chosen = paper.make_settings(
         arguments.experiment,
         arguments.optimizer,
         arguments.seed,
@@ -114,35 +114,35 @@ def _run(arguments: argparse.Namespace) -> None:
         evaluate_every=arguments.evaluate_every,
         hyper=hyper,
     )
-    _do([chosen], arguments)
+    _run_all([chosen], arguments)
 
 
-def _paper(arguments: argparse.Namespace) -> None:
+def _run_paper(arguments: argparse.Namespace) -> None:
     # All optimizers with one seed first, so that the table fills evenly; the data sets one after the other in memory.
     chosen = [
-        paper.settings(experiment, optimizer, seed)
+        paper.make_settings(experiment, optimizer, seed)
         for seed in range(arguments.seeds)
         for experiment in arguments.experiments
         for optimizer in paper.COMPARED
     ]
-    _do(chosen, arguments)
-    paper_report.write(arguments.results, arguments.page)
+    _run_all(chosen, arguments)
+    paper_report.write_page(arguments.results, arguments.page)
 
 
-def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
+def _run_all(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
     from experiments import training  # now that the backend is chosen
 
     if arguments.tensorboard and find_spec("tensorflow") is None:
         raise ValueError("--tensorboard needs TensorFlow, by which Keras writes the files: pip install tensorflow")
     finished = records.Records(arguments.results / paper_report.FILE)
     for data in dict.fromkeys(paper.EXPERIMENTS[chosen.experiment].data for chosen in every):
-        archive = datasets.find(data, arguments.data_dir)
+        archive = datasets.find_archive(data, arguments.data_dir)
         images = None
         for chosen in every:
             if paper.EXPERIMENTS[chosen.experiment].data != data:
                 continue
             what = f"{chosen.experiment}, {chosen.optimizer}, seed {chosen.seed}"
-            if chosen.key(training.BACKEND, archive.digest) in finished:
+            if chosen.make_key(training.BACKEND, archive.digest) in finished:
                 print(f"{what}: is finished")
                 continue
             if images is None:
@@ -150,44 +150,44 @@ def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
             print(what)
             verbose = 0 if arguments.quiet else 1
             options = {"verbose": verbose, "tensorboard": arguments.tensorboard}
-            record = training.run(chosen, images, archive.digest, finished, arguments.output, **options)
+            record = training.run_training(chosen, images, archive.digest, finished, arguments.output, **options)
             print(f"{what}: test accuracy {100 * record['curve']['test_accuracy'][-1]:.2f} %")
 
 
-def _compare(arguments: argparse.Namespace) -> None:
+def _run_comparison(arguments: argparse.Namespace) -> None:
     from experiments import spread  # late, as it needs more packages than the paper's experiments
 
     store = spread.Store(arguments.results / spread.FOLDER)
-    spread.run(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
+    spread.run_comparison(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _write_report(arguments: argparse.Namespace) -> None:
     from experiments import report  # late, likewise
 
-    paper_report.write(arguments.results, arguments.page)
-    report.write(arguments.results, arguments.page)
+    paper_report.write_page(arguments.results, arguments.page)
+    report.write_page(arguments.results, arguments.page)
 
 
-def _sweep(arguments: argparse.Namespace) -> None:
+def _run_sweep(arguments: argparse.Namespace) -> None:
     from experiments import sweep  # late, likewise
 
-    sweep.run(arguments.results, arguments.page, arguments.workers, arguments.backend)
+    sweep.run_sweep(arguments.results, arguments.page, arguments.workers, arguments.backend)
 
 
-def _layers(arguments: argparse.Namespace) -> None:
+def _write_layers(arguments: argparse.Namespace) -> None:
     from experiments import layers  # now that the backend is chosen
 
-    layers.run(arguments.page, arguments.backend)
+    layers.write_page(arguments.page, arguments.backend)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "list": _list,
-    "run": _run,
-    "paper": _paper,
-    "compare": _compare,
-    "report": _report,
-    "sweep": _sweep,
-    "layers": _layers,
+    "list": _print_list,
+    "run": _run_one,
+    "paper": _run_paper,
+    "compare": _run_comparison,
+    "report": _write_report,
+    "sweep": _run_sweep,
+    "layers": _write_layers,
 }
 
 if __name__ == "__main__":

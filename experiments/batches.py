@@ -14,7 +14,7 @@ PADDING = 4
 _ORDER, _AUGMENTATION = 0, 1
 
 
-def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def augment_images(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Each image cropped at random from itself with a black border, and every other one, by chance, mirrored.
 
     Args:
@@ -67,7 +67,7 @@ class TrainBatches(keras.utils.PyDataset):
         step = self.start + index
         chosen = self._chosen(step)
         rng = np.random.default_rng((self.seed, _AUGMENTATION, step))
-        return augmented(self.images[chosen], rng), self.labels[chosen]
+        return augment_images(self.images[chosen], rng), self.labels[chosen]
 
     def _chosen(self, step: int) -> np.ndarray:
         taken, place = divmod(step, len(self.images) // self.batch_size)

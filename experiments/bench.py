@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def initial_values(task: Task, seed: int) -> list[NDArray[Any]]:
+def make_initial_values(task: Task, seed: int) -> list[NDArray[Any]]:
     """What the variables of the task's model are at first.
 
     Args:
@@ -38,14 +38,14 @@ def initial_values(task: Task, seed: int) -> list[NDArray[Any]]:
         seed: decides the weights.
     """
     keras.utils.set_random_seed(seed)
-    return _values(task.network().variables)
+    return _read_values(task.make_network().variables)
 
 
-def _values(variables: Sequence[Any]) -> list[NDArray[Any]]:
+def _read_values(variables: Sequence[Any]) -> list[NDArray[Any]]:
     return [np.array(keras.ops.convert_to_numpy(each)) for each in variables]
 
 
-def _assign(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
+def _assign_values(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
@@ -61,12 +61,12 @@ class Bench:
     def __init__(self, task: Task, optimizer: Any) -> None:
         self.task = task
         self.optimizer = optimizer
-        self.data = task.data()  # before anything is seeded, for making data may seed the global generators
-        self.model = task.network()
+        self.data = task.load_data()  # before anything is seeded, for making data may seed the global generators
+        self.model = task.make_network()
         metrics = ["accuracy"] if task.metric == "accuracy" else None
-        self.model.compile(optimizer=optimizer, loss=task.loss(), metrics=metrics)
+        self.model.compile(optimizer=optimizer, loss=task.make_loss(), metrics=metrics)
         optimizer.build(self.model.trainable_variables)
-        self._fresh = _values(optimizer.variables)
+        self._fresh = _read_values(optimizer.variables)
 
     def run(self, seed: int, rates: Sequence[float]) -> Outcome:
         """Train from the seed's weights on the seed's batches, both the same whatever the optimizer.
@@ -100,8 +100,8 @@ class Bench:
         Returns:
             The run's batches, endless.
         """
-        _assign(self.model.variables, initial_values(self.task, seed))
-        _assign(self.optimizer.variables, self._fresh)
+        _assign_values(self.model.variables, make_initial_values(self.task, seed))
+        _assign_values(self.optimizer.variables, self._fresh)
         return self.data.batches(np.random.default_rng(seed))
 
     def train(self, rates: Sequence[float], batches: Iterator[Split]) -> float | None:
@@ -114,7 +114,7 @@ class Bench:
         total = 0.0
         for rate, batch in zip(rates, islice(batches, len(rates)), strict=True):
             self.optimizer.learning_rate = rate
-            loss = float(_loss(self.model.train_on_batch(*_inputs(batch))))
+            loss = float(_loss(self.model.train_on_batch(*_split_inputs(batch))))
             if not math.isfinite(loss):
                 return None
             total += loss
@@ -130,11 +130,11 @@ class Bench:
         Args:
             split: its name.
         """
-        found = self.model.test_on_batch(*_inputs(self.data.splits[split]), return_dict=True)
+        found = self.model.test_on_batch(*_split_inputs(self.data.splits[split]), return_dict=True)
         return {name: float(value) for name, value in found.items()}
 
 
-def _inputs(split: Split) -> tuple[Any, Any]:
+def _split_inputs(split: Split) -> tuple[Any, Any]:
     return (list(split.x) if isinstance(split.x, tuple) else split.x), split.y
 
 

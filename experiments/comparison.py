@@ -47,7 +47,7 @@ class Entrant:
     @property
     def base(self) -> optimizers.Optimizer:
         """The optimizer."""
-        return optimizers.named(self.optimizer)
+        return optimizers.find_optimizer(self.optimizer)
 
     def make(self) -> Any:
         """A new Keras optimizer."""
@@ -69,7 +69,7 @@ BASELINE = "adamw"
 
 
 @functools.cache
-def named(name: str) -> Entrant:
+def find_entrant(name: str) -> Entrant:
     """The entrant of this name; NAME:kappa1=0.6,kappa2=0.7 is one with these hyperparameters.
 
     Args:
@@ -90,7 +90,7 @@ def named(name: str) -> Entrant:
     return dataclasses.replace(found, title=f"{found.title}, {told}", hyper={**found.hyper, **hyper})
 
 
-def overview() -> str:
+def format_overview() -> str:
     """What `python -m experiments list` prints of our tasks."""
     lines = [f"{name:24} {each.steps} steps" for name, each in tasks.TASKS.items()]
     return "\n".join([*lines, *(f"  --entrants {name:14} {each.title}" for name, each in ENTRANTS.items())])
@@ -108,21 +108,25 @@ class Trial(NamedTuple):
     schedule: str
 
 
-def _defaults(entrant: Entrant) -> list[Trial]:
+def _list_default_trial(entrant: Entrant) -> list[Trial]:
     return [Trial(entrant.base.learning_rate, "constant")]
 
 
-def _five(entrant: Entrant) -> list[Trial]:
+def _list_five_trials(entrant: Entrant) -> list[Trial]:
     # Every other of the ten; these are nearer to the defaults than the rest.
-    return [Trial(rate, "cosine") for rate in entrant.base.learning_rates(10)[1::2]]
+    return [Trial(rate, "cosine") for rate in entrant.base.list_learning_rates(10)[1::2]]
 
 
-def _twenty(entrant: Entrant) -> list[Trial]:
-    return [Trial(rate, schedule) for schedule in SCHEDULES for rate in entrant.base.learning_rates(10)]
+def _list_twenty_trials(entrant: Entrant) -> list[Trial]:
+    return [Trial(rate, schedule) for schedule in SCHEDULES for rate in entrant.base.list_learning_rates(10)]
 
 
 #: What may be chosen from, by the name of the arm. The five are among the twenty.
-ARMS: dict[str, Callable[[Entrant], list[Trial]]] = {"defaults": _defaults, "5 trials": _five, "20 trials": _twenty}
+ARMS: dict[str, Callable[[Entrant], list[Trial]]] = {
+    "defaults": _list_default_trial,
+    "5 trials": _list_five_trials,
+    "20 trials": _list_twenty_trials,
+}
 #: The arm whose trials are all that are made, and that the target comes from.
 WIDEST = "20 trials"
 
@@ -147,8 +151,8 @@ class Setting(NamedTuple):
     @property
     def key(self) -> dict[str, Any]:
         """What tells the run's record from others."""
-        task, who = tasks.named(self.task), named(self.entrant)
-        told = {"task": task.name, "edition": task.edition(), "steps": task.steps, "optimizer": who.optimizer}
+        task, who = tasks.find_task(self.task), find_entrant(self.entrant)
+        told = {"task": task.name, "edition": task.compute_edition(), "steps": task.steps, "optimizer": who.optimizer}
         hyper = {"hyper": dict(who.hyper)} if who.hyper else {}
         warm_up = {"warm_up": who.warm_up} if who.warm_up else {}
         return {**told, **hyper, **warm_up, **self.trial._asdict(), "seed": self.seed, "backend": self.backend}
@@ -156,8 +160,8 @@ class Setting(NamedTuple):
     @property
     def rates(self) -> list[float]:
         """The learning rate of each step."""
-        steps, (rate, schedule) = tasks.named(self.task).steps, self.trial
-        warm = named(self.entrant).warm_up * steps
+        steps, (rate, schedule) = tasks.find_task(self.task).steps, self.trial
+        warm = find_entrant(self.entrant).warm_up * steps
         shape = SCHEDULES[schedule]
         return [rate * shape(step / steps) * (min(1.0, (step + 1) / warm) if warm else 1.0) for step in range(steps)]
 
@@ -184,29 +188,29 @@ class Comparison:
         self.entrants = entrants
         self._find = find
 
-    def _setting(self, entrant: str, trial: Trial, seed: int) -> Setting:
+    def _make_setting(self, entrant: str, trial: Trial, seed: int) -> Setting:
         return Setting(self.task.name, entrant, trial, seed, self.backend)
 
-    def tuning(self, entrant: str) -> Iterator[Setting]:
+    def list_tuning_settings(self, entrant: str) -> Iterator[Setting]:
         """The runs that tuning needs.
 
         Args:
             entrant: by name.
         """
-        for trial in ARMS[WIDEST](named(entrant)):
-            yield from (self._setting(entrant, trial, seed) for seed in TUNING_SEEDS)
+        for trial in ARMS[WIDEST](find_entrant(entrant)):
+            yield from (self._make_setting(entrant, trial, seed) for seed in TUNING_SEEDS)
 
-    def tests(self, entrant: str) -> Iterator[Setting]:
+    def list_test_settings(self, entrant: str) -> Iterator[Setting]:
         """The runs that are told of, in arms whose trials are all made; what two arms chose comes once.
 
         Args:
             entrant: by name.
         """
-        chosen = dict.fromkeys(self.chosen(entrant, arm) for arm in ARMS)
+        chosen = dict.fromkeys(self.choose_trial(entrant, arm) for arm in ARMS)
         for trial in filter(None, chosen):
-            yield from (self._setting(entrant, trial, seed) for seed in TEST_SEEDS)
+            yield from (self._make_setting(entrant, trial, seed) for seed in TEST_SEEDS)
 
-    def validation(self, entrant: str, trial: Trial) -> tuple[float, float] | None:
+    def score_trial(self, entrant: str, trial: Trial) -> tuple[float, float] | None:
         """The means over the tuning seeds of the metric, with the sign that makes it to be low, and of the loss.
 
         Infinite where a run diverged; None where a run is not finished.
@@ -215,7 +219,7 @@ class Comparison:
             entrant: by name.
             trial: which.
         """
-        found = [self._find(self._setting(entrant, trial, seed)) for seed in TUNING_SEEDS]
+        found = [self._find(self._make_setting(entrant, trial, seed)) for seed in TUNING_SEEDS]
         if any(each is None for each in found):
             return None
         final = [each["final"] for each in found if each is not None]
@@ -225,55 +229,55 @@ class Comparison:
         metric = statistics.fmean(each[self.task.metric] for each in scores)
         return self.task.sign * metric, statistics.fmean(each["loss"] for each in scores)
 
-    def chosen(self, entrant: str, arm: str) -> Trial | None:
+    def choose_trial(self, entrant: str, arm: str) -> Trial | None:
         """The trial with the best mean validation metric, of equal ones with the lower loss; None: some are not made.
 
         Args:
             entrant: by name.
             arm: by name.
         """
-        trials = ARMS[arm](named(entrant))
+        trials = ARMS[arm](find_entrant(entrant))
         if len(trials) == 1:
             return trials[0]
-        scores = [(self.validation(entrant, trial), trial) for trial in trials]
+        scores = [(self.score_trial(entrant, trial), trial) for trial in trials]
         if any(score is None for score, _ in scores):
             return None
         return min(((score, trial) for score, trial in scores if score is not None), key=lambda each: each[0])[1]
 
-    def at_edge(self, entrant: str, trial: Trial) -> bool:
+    def is_at_edge(self, entrant: str, trial: Trial) -> bool:
         """Whether a trial has the lowest or the highest learning rate of those that are tried.
 
         Args:
             entrant: by name.
             trial: which.
         """
-        rates = [each.learning_rate for each in ARMS[WIDEST](named(entrant))]
+        rates = [each.learning_rate for each in ARMS[WIDEST](find_entrant(entrant))]
         return trial.learning_rate in (min(rates), max(rates))
 
-    def target(self) -> float | None:
+    def compute_target(self) -> float | None:
         """What tuned AdamW has come to after 98% of the way from its first validation metric to its last.
 
         Medians over its tuning runs, so that no test run has a say; None while it is not tuned.
         """
-        trial = self.chosen(BASELINE, WIDEST)
+        trial = self.choose_trial(BASELINE, WIDEST)
         if trial is None:
             return None
-        curves = [self._find(self._setting(BASELINE, trial, seed)) for seed in TUNING_SEEDS]
+        curves = [self._find(self._make_setting(BASELINE, trial, seed)) for seed in TUNING_SEEDS]
         first, last = (statistics.median(each["curve"][place] for each in curves if each is not None) for place in (0, -1))
         return first + TARGET_PART * (last - first)
 
-    def results(self, entrant: str, trial: Trial) -> list[Mapping[str, Any]] | None:
+    def find_results(self, entrant: str, trial: Trial) -> list[Mapping[str, Any]] | None:
         """The records of the test seeds, in their order; None where one is missing.
 
         Args:
             entrant: by name.
             trial: which.
         """
-        found = [self._find(self._setting(entrant, trial, seed)) for seed in TEST_SEEDS]
+        found = [self._find(self._make_setting(entrant, trial, seed)) for seed in TEST_SEEDS]
         complete = [each for each in found if each is not None]
         return complete if len(complete) == len(found) else None
 
-    def tried(self, entrant: str) -> tuple[list[float], list[float]] | None:
+    def list_tried(self, entrant: str) -> tuple[list[float], list[float]] | None:
         """Learning rates, and the mean validation metric of each with the schedule that was chosen, to be low.
 
         None while it is not tuned.
@@ -281,9 +285,9 @@ class Comparison:
         Args:
             entrant: by name.
         """
-        best = self.chosen(entrant, WIDEST)
+        best = self.choose_trial(entrant, WIDEST)
         if best is None:
             return None
-        trials = [each for each in ARMS[WIDEST](named(entrant)) if each.schedule == best.schedule]
-        scores = [self.validation(entrant, each) for each in trials]
+        trials = [each for each in ARMS[WIDEST](find_entrant(entrant)) if each.schedule == best.schedule]
+        scores = [self.score_trial(entrant, each) for each in trials]
         return [each.learning_rate for each in trials], [score[0] for score in scores if score is not None]

@@ -96,10 +96,10 @@ def _read_tiny_imagenet(path: Path) -> Images:
         lines = archive.read(f"{top}/val/val_annotations.txt").decode().splitlines()
         # The file, its class, and a box.
         test = [(f"{top}/val/images/{file}", number[wnid]) for file, wnid, *_ in (line.split("\t") for line in lines)]
-        return Images(*_decoded(archive, train), *_decoded(archive, test))
+        return Images(*_decode_images(archive, train), *_decode_images(archive, test))
 
 
-def _decoded(archive: zipfile.ZipFile, labelled: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+def _decode_images(archive: zipfile.ZipFile, labelled: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
     try:
         from PIL import Image
     except ImportError as error:
@@ -177,7 +177,7 @@ class Archive(NamedTuple):
         return images
 
 
-def find(name: str, data_dir: Path | None = None) -> Archive:
+def find_archive(name: str, data_dir: Path | None = None) -> Archive:
     """The archive of a data set, in a folder or, without one, from where it is published.
 
     What is downloaded is checked and kept as Keras keeps its data sets: in `~/.keras/datasets`, or under `$KERAS_HOME`.
@@ -190,14 +190,14 @@ def find(name: str, data_dir: Path | None = None) -> Archive:
         ValueError: it cannot be had; the sentence says what to place where.
     """
     source = SOURCES[name]
-    path = _download(source) if data_dir is None else data_dir / source.file
+    path = _download_archive(source) if data_dir is None else data_dir / source.file
     if not path.is_file():
         raise ValueError(f"--data-dir is {data_dir}, but must be a folder with {source.file}, which {source.url} offers")
     with path.open("rb") as file:
         return Archive(source, path, hashlib.file_digest(file, source.algorithm).hexdigest())
 
 
-def _download(source: Source) -> Path:
+def _download_archive(source: Source) -> Path:
     import keras
 
     what = {"fname": source.file, "origin": source.url, "file_hash": source.digest, "hash_algorithm": source.algorithm}

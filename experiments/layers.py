@@ -42,25 +42,25 @@ class Step(NamedTuple):
     step: float
 
 
-def _root_mean_square(values: Any) -> float:
+def _compute_root_mean_square(values: Any) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
-def _known(bench: Bench, variable: Any) -> Any:
+def _read_posterior(bench: Bench, variable: Any) -> Any:
     return [ops.convert_to_numpy(each).astype(np.float64) for each in bench.optimizer.posterior(variable)]
 
 
-def _step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
+def _measure_step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
     mean, variance, _, _, gain, _ = before
     # The update is mu' = mu + gain (ghat - mu): so it tells the gradient.
     gradient = mean + (after[0] - mean) / gain
     step = after[0] / (np.sqrt(after[0] ** 2 + variance) + eps)
     return Step(
-        _root_mean_square(gradient),
+        _compute_root_mean_square(gradient),
         float(np.median(np.sqrt(variance))),
         float(np.median(gain)),
         float(np.mean(gain < STUCK)),
-        _root_mean_square(step),
+        _compute_root_mean_square(step),
     )
 
 
@@ -78,7 +78,7 @@ class Tensor(NamedTuple):
     steps: list[Step]
 
 
-def watch(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
+def watch_tensors(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
     """What was seen of each tensor, step by step, in a run.
 
     Args:
@@ -86,34 +86,34 @@ def watch(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
         steps: which steps, in rising order, counted from 1.
     """
     keras.utils.clear_session()  # that names of layers do not count on from models made before
-    bench = Bench(tasks.named(setting.task), comparison.named(setting.entrant).make())
+    bench = Bench(tasks.find_task(setting.task), comparison.find_entrant(setting.entrant).make())
     variables = bench.model.trainable_variables
     found = [Tensor(each.path, int(np.prod(each.shape)), []) for each in variables]
     batches, taken = bench.start(setting.seed), 0
     for step in steps:
         if taken < step - 1:
             bench.train(setting.rates[taken : step - 1], batches)
-        before = [_known(bench, each) for each in variables]
+        before = [_read_posterior(bench, each) for each in variables]
         bench.train(setting.rates[step - 1 : step], batches)
         for tensor, variable, known in zip(found, variables, before, strict=True):
-            tensor.steps.append(_step(known, _known(bench, variable), bench.optimizer.epsilon))
+            tensor.steps.append(_measure_step(known, _read_posterior(bench, variable), bench.optimizer.epsilon))
         taken = step
     return found
 
 
-def _rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
+def _format_rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
     for name, size, steps in found:
         if size >= SMALLEST:
             columns = zip(*steps, strict=True)
             yield [f"`{name}`", str(size), *(" ".join(f"{value:.1e}" for value in column) for column in columns)]
 
 
-def _mean_square(found: Sequence[Tensor]) -> float:
+def _compute_mean_square(found: Sequence[Tensor]) -> float:
     """Of all elements of the first gradient that was seen."""
     return sum(size * steps[0].gradient ** 2 for _, size, steps in found) / sum(size for _, size, _ in found)
 
 
-def run(page: Path, backend: str) -> None:
+def write_page(page: Path, backend: str) -> None:
     """Train on the tasks of the sweep, and write what was seen into the page.
 
     Args:
@@ -122,12 +122,16 @@ def run(page: Path, backend: str) -> None:
     """
     parts = []
     for name in TASKS:
-        task = tasks.named(name)
+        task = tasks.find_task(name)
         steps = [*STEPS, task.steps]
         setting = Setting(
-            name, sweep.DEFAULT, Trial(comparison.named(sweep.DEFAULT).base.learning_rate, "cosine"), sweep.SEEDS[0], backend
+            name,
+            sweep.DEFAULT,
+            Trial(comparison.find_entrant(sweep.DEFAULT).base.learning_rate, "cosine"),
+            sweep.SEEDS[0],
+            backend,
         )
-        found = watch(setting, steps)
+        found = watch_tensors(setting, steps)
         heads = [
             "tensor",
             "elements",
@@ -137,6 +141,6 @@ def run(page: Path, backend: str) -> None:
             f"part with a gain below {STUCK}",
             "step / lr, root mean square",
         ]
-        told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_mean_square(found):.1e}"
-        parts.append(f"{task.title}, {told}:\n\n{format_table(heads, _rows(found))}")
+        told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_compute_mean_square(found):.1e}"
+        parts.append(f"{task.title}, {told}:\n\n{format_table(heads, _format_rows(found))}")
     replace_section(page, "layers", parts)

@@ -13,44 +13,44 @@ from keras import layers
 _NORMALISATION = {"momentum": 0.9, "epsilon": 1e-5}
 
 
-def _normalised(x: Any) -> Any:
+def _normalise(x: Any) -> Any:
     return layers.BatchNormalization(**_NORMALISATION)(x)
 
 
-def _he(mode: str) -> Any:
+def _make_he_initializer(mode: str) -> Any:
     return keras.initializers.VarianceScaling(2.0, mode=mode, distribution="untruncated_normal")
 
 
-def _head(x: Any, classes: int, **initializers: Any) -> Any:
+def _add_head(x: Any, classes: int, **initializers: Any) -> Any:
     return layers.Dense(classes, **initializers)(layers.GlobalAveragePooling2D()(x))
 
 
-def _vgg(x: Any, classes: int, repeats: Sequence[int]) -> Any:
+def _add_vgg(x: Any, classes: int, repeats: Sequence[int]) -> Any:
     for channels, repeat in zip((64, 128, 256, 512, 512), repeats, strict=True):
         for _ in range(repeat):
-            x = layers.Conv2D(channels, 3, padding="same", kernel_initializer=_he("fan_out"))(x)
-            x = layers.ReLU()(_normalised(x))
+            x = layers.Conv2D(channels, 3, padding="same", kernel_initializer=_make_he_initializer("fan_out"))(x)
+            x = layers.ReLU()(_normalise(x))
         x = layers.MaxPooling2D()(x)
-    return _head(x, classes, kernel_initializer=keras.initializers.RandomNormal(stddev=0.01))
+    return _add_head(x, classes, kernel_initializer=keras.initializers.RandomNormal(stddev=0.01))
 
 
-def _vgg16(x: Any, classes: int) -> Any:
-    return _vgg(x, classes, (2, 2, 3, 3, 3))
+def _add_vgg16(x: Any, classes: int) -> Any:
+    return _add_vgg(x, classes, (2, 2, 3, 3, 3))
 
 
-def _vgg19(x: Any, classes: int) -> Any:
-    return _vgg(x, classes, (2, 2, 4, 4, 4))
+def _add_vgg19(x: Any, classes: int) -> Any:
+    return _add_vgg(x, classes, (2, 2, 4, 4, 4))
 
 
-def _resnext(x: Any, classes: int, cardinality: int = 8, widen_factor: int = 4) -> Any:
+def _add_resnext(x: Any, classes: int, cardinality: int = 8, widen_factor: int = 4) -> Any:
     """18 layers: a convolution, three stages of one bottleneck, of 64, 128 and 256 channels times the factor, and a head."""
 
     def conv(x: Any, channels: int, size: int = 1, stride: int = 1, groups: int = 1) -> Any:
         if size > 1:
             # On both sides, where Keras' "same" pads an even image on one side alone.
             x = layers.ZeroPadding2D(size // 2)(x)
-        options = {"groups": groups, "use_bias": False, "kernel_initializer": _he("fan_out")}
-        return _normalised(layers.Conv2D(channels, size, strides=stride, **options)(x))
+        options = {"groups": groups, "use_bias": False, "kernel_initializer": _make_he_initializer("fan_out")}
+        return _normalise(layers.Conv2D(channels, size, strides=stride, **options)(x))
 
     def bottleneck(x: Any, channels: int, stride: int) -> Any:
         width = cardinality * channels // widen_factor
@@ -61,36 +61,36 @@ def _resnext(x: Any, classes: int, cardinality: int = 8, widen_factor: int = 4) 
     x = layers.ReLU()(conv(x, 64, size=3))
     for channels, stride in ((64, 1), (128, 2), (256, 2)):
         x = bottleneck(x, channels * widen_factor, stride)
-    return _head(x, classes, kernel_initializer=_he("fan_in"))
+    return _add_head(x, classes, kernel_initializer=_make_he_initializer("fan_in"))
 
 
-def _convmixer(x: Any, classes: int, width: int = 256, depth: int = 8, kernel: int = 5, patch: int = 2) -> Any:
+def _add_convmixer(x: Any, classes: int, width: int = 256, depth: int = 8, kernel: int = 5, patch: int = 2) -> Any:
     def uniform(fan_in: int, *names: str) -> dict[str, Any]:
         # PyTorch's default, for kernels and biases alike.
         limit = 1 / math.sqrt(fan_in)
         return {f"{name}_initializer": keras.initializers.RandomUniform(-limit, limit) for name in names}
 
     def active(x: Any) -> Any:
-        return _normalised(layers.Activation(keras.activations.gelu)(x))
+        return _normalise(layers.Activation(keras.activations.gelu)(x))
 
     x = active(layers.Conv2D(width, patch, strides=patch, **uniform(3 * patch**2, "kernel", "bias"))(x))
     for _ in range(depth):
         depthwise = layers.DepthwiseConv2D(kernel, padding="same", **uniform(kernel**2, "depthwise", "bias"))
         x = layers.Add()([active(depthwise(x)), x])
         x = active(layers.Conv2D(width, 1, **uniform(width, "kernel", "bias"))(x))
-    return _head(x, classes, **uniform(width, "kernel", "bias"))
+    return _add_head(x, classes, **uniform(width, "kernel", "bias"))
 
 
 #: What each network makes of normalised images and a number of classes; `paper.MODELS` has their titles.
 MODELS: dict[str, Callable[[Any, int], Any]] = {
-    "vgg16": _vgg16,
-    "vgg19": _vgg19,
-    "resnext": _resnext,
-    "convmixer": _convmixer,
+    "vgg16": _add_vgg16,
+    "vgg19": _add_vgg19,
+    "resnext": _add_resnext,
+    "convmixer": _add_convmixer,
 }
 
 
-def build(name: str, side: int, classes: int, mean: Sequence[float], deviation: Sequence[float]) -> keras.Model:
+def build_model(name: str, side: int, classes: int, mean: Sequence[float], deviation: Sequence[float]) -> keras.Model:
     """A new network, from bytes of pixels to logits.
 
     Args:

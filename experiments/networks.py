@@ -42,7 +42,7 @@ class Quadratic(layers.Layer):
         return risk + ops.matmul(noise, ops.expand_dims(self.point, 1))
 
 
-def quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
+def make_quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
     """A `Quadratic` alone.
 
     Args:
@@ -52,7 +52,7 @@ def quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
     return keras.Model(inputs, Quadratic(curvatures)(inputs))
 
 
-def itself(target: Any, output: Any) -> Any:
+def return_output(target: Any, output: Any) -> Any:
     """A loss that is the model's output.
 
     Args:
@@ -62,12 +62,12 @@ def itself(target: Any, output: Any) -> Any:
     return output
 
 
-def classification() -> keras.losses.Loss:
+def make_cross_entropy() -> keras.losses.Loss:
     """Cross-entropy of logits."""
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def mlp() -> keras.Model:
+def make_mlp() -> keras.Model:
     """Two hidden layers of 100, for signals of 40 samples in 10 classes."""
     inputs = keras.Input((40,))
     x = layers.Dense(100, activation="relu")(inputs)
@@ -75,7 +75,7 @@ def mlp() -> keras.Model:
     return keras.Model(inputs, layers.Dense(10)(x))
 
 
-def cnn() -> keras.Model:
+def make_cnn() -> keras.Model:
     """Three convolutions of 25 channels, for signals of 40 samples in 10 classes."""
     inputs = keras.Input((40,))
     x = layers.Reshape((40, 1))(inputs)
@@ -84,7 +84,7 @@ def cnn() -> keras.Model:
     return keras.Model(inputs, layers.Dense(10)(layers.Flatten()(x)))
 
 
-def conv_mixer(width: int = 32, depth: int = 2) -> keras.Model:
+def make_conv_mixer(width: int = 32, depth: int = 2) -> keras.Model:
     """A ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels.
 
     Args:
@@ -124,7 +124,7 @@ class Positions(layers.Layer):
         return x + self.vectors
 
 
-def transformer(characters: int, context: int, width: int = 64, depth: int = 2, heads: int = 4) -> keras.Model:
+def make_transformer(characters: int, context: int, width: int = 64, depth: int = 2, heads: int = 4) -> keras.Model:
     """A causal transformer, normalized before each sublayer, that tells logits of the next character at each place.
 
     Args:
@@ -145,7 +145,7 @@ def transformer(characters: int, context: int, width: int = 64, depth: int = 2, 
     return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
 
 
-def vae() -> keras.Model:
+def make_vae() -> keras.Model:
     """A variational autoencoder of 64 pixels, that is given pixels and the noise of the code; see `negative_elbo`."""
     pixels, noise = keras.Input((64,)), keras.Input((CODE,))
     x = layers.Dense(128, activation="relu")(pixels)
@@ -156,7 +156,7 @@ def vae() -> keras.Model:
     return keras.Model([pixels, noise], layers.Concatenate()([logits, mean, log_variance]))
 
 
-def negative_elbo(pixels: Any, output: Any) -> Any:
+def compute_negative_elbo(pixels: Any, output: Any) -> Any:
     """The negative evidence lower bound of each image in nats, of pixels that are probabilities.
 
     Args:

@@ -39,7 +39,7 @@ class Optimizer:
         rate = self.learning_rate if learning_rate is None else learning_rate
         return getattr(importlib.import_module(module), name)(learning_rate=rate, **{**self.hyper, **hyper})
 
-    def learning_rates(self, count: int) -> list[float]:
+    def list_learning_rates(self, count: int) -> list[float]:
         """So many learning rates over the span, its ends among them, each the same factor over the one before.
 
         Args:
@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
-def named(name: str) -> Optimizer:
+def find_optimizer(name: str) -> Optimizer:
     """The optimizer of this name.
 
     Args:

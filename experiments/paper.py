@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments import datasets
 from experiments.names import look_up
-from experiments.optimizers import OPTIMIZERS, named
+from experiments.optimizers import OPTIMIZERS, find_optimizer
 
 #: How many seeds, from 0, the table's means are over.
 SEEDS = 3
@@ -37,7 +37,7 @@ class Experiment:
     halve_every: int
 
 
-def _experiments() -> dict[str, Experiment]:
+def _make_experiments() -> dict[str, Experiment]:
     found = {}
     for data, batch_size, iterations, halve_every in (
         ("cifar100", 256, 30_000, 10_000),
@@ -49,7 +49,7 @@ def _experiments() -> dict[str, Experiment]:
     return found
 
 
-EXPERIMENTS = _experiments()
+EXPERIMENTS = _make_experiments()
 
 #: Steps between two looks at the test images, the authors' too.
 EVALUATE_EVERY = 500
@@ -95,7 +95,7 @@ class Settings:
     seed: int
     hyper: Mapping[str, Any] = field(default_factory=dict)
 
-    def key(self, backend: str, archive_digest: str) -> dict[str, Any]:
+    def make_key(self, backend: str, archive_digest: str) -> dict[str, Any]:
         """What identifies the run.
 
         Args:
@@ -105,7 +105,7 @@ class Settings:
         return {**asdict(self), "backend": backend, "data": archive_digest}
 
 
-def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Settings:
+def make_settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Settings:
     """The paper's settings, but for what is named.
 
     Args:
@@ -117,7 +117,7 @@ def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Se
     Raises:
         ValueError: a name is unknown, or a number out of its range.
     """
-    setup, known = look_up("experiment", experiment, EXPERIMENTS), named(optimizer)
+    setup, known = look_up("experiment", experiment, EXPERIMENTS), find_optimizer(optimizer)
     learning_rate, hyper = _CHOSEN.get(optimizer, (known.learning_rate, {}))
     given = {name: value for name, value in other.items() if value is not None}
     iterations = given.get("iterations", setup.iterations)
@@ -139,7 +139,7 @@ def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Se
     return found
 
 
-def is_the_papers(key: Mapping[str, Any]) -> bool:
+def has_paper_settings(key: Mapping[str, Any]) -> bool:
     """Whether a run has the paper's settings and data, so that its result stands in the table.
 
     Args:
@@ -147,19 +147,19 @@ def is_the_papers(key: Mapping[str, Any]) -> bool:
     """
     if key["experiment"] not in EXPERIMENTS or key["optimizer"] not in COMPARED:
         return False
-    wanted = settings(key["experiment"], key["optimizer"], key["seed"])
+    wanted = make_settings(key["experiment"], key["optimizer"], key["seed"])
     source = datasets.SOURCES[EXPERIMENTS[key["experiment"]].data]
-    return key == wanted.key(key["backend"], source.digest)
+    return key == wanted.make_key(key["backend"], source.digest)
 
 
-def overview() -> str:
+def format_overview() -> str:
     """What `python -m experiments list` prints of these experiments."""
     lines = [
         f"{name:24} {each.iterations} steps of {each.batch_size} images, learning rate halved every {each.halve_every}"
         for name, each in EXPERIMENTS.items()
     ]
     for name in COMPARED:
-        chosen = settings(next(iter(EXPERIMENTS)), name)
+        chosen = make_settings(next(iter(EXPERIMENTS)), name)
         hyper = "".join(f", {argument} {value}" for argument, value in chosen.hyper.items())
         lines.append(f"  --optimizer {name:14} {OPTIMIZERS[name].title}: learning rate {chosen.learning_rate}{hyper}")
     return "\n".join(lines)

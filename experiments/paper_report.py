@@ -21,7 +21,7 @@ MISSING = "not run yet"
 _Runs: TypeAlias = dict[str, dict[tuple[str, str], dict[int, Mapping[str, Any]]]]
 
 
-def grouped(found: Iterable[Mapping[str, Any]]) -> _Runs:
+def group_runs(found: Iterable[Mapping[str, Any]]) -> _Runs:
     """The runs that have the paper's settings and data; others are left out.
 
     Args:
@@ -30,13 +30,13 @@ def grouped(found: Iterable[Mapping[str, Any]]) -> _Runs:
     runs: _Runs = {}
     for record in found:
         key = record["key"]
-        if paper.is_the_papers(key):
+        if paper.has_paper_settings(key):
             cells = runs.setdefault(key["backend"], {})
             cells.setdefault((key["experiment"], key["optimizer"]), {})[key["seed"]] = record
     return runs
 
 
-def cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
+def format_cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
     """The mean of the last test accuracies, in percent, with the sample standard deviation and the number of seeds.
 
     Args:
@@ -49,7 +49,7 @@ def cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
     return f"{statistics.mean(last):.2f}{spread} ({len(last)} seed{'s' if len(last) > 1 else ''})"
 
 
-def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
+def format_tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
     """A table of test accuracies for each data set.
 
     Args:
@@ -59,7 +59,7 @@ def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> 
     for data, source in datasets.SOURCES.items():
         names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data]
         rows = [
-            [OPTIMIZERS[optimizer].title, *(cell(cells.get((name, optimizer), {})) for name in names)]
+            [OPTIMIZERS[optimizer].title, *(format_cell(cells.get((name, optimizer), {})) for name in names)]
             for optimizer in paper.COMPARED
         ]
         parts.append(
@@ -70,7 +70,7 @@ def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> 
     return parts
 
 
-def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data: str, path: Path) -> bool:
+def draw_curves(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data: str, path: Path) -> bool:
     """Draw training loss and test accuracy over the steps, means over seeds between their lowest and highest.
 
     Args:
@@ -112,7 +112,7 @@ def _draw_mean(axes: Any, runs: Sequence[Mapping[str, Any]], metric: str, color:
     axes.fill_between(steps, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.2)
 
 
-def _machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> str:
+def _describe_machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> str:
     found = [record["environment"] for runs in cells.values() for record in runs.values()]
     texts = [
         f"{each['gpu'] or each['cpu']} with {', '.join(f'{name} {number}' for name, number in each['versions'].items())}"
@@ -121,19 +121,19 @@ def _machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) 
     return "; ".join(dict.fromkeys(texts))
 
 
-def write(results: Path, page: Path) -> None:
+def write_page(results: Path, page: Path) -> None:
     """Write tables and curves into the page's section of the paper's experiments.
 
     Args:
         results: the folder of the records; plots go there.
         page: the Markdown page, which may not exist yet.
     """
-    runs = grouped(records.read(results / FILE))
-    parts = [] if runs else tables({})
+    runs = group_runs(records.read_jsonl(results / FILE))
+    parts = [] if runs else format_tables({})
     for backend, cells in runs.items():
-        parts += [f"On Keras' {backend} backend, {_machines(cells)}:", *tables(cells)]
+        parts += [f"On Keras' {backend} backend, {_describe_machines(cells)}:", *format_tables(cells)]
         for data, source in datasets.SOURCES.items():
             path = results / f"paper-{data}-{backend}.png"
-            if draw(cells, data, path):
+            if draw_curves(cells, data, path):
                 parts.append(format_image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
     replace_section(page, "paper", parts)

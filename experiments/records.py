@@ -24,7 +24,7 @@ PACKAGES = (
 )
 
 
-def environment(gpu: str | None = None) -> dict[str, Any]:
+def describe_run_environment(gpu: str | None = None) -> dict[str, Any]:
     """The machine and the versions of what runs on it.
 
     Args:
@@ -33,26 +33,26 @@ def environment(gpu: str | None = None) -> dict[str, Any]:
     return describe_environment(PACKAGES, count_processors(), gpu)
 
 
-def _canonical(key: Mapping[str, Any]) -> str:
+def _serialize_key(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def name_of(key: Mapping[str, Any], *words: str) -> str:
+def name_folder(key: Mapping[str, Any], *words: str) -> str:
     """A name for a run's folder, another for each key.
 
     Args:
         key: what identifies the run.
         *words: what a reader should know it by.
     """
-    return "-".join((*words, hashlib.sha256(_canonical(key).encode()).hexdigest()[:8]))
+    return "-".join((*words, hashlib.sha256(_serialize_key(key).encode()).hexdigest()[:8]))
 
 
-def _line(value: Mapping[str, Any]) -> str:
+def _format_line(value: Mapping[str, Any]) -> str:
     # NaN and infinities, which a diverged run has, are told as Python's json does and reads.
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file, none where there is no file; a last line that was cut off is left out.
 
     Args:
@@ -63,7 +63,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _append(path: Path, line: str) -> None:
+def _append_line(path: Path, line: str) -> None:
     """Write a line after all whole ones, however many processes do so, and whenever one of them is killed."""
     with path.open("ab+") as file:
         if fcntl is not None:
@@ -91,11 +91,11 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records = {_canonical(record["key"]): record for record in read(path)}
+        self._records = {_serialize_key(record["key"]): record for record in read_jsonl(path)}
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
         """Whether the run is finished."""
-        return _canonical(key) in self._records
+        return _serialize_key(key) in self._records
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The records, oldest first."""
@@ -107,7 +107,7 @@ class Records:
 
     def __getitem__(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """The record of a finished run."""
-        return self._records[_canonical(key)]
+        return self._records[_serialize_key(key)]
 
     def append(self, key: Mapping[str, Any], **found: Any) -> dict[str, Any]:
         """Write the record of a run that finished.
@@ -126,8 +126,8 @@ class Records:
             raise ValueError(f"key is {dict(key)}, but must be of a run that has no record in {self.path}")
         record = {"key": dict(key), **found}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _append(self.path, _line(record))
-        self._records[_canonical(key)] = record
+        _append_line(self.path, _format_line(record))
+        self._records[_serialize_key(key)] = record
         return record
 
 
@@ -140,11 +140,11 @@ class Steps:
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
-        kept = [each for each in read(path) if each["step"] <= after]
+        kept = [each for each in read_jsonl(path) if each["step"] <= after]
         path.parent.mkdir(parents=True, exist_ok=True)
         # By another file, for a process killed here must not lose what was there.
         written = path.with_suffix(".new")
-        written.write_text("".join(map(_line, kept)), encoding="utf-8")
+        written.write_text("".join(map(_format_line, kept)), encoding="utf-8")
         written.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)  # each line at once
 
@@ -155,7 +155,7 @@ class Steps:
             step: counted from 1.
             **metrics: by name.
         """
-        self._file.write(_line({"step": step, **metrics}))
+        self._file.write(_format_line({"step": step, **metrics}))
 
     def close(self) -> None:
         """Close the file."""

@@ -13,7 +13,14 @@ from experiments import figures, tasks
 from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
 from experiments.paper_report import MISSING
 from experiments.spread import FOLDER, Store
-from experiments.statistics import Difference, Range, median_steps, paired_difference, steps_to, useful_range
+from experiments.statistics import (
+    Difference,
+    Range,
+    compare_pairs,
+    compute_median_steps,
+    count_steps_to_target,
+    find_useful_range,
+)
 from reporting.pages import format_image, format_table, replace_section
 
 #: Whom the summary is about.
@@ -21,7 +28,7 @@ OURS = "vsgd"
 _WORDS = ("better", "level", "worse")
 
 
-class Told(NamedTuple):
+class ArmResult(NamedTuple):
     """What is told of an entrant in an arm.
 
     Attributes:
@@ -32,7 +39,7 @@ class Told(NamedTuple):
     trial: Trial
     records: Sequence[Mapping[str, Any]]
 
-    def values(self, split: str, metric: str) -> list[float] | None:
+    def list_values(self, split: str, metric: str) -> list[float] | None:
         """The metric of each record, accuracies in percent; None where a run diverged.
 
         Args:
@@ -50,18 +57,18 @@ class Told(NamedTuple):
         count = sum(record["final"] is None for record in self.records)
         return f"{count} of {len(self.records)} diverged" if count else ""
 
-    def mean(self, split: str, metric: str) -> str:
+    def format_mean(self, split: str, metric: str) -> str:
         """The mean of the metric.
 
         Args:
             split: its name.
             metric: "loss" or "accuracy".
         """
-        values = self.values(split, metric)
+        values = self.list_values(split, metric)
         return self.diverged if values is None else f"{statistics.fmean(values):.4g}"
 
 
-def told(comparison: Comparison, arm: str, entrant: str) -> Told | None:
+def find_result(comparison: Comparison, arm: str, entrant: str) -> ArmResult | None:
     """What there is to tell; None while runs are missing.
 
     Args:
@@ -69,12 +76,12 @@ def told(comparison: Comparison, arm: str, entrant: str) -> Told | None:
         arm: by name.
         entrant: by name.
     """
-    trial = comparison.chosen(entrant, arm)
-    records = None if trial is None else comparison.results(entrant, trial)
-    return None if trial is None or records is None else Told(trial, records)
+    trial = comparison.choose_trial(entrant, arm)
+    records = None if trial is None else comparison.find_results(entrant, trial)
+    return None if trial is None or records is None else ArmResult(trial, records)
 
 
-def comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
+def make_comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
     """Those of our tasks, "small", and those of tasks run "longer", in which whoever has a record of one takes part.
 
     Args:
@@ -82,7 +89,7 @@ def comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
         backend: of Keras.
     """
     files = [path.stem for name in tasks.TASKS for path in sorted(store.folder.glob(f"{name}@*.jsonl"))]
-    longer = [Comparison(tasks.named(name), store.find, backend) for name in files]
+    longer = [Comparison(tasks.find_task(name), store.find, backend) for name in files]
     part = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
     return {
         "small": [Comparison(task, store.find, backend) for task in tasks.TASKS.values()],
@@ -91,11 +98,11 @@ def comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
 
 
 def _has_runs(comparison: Comparison, entrant: str, store: Store) -> bool:
-    runs = itertools.chain(comparison.tuning(entrant), comparison.tests(entrant))
+    runs = itertools.chain(comparison.list_tuning_settings(entrant), comparison.list_test_settings(entrant))
     return any(store.find(each) is not None for each in runs)
 
 
-def verdict(difference: Difference, metric: str) -> str:
+def judge_difference(difference: Difference, metric: str) -> str:
     """Whether the first of a pair is better, worse, or level: not told apart.
 
     Args:
@@ -107,21 +114,21 @@ def verdict(difference: Difference, metric: str) -> str:
     return "better" if (difference.mean > 0) == (metric == "accuracy") else "worse"
 
 
-def _difference(ours: Told, theirs: Told, split: str, metric: str) -> Difference | str:
-    first, second = ours.values(split, metric), theirs.values(split, metric)
+def _compare_results(ours: ArmResult, theirs: ArmResult, split: str, metric: str) -> Difference | str:
+    first, second = ours.list_values(split, metric), theirs.list_values(split, metric)
     if first is None or second is None:
         return ours.diverged or f"of the other {theirs.diverged}"
-    return paired_difference(first, second)
+    return compare_pairs(first, second)
 
 
-def _in_full(ours: Told, theirs: Told | None, split: str, metric: str) -> str:
-    found = MISSING if theirs is None else _difference(ours, theirs, split, metric)
+def _format_difference(ours: ArmResult, theirs: ArmResult | None, split: str, metric: str) -> str:
+    found = MISSING if theirs is None else _compare_results(ours, theirs, split, metric)
     if isinstance(found, str):
         return found
-    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {verdict(found, metric)}"
+    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {judge_difference(found, metric)}"
 
 
-def in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -> str:
+def format_verdict(ours: ArmResult | None, theirs: ArmResult | None, split: str, metric: str) -> str:
     """Whether the first is better than the other, or why that cannot be told.
 
     Args:
@@ -130,32 +137,34 @@ def in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -
         split: whose metric.
         metric: "loss" or "accuracy".
     """
-    found = MISSING if ours is None or theirs is None else _difference(ours, theirs, split, metric)
-    return found if isinstance(found, str) else verdict(found, metric)
+    found = MISSING if ours is None or theirs is None else _compare_results(ours, theirs, split, metric)
+    return found if isinstance(found, str) else judge_difference(found, metric)
 
 
-def _arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    target, task = comparison.target(), comparison.task
+def _format_arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    target, task = comparison.compute_target(), comparison.task
     if target is None:
         return [MISSING, MISSING]
-    steps = [steps_to(record["curve"], task.every, target, task.sign) for record in records]
-    median = median_steps(steps)
+    steps = [count_steps_to_target(record["curve"], task.every, target, task.sign) for record in records]
+    median = compute_median_steps(steps)
     return ["not reached" if median is None else f"{median:g}", f"{sum(each is not None for each in steps)} of {len(steps)}"]
 
 
-def _row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
+def _format_row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
     head, metric = [arm, ENTRANTS[entrant].title], comparison.task.metric
-    ours, theirs = (told(comparison, arm, each) for each in (entrant, BASELINE))
+    ours, theirs = (find_result(comparison, arm, each) for each in (entrant, BASELINE))
     if ours is None:
         return [*head, *[MISSING] * 7]
-    rate = f"{ours.trial.learning_rate:g}{' (edge)' if comparison.at_edge(entrant, ours.trial) else ''}, {ours.trial.schedule}"
-    cells = [*head, rate, *_arrivals(comparison, ours.records)]
+    rate = (
+        f"{ours.trial.learning_rate:g}{' (edge)' if comparison.is_at_edge(entrant, ours.trial) else ''}, {ours.trial.schedule}"
+    )
+    cells = [*head, rate, *_format_arrivals(comparison, ours.records)]
     for split, name in (("train", "loss"), ("test", metric)):
-        cells += [ours.mean(split, name), "" if entrant == BASELINE else _in_full(ours, theirs, split, name)]
+        cells += [ours.format_mean(split, name), "" if entrant == BASELINE else _format_difference(ours, theirs, split, name)]
     return cells
 
 
-def task_table(comparison: Comparison) -> str:
+def format_task_table(comparison: Comparison) -> str:
     """Everybody's results on a task, arm by arm, with the differences from AdamW's of the same arm.
 
     Args:
@@ -164,22 +173,22 @@ def task_table(comparison: Comparison) -> str:
     task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
     test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
     header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", minus, test, minus]
-    return format_table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
+    return format_table(header, [_format_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
 
 
-def task_section(comparison: Comparison) -> str:
+def format_task_section(comparison: Comparison) -> str:
     """A task's heading, what must be known to read its table, and the table.
 
     Args:
         comparison: of the task.
     """
-    task, target = comparison.task, comparison.target()
+    task, target = comparison.task, comparison.compute_target()
     reach = MISSING if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
     how = f"{task.steps} steps; losses in {task.unit}; target: validation {task.metric} {reach}."
-    return "\n\n".join([f"#### {task.title[0].upper()}{task.title[1:]}", how, task_table(comparison)])
+    return "\n\n".join([f"#### {task.title[0].upper()}{task.title[1:]}", how, format_task_table(comparison)])
 
 
-def summary(arm: str, found: Sequence[Comparison]) -> str:
+def format_summary(arm: str, found: Sequence[Comparison]) -> str:
     """VSGD beside each of the others in a word, train loss first, then the test metric.
 
     Args:
@@ -189,10 +198,11 @@ def summary(arm: str, found: Sequence[Comparison]) -> str:
     others = [each for each in found[0].entrants if each != OURS]
     rows, counts = [], {each: (Counter[str](), Counter[str]()) for each in others}
     for comparison in found:
-        ours, cells = told(comparison, arm, OURS), [comparison.task.title]
+        ours, cells = find_result(comparison, arm, OURS), [comparison.task.title]
         for other in others:
-            theirs = told(comparison, arm, other)
-            words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", comparison.task.metric))]
+            theirs = find_result(comparison, arm, other)
+            which = (("train", "loss"), ("test", comparison.task.metric))
+            words = [format_verdict(ours, theirs, split, metric) for split, metric in which]
             for counter, word in zip(counts[other], words, strict=True):
                 counter[word] += 1
             cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))
@@ -202,14 +212,14 @@ def summary(arm: str, found: Sequence[Comparison]) -> str:
     return format_table(header, [*rows, ["better-level-worse", *totals]])
 
 
-def _width(found: Range | None) -> str:
+def _format_width(found: Range | None) -> str:
     if found is None:
         return "all diverged"
     least = "at least " if found.open_below or found.open_above else ""
     return f"{least}{found.factor:.1f}x ({found.low:.2g} to {found.high:.2g})"
 
 
-def sensitivity(found: Sequence[Comparison]) -> str:
+def format_sensitivity(found: Sequence[Comparison]) -> str:
     """How wide the learning rates are whose validation metric is within 1% of the best, with the schedule of the widest arm.
 
     Args:
@@ -217,12 +227,14 @@ def sensitivity(found: Sequence[Comparison]) -> str:
     """
     rows = []
     for comparison in found:
-        tried = [comparison.tried(entrant) for entrant in comparison.entrants]
-        rows.append([comparison.task.title, *(MISSING if each is None else _width(useful_range(*each)) for each in tried)])
+        tried = [comparison.list_tried(entrant) for entrant in comparison.entrants]
+        rows.append(
+            [comparison.task.title, *(MISSING if each is None else _format_width(find_useful_range(*each)) for each in tried)]
+        )
     return format_table(["", *(ENTRANTS[each].title for each in found[0].entrants)], rows)
 
 
-def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
+def format_facts(store: Store, found: Sequence[Comparison]) -> list[str]:
     """How many runs there are, and what they ran on.
 
     Args:
@@ -231,17 +243,17 @@ def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
     """
     rows = []
     for comparison in found:
-        parts = (comparison.tuning, comparison.tests)
+        parts = (comparison.list_tuning_settings, comparison.list_test_settings)
         done = [[store.find(each) is not None for who in comparison.entrants for each in part(who)] for part in parts]
         rows.append([comparison.task.title, *(f"{sum(each)} of {len(each)}" for each in done)])
     lines = [format_table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
-    for record in store.of("environments"):
+    for record in store.open_records("environments"):
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         lines.append(f"Run on {record['processors']} processors ({record['cpu']}), one thread a run; {versions}.")
     return lines
 
 
-def write(results: Path, page: Path, backend: str = "jax") -> None:
+def write_page(results: Path, page: Path, backend: str = "jax") -> None:
     """Write tables and plots into the page's sections of our comparison.
 
     Args:
@@ -250,9 +262,9 @@ def write(results: Path, page: Path, backend: str = "jax") -> None:
         backend: of Keras, whose runs are told.
     """
     store = Store(results / FOLDER)
-    groups = comparisons(store, backend)
+    groups = make_comparisons(store, backend)
     results.mkdir(parents=True, exist_ok=True)
-    replace_section(page, "small-runs", facts(store, [*itertools.chain.from_iterable(groups.values())]))
+    replace_section(page, "small-runs", format_facts(store, [*itertools.chain.from_iterable(groups.values())]))
     for group, found in groups.items():
         if found:
             _write_group(group, found, results, page)
@@ -263,13 +275,13 @@ def _write_group(group: str, found: Sequence[Comparison], results: Path, page: P
     figures.draw_curves(found, curves)
     figures.draw_rates(found, rates)
     sections = {
-        "summary": [summary(arm, found) for arm in ARMS],
+        "summary": [format_summary(arm, found) for arm in ARMS],
         "curves": [format_image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
         "sensitivity": [
-            sensitivity(found),
+            format_sensitivity(found),
             format_image("Validation metric at the end over the learning rate, task by task", rates, page),
         ],
-        "tables": list(map(task_section, found)),
+        "tables": list(map(format_task_section, found)),
     }
     for name, parts in sections.items():
         replace_section(page, f"{group}-{name}", parts)

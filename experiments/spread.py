@@ -47,7 +47,7 @@ class Store:
         self.folder = folder
         self._files: dict[str, records.Records] = {}
 
-    def of(self, task: str) -> records.Records:
+    def open_records(self, task: str) -> records.Records:
         """The records of a task.
 
         Args:
@@ -63,7 +63,7 @@ class Store:
         Args:
             setting: which run.
         """
-        known, key = self.of(setting.task), setting.key
+        known, key = self.open_records(setting.task), setting.key
         if key not in known:
             return None
         return known[key]
@@ -77,13 +77,13 @@ class Store:
             environment: that it had, written once and told by the start of its hash.
         """
         digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
-        known = self.of("environments")
+        known = self.open_records("environments")
         if (key := {"environment": digest}) not in known:
             known.append(key, **environment)
-        self.of(setting.task).append(setting.key, **found, environment=digest)
+        self.open_records(setting.task).append(setting.key, **found, environment=digest)
 
 
-def short(value: Any) -> Any:
+def round_numbers(value: Any) -> Any:
     """The same with numbers of four digits, for files that are kept.
 
     Args:
@@ -92,33 +92,33 @@ def short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, Mapping):
-        return {name: short(each) for name, each in value.items()}
-    return [short(each) for each in value] if isinstance(value, Sequence) else value
+        return {name: round_numbers(each) for name, each in value.items()}
+    return [round_numbers(each) for each in value] if isinstance(value, Sequence) else value
 
 
 @functools.lru_cache(maxsize=1)
-def _bench(task: str, entrant: str) -> Any:
+def _make_bench(task: str, entrant: str) -> Any:
     from experiments import bench  # late: it imports Keras, which the first process need not
 
-    return bench.Bench(tasks.named(task), comparison.named(entrant).make())
+    return bench.Bench(tasks.find_task(task), comparison.find_entrant(entrant).make())
 
 
 @functools.cache
-def _environment() -> dict[str, Any]:
-    return {**records.environment(), "threads": 1}
+def _describe_environment() -> dict[str, Any]:
+    return {**records.describe_run_environment(), "threads": 1}
 
 
-def perform(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+def perform_run(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run, and tell what was found, and in which environment.
 
     Args:
         setting: which run.
     """
-    bench = _bench(setting.task, setting.entrant)
+    bench = _make_bench(setting.task, setting.entrant)
     start = time.perf_counter()
     outcome = bench.run(setting.seed, setting.rates)
     seconds = time.perf_counter() - start
-    return short({**outcome._asdict(), "seconds": seconds}), _environment()
+    return round_numbers({**outcome._asdict(), "seconds": seconds}), _describe_environment()
 
 
 def _follow_parent() -> None:
@@ -134,7 +134,7 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: int, backend: str) -> None:
+def run_comparison(names: Sequence[str], entrants: Sequence[str], store: Store, workers: int, backend: str) -> None:
     """Make all runs that the comparison still lacks, task by task: those that tuning needs, then the tests.
 
     Args:
@@ -147,18 +147,18 @@ def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: in
     Raises:
         ValueError: a task or an entrant is not there, or `workers` is less than 1.
     """
-    chosen = [tasks.named(name) for name in names]
+    chosen = [tasks.find_task(name) for name in names]
     for name in entrants:
-        comparison.named(name)
-    with _processes(workers, backend) as pool:
+        comparison.find_entrant(name)
+    with _start_processes(workers, backend) as pool:
         for task in chosen:
             found = comparison.Comparison(task, store.find, backend)
-            for part in (found.tuning, found.tests):
-                settings = itertools.chain.from_iterable(map(part, entrants))
-                _perform_missing(pool, settings, store, f"{task.name}, {part.__name__}")
+            for title, list_settings in (("tuning", found.list_tuning_settings), ("tests", found.list_test_settings)):
+                settings = itertools.chain.from_iterable(map(list_settings, entrants))
+                _perform_missing(pool, settings, store, f"{task.name}, {title}")
 
 
-def perform_all(settings: Sequence[Setting], store: Store, workers: int, title: str) -> None:
+def perform_runs(settings: Sequence[Setting], store: Store, workers: int, title: str) -> None:
     """Make all of some runs that there are no records of.
 
     Args:
@@ -170,12 +170,12 @@ def perform_all(settings: Sequence[Setting], store: Store, workers: int, title: 
     Raises:
         ValueError: `workers` is less than 1.
     """
-    with _processes(workers, settings[0].backend) as pool:
+    with _start_processes(workers, settings[0].backend) as pool:
         _perform_missing(pool, settings, store, title)
 
 
 @contextlib.contextmanager
-def _processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
+def _start_processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
     if workers < 1:
         raise ValueError(f"workers is {workers}, but must be at least 1")
     # The only way in: a spawned process inherits them, and libraries read them as they are imported.
@@ -194,7 +194,7 @@ def _processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
 def _perform_missing(pool: ProcessPoolExecutor, settings: Iterable[Setting], store: Store, title: str) -> None:
     missing = [each for each in dict.fromkeys(settings) if store.find(each) is None]
     # In order, so that a process mostly keeps the model that it compiled.
-    futures = {pool.submit(perform, setting): setting for setting in missing}
+    futures = {pool.submit(perform_run, setting): setting for setting in missing}
     try:
         for done in tqdm(as_completed(futures), title, len(futures), disable=not futures):
             store.add(futures[done], *done.result())

@@ -33,7 +33,7 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def tail(count: int, level: float = 0.95) -> float:
+def compute_tail(count: int, level: float = 0.95) -> float:
     """The share of bootstrap means to cut off on each side, for an interval of so many values to cover what it says.
 
     The percentile interval of ten values covers 90% where it says 95%: the bootstrap takes the values' spread for the
@@ -47,7 +47,7 @@ def tail(count: int, level: float = 0.95) -> float:
     return float(stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - level) / 2, count - 1)))
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Difference:
+def compare_pairs(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Difference:
     """The mean of `ours - theirs`, pair by pair, and its bootstrap interval, the same whenever it is asked for.
 
     Args:
@@ -67,14 +67,14 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], level: flo
         n_resamples=_RESAMPLES,
         batch=_BATCH,
         vectorized=True,
-        confidence_level=1 - 2 * tail(len(differences), level),
+        confidence_level=1 - 2 * compute_tail(len(differences), level),
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Difference(float(differences.mean()), float(found.low), float(found.high))
 
 
-def steps_to(curve: Sequence[float | None], every: int, target: float, sign: int) -> int | None:
+def count_steps_to_target(curve: Sequence[float | None], every: int, target: float, sign: int) -> int | None:
     """The step of the first look at which the target is reached; None: of no look.
 
     Args:
@@ -88,7 +88,7 @@ def steps_to(curve: Sequence[float | None], every: int, target: float, sign: int
     return None if first is None else first * every
 
 
-def median_steps(steps: Sequence[int | None]) -> float | None:
+def compute_median_steps(steps: Sequence[int | None]) -> float | None:
     """The median, where None is later than any step; None itself where half of them or more are.
 
     Args:
@@ -119,7 +119,7 @@ class Range(NamedTuple):
         return self.high / self.low
 
 
-def useful_range(rates: Sequence[float], values: Sequence[float], tolerance: float = 0.01) -> Range | None:
+def find_useful_range(rates: Sequence[float], values: Sequence[float], tolerance: float = 0.01) -> Range | None:
     """The learning rates around the best one whose values are within a part of its; None where no value is finite.
 
     Between the rates that were tried, values are taken to be linear in the rate's logarithm.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from experiments import tasks
 from experiments.comparison import Setting, Trial
 from experiments.paper_report import MISSING
-from experiments.report import Told
-from experiments.spread import Store, perform_all
+from experiments.report import ArmResult
+from experiments.spread import Store, perform_runs
 from reporting.pages import format_table, replace_section
 
 #: Of the records, in the folder of results.
@@ -43,7 +43,7 @@ class Grid(NamedTuple):
     trials: Sequence[Trial]
 
 
-def _grid(
+def _make_grid(
     name: str, default: Mapping[str, float], values: Sequence[tuple[float, ...]], chosen: Sequence[str], trials: Sequence[Trial]
 ) -> Grid:
     def entrant(each: tuple[float, ...]) -> str:
@@ -61,14 +61,14 @@ DIVERGED = ("digits-vae@4",)
 #: From the default's best constant rate in that comparison on.
 LONG = tuple(Trial(rate, "constant") for rate in (0.00139, *RATES))
 GRIDS = (
-    _grid("prior", _PRIOR, [(float(f"1e-{power}"),) for power in range(14, 0, -2)], TASKS, SHORT),
-    _grid("kappas", _KAPPAS, [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], TASKS, SHORT),
-    _grid("long-prior", _PRIOR, [(1e-8,), (1e-7,), (1e-6,), (1e-5,)], DIVERGED, LONG),
-    _grid("long-kappas", _KAPPAS, [(0.81, 0.9), (0.7, 0.7), (0.81, 0.81), (0.9, 0.9), (0.9, 0.81)], DIVERGED, LONG),
+    _make_grid("prior", _PRIOR, [(float(f"1e-{power}"),) for power in range(14, 0, -2)], TASKS, SHORT),
+    _make_grid("kappas", _KAPPAS, [(one, two) for one in (0.6, 0.7, 0.81, 0.9) for two in (0.7, 0.8, 0.9)], TASKS, SHORT),
+    _make_grid("long-prior", _PRIOR, [(1e-8,), (1e-7,), (1e-6,), (1e-5,)], DIVERGED, LONG),
+    _make_grid("long-kappas", _KAPPAS, [(0.81, 0.9), (0.7, 0.7), (0.81, 0.81), (0.9, 0.9), (0.9, 0.81)], DIVERGED, LONG),
 )
 
 
-def settings(task: str, entrant: str, trial: Trial, backend: str) -> list[Setting]:
+def list_settings(task: str, entrant: str, trial: Trial, backend: str) -> list[Setting]:
     """A run for each seed.
 
     Args:
@@ -80,7 +80,7 @@ def settings(task: str, entrant: str, trial: Trial, backend: str) -> list[Settin
     return [Setting(task, entrant, trial, seed, backend) for seed in SEEDS]
 
 
-def every_setting(backend: str) -> list[Setting]:
+def list_all_settings(backend: str) -> list[Setting]:
     """All runs of all grids.
 
     Args:
@@ -92,7 +92,7 @@ def every_setting(backend: str) -> list[Setting]:
         for task in grid.tasks
         for entrant in grid.entrants.values()
         for trial in grid.trials
-        for setting in settings(task, entrant, trial, backend)
+        for setting in list_settings(task, entrant, trial, backend)
     ]
 
 
@@ -113,7 +113,7 @@ class Scores(NamedTuple):
         found = [(self.sign * statistics.fmean(each), place) for place, each in enumerate(self.values) if each is not None]
         return min(found)[1] if found else None
 
-    def cells(self, missing: Sequence[str]) -> list[str]:
+    def format_cells(self, missing: Sequence[str]) -> list[str]:
         """The means, the best in bold.
 
         Args:
@@ -124,7 +124,7 @@ class Scores(NamedTuple):
         ]
         return [f"**{mean}**" if place == self.best else mean for place, mean in enumerate(means)]
 
-    def minus(self, other: Scores) -> str:
+    def format_difference(self, other: Scores) -> str:
         """How much more this is than another, each at its best, seed by seed: the mean, the least and the most.
 
         Args:
@@ -138,15 +138,15 @@ class Scores(NamedTuple):
         return f"{statistics.fmean(differences):+.2g} ({low:+.2g} to {high:+.2g})"
 
 
-def _scores(trials: Sequence[Trial], found: Sequence[Sequence[Any]], split: str, metric: str) -> Scores:
-    told = [None if None in records else Told(trial, records) for trial, records in zip(trials, found, strict=True)]
-    values = [None if each is None else each.values(split, metric) for each in told]
+def _make_scores(trials: Sequence[Trial], found: Sequence[Sequence[Any]], split: str, metric: str) -> Scores:
+    told = [None if None in records else ArmResult(trial, records) for trial, records in zip(trials, found, strict=True)]
+    values = [None if each is None else each.list_values(split, metric) for each in told]
     return Scores(values, -1 if metric == "accuracy" else 1)
 
 
-def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> Iterator[list[str]]:
+def _make_rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> Iterator[list[str]]:
     def found(entrant: str) -> list[list[Any]]:
-        return [[find(setting) for setting in settings(task.name, entrant, trial, backend)] for trial in grid.trials]
+        return [[find(setting) for setting in list_settings(task.name, entrant, trial, backend)] for trial in grid.trials]
 
     default = found(DEFAULT)
     for values, entrant in grid.entrants.items():
@@ -154,15 +154,15 @@ def _rows(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend:
         missing = [MISSING if None in each else "diverged" for each in records]
         row = [f"{value:g}" for value in values]
         for split, metric in (("train", "loss"), ("validation", task.metric)):
-            ours = _scores(grid.trials, records, split, metric)
+            ours = _make_scores(grid.trials, records, split, metric)
             row += [
-                *ours.cells(missing),
-                "" if entrant == DEFAULT else ours.minus(_scores(grid.trials, default, split, metric)),
+                *ours.format_cells(missing),
+                "" if entrant == DEFAULT else ours.format_difference(_make_scores(grid.trials, default, split, metric)),
             ]
         yield row
 
 
-def grid_table(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> str:
+def format_grid_table(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], backend: str) -> str:
     """Train loss and validation metric of each entrant at each learning rate, and beside the default's best.
 
     Args:
@@ -178,10 +178,10 @@ def grid_table(task: tasks.Task, grid: Grid, find: Callable[[Setting], Any], bac
         for name in ("train loss", f"validation {metric}")
         for head in (*(f"{name}, lr {rate}" for rate in rates), "minus default's")
     ]
-    return format_table([*grid.heads, *heads], _rows(task, grid, find, backend))
+    return format_table([*grid.heads, *heads], _make_rows(task, grid, find, backend))
 
 
-def run(results: Path, page: Path, workers: int, backend: str) -> None:
+def run_sweep(results: Path, page: Path, workers: int, backend: str) -> None:
     """Make the runs that are missing, and write the tables into the page's sections.
 
     Args:
@@ -194,8 +194,10 @@ def run(results: Path, page: Path, workers: int, backend: str) -> None:
         ValueError: `workers` is less than 1.
     """
     store = Store(results / FOLDER)
-    perform_all(every_setting(backend), store, workers, "sweep")
+    perform_runs(list_all_settings(backend), store, workers, "sweep")
     for grid in GRIDS:
-        chosen = [tasks.named(name) for name in grid.tasks]
-        parts = [f"{task.title}, {task.steps} steps:\n\n{grid_table(task, grid, store.find, backend)}" for task in chosen]
+        chosen = [tasks.find_task(name) for name in grid.tasks]
+        parts = [
+            f"{task.title}, {task.steps} steps:\n\n{format_grid_table(task, grid, store.find, backend)}" for task in chosen
+        ]
         replace_section(page, f"sweep-{grid.name}", parts)

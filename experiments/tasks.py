@@ -64,10 +64,10 @@ class Task:
     steps: int
     metric: str
     unit: str
-    data: Callable[[], Data]
-    network: Callable[[], Any]
-    loss: Callable[[], Any]
-    edition: Callable[[], str] = lambda: "1"
+    load_data: Callable[[], Data]
+    make_network: Callable[[], Any]
+    make_loss: Callable[[], Any]
+    compute_edition: Callable[[], str] = lambda: "1"
 
     @property
     def every(self) -> int:
@@ -80,22 +80,22 @@ class Task:
         return -1 if self.metric == "accuracy" else 1
 
 
-def _networks() -> Any:
+def _import_networks() -> Any:
     return importlib.import_module("experiments.networks")
 
 
-def _in_epochs(examples: int, batch_size: int, generator: np.random.Generator) -> Iterator[NDArray[Any]]:
+def _draw_epochs(examples: int, batch_size: int, generator: np.random.Generator) -> Iterator[NDArray[Any]]:
     """Places of mini-batches, epoch after epoch in new orders; what fills no batch is left out until the next."""
     while True:
         order = generator.permutation(examples)
         yield from order[: examples // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def _labelled(splits: Mapping[str, Split], batch_size: int) -> Data:
+def _make_labelled_data(splits: Mapping[str, Split], batch_size: int) -> Data:
     train = splits["train"]
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
-        for places in _in_epochs(len(train.y), batch_size, generator):
+        for places in _draw_epochs(len(train.y), batch_size, generator):
             yield Split(train.x[places], train.y[places])
 
     return Data(batches, splits)
@@ -106,7 +106,7 @@ CURVATURES = (1 / np.arange(1, 101)).astype(np.float32)
 
 
 @functools.cache
-def quadratic_noise() -> Data:
+def make_quadratic_data() -> Data:
     """Noise for the gradients. Without noise the loss is the risk itself, so that all splits are one."""
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
@@ -119,7 +119,7 @@ def quadratic_noise() -> Data:
 
 
 @functools.cache
-def mnist_1d() -> Data:
+def make_mnist_1d() -> Data:
     """8000 signals of 40 samples (Greydanus, 2020), made on the spot: 4000 to train on, 2000 each to validate and to test."""
     try:
         from mnist1d.data import get_dataset_args, make_dataset
@@ -131,11 +131,11 @@ def mnist_1d() -> Data:
     signals = np.concatenate([made["x"], made["x_test"]]).astype(np.float32)
     labels = np.concatenate([made["y"], made["y_test"]]).astype(np.int32)
     parts = {"train": slice(4000), "validation": slice(4000, 6000), "test": slice(6000, None)}
-    return _labelled({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
+    return _make_labelled_data({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
 
 
 @functools.cache
-def _digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+def _split_digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Pixels from 0 to 1, and labels: 1077 to train on, 360 each to validate and to test, a fifth of each class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -148,22 +148,24 @@ def _digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
 
 
 @functools.cache
-def digit_images() -> Data:
+def make_digit_images() -> Data:
     """scikit-learn's 1797 digits, 8x8 pixels from -1 to 1."""
-    return _labelled({name: Split((2 * x - 1).reshape(-1, 8, 8, 1), y) for name, (x, y) in _digits().items()}, 64)
+    return _make_labelled_data(
+        {name: Split((2 * x - 1).reshape(-1, 8, 8, 1), y) for name, (x, y) in _split_digits().items()}, 64
+    )
 
 
 @functools.cache
-def digit_codes() -> Data:
+def make_digit_codes() -> Data:
     """The same digits for a VAE: pixels from 0 to 1 beside the noise of their codes, which the evaluation keeps."""
-    size = _networks().CODE
-    pixels = {name: x for name, (x, _) in _digits().items()}
+    size = _import_networks().CODE
+    pixels = {name: x for name, (x, _) in _split_digits().items()}
 
     def with_noise(x: NDArray[Any], generator: np.random.Generator) -> Split:
         return Split((x, generator.standard_normal((len(x), size), np.float32)), x)
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
-        for places in _in_epochs(len(pixels["train"]), 64, generator):
+        for places in _draw_epochs(len(pixels["train"]), 64, generator):
             yield with_noise(pixels["train"][places], generator)
 
     fixed = np.random.default_rng(0)
@@ -176,7 +178,7 @@ _WINDOWS = {"train": 256, "validation": 64, "test": 256}  # that are evaluated; 
 
 
 @functools.cache
-def text() -> str:
+def read_text() -> str:
     """The topics of Python's own help, which differ between Python's versions.
 
     Lines of ten characters and more that come again are left out: topics repeat one another, and what is tested must not have
@@ -194,22 +196,24 @@ def text() -> str:
 
 
 @functools.cache
-def text_hash() -> str:
+def hash_text() -> str:
     """What tells the text from others: the start of its SHA-256."""
-    return hashlib.sha256(text().encode()).hexdigest()[:12]
+    return hashlib.sha256(read_text().encode()).hexdigest()[:12]
 
 
 @functools.cache
-def vocabulary() -> str:
+def list_characters() -> str:
     """The text's characters."""
-    return "".join(sorted(set(text())))
+    return "".join(sorted(set(read_text())))
 
 
 @functools.cache
-def characters() -> Data:
+def make_character_data() -> Data:
     """The text in blocks, of which each ninth is to validate and each tenth to test; targets are the next characters."""
-    place = {character: number for number, character in enumerate(vocabulary())}
-    blocks = np.array([place[each] for each in text()], np.int32)[: len(text()) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+    place = {character: number for number, character in enumerate(list_characters())}
+    blocks = np.array([place[each] for each in read_text()], np.int32)[: len(read_text()) // _BLOCK * _BLOCK].reshape(
+        -1, _BLOCK
+    )
     kind = np.arange(len(blocks)) % 10
     parts = {"train": blocks[kind < 8], "validation": blocks[kind == 8], "test": blocks[kind == 9]}
 
@@ -238,9 +242,9 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="loss",
             unit="risk",
-            data=quadratic_noise,
-            network=lambda: _networks().quadratic(CURVATURES),
-            loss=lambda: _networks().itself,
+            load_data=make_quadratic_data,
+            make_network=lambda: _import_networks().make_quadratic(CURVATURES),
+            make_loss=lambda: _import_networks().return_output,
         ),
         Task(
             name="mnist1d-mlp",
@@ -248,9 +252,9 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="accuracy",
             unit="nats",
-            data=mnist_1d,
-            network=lambda: _networks().mlp(),
-            loss=lambda: _networks().classification(),
+            load_data=make_mnist_1d,
+            make_network=lambda: _import_networks().make_mlp(),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
         ),
         Task(
             name="mnist1d-cnn",
@@ -258,9 +262,9 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="accuracy",
             unit="nats",
-            data=mnist_1d,
-            network=lambda: _networks().cnn(),
-            loss=lambda: _networks().classification(),
+            load_data=make_mnist_1d,
+            make_network=lambda: _import_networks().make_cnn(),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
         ),
         Task(
             name="digits-convmixer",
@@ -268,9 +272,9 @@ TASKS: dict[str, Task] = {
             steps=400,
             metric="accuracy",
             unit="nats",
-            data=digit_images,
-            network=lambda: _networks().conv_mixer(),
-            loss=lambda: _networks().classification(),
+            load_data=make_digit_images,
+            make_network=lambda: _import_networks().make_conv_mixer(),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
         ),
         Task(
             name="characters",
@@ -278,10 +282,10 @@ TASKS: dict[str, Task] = {
             steps=500,
             metric="loss",
             unit="nats a character",
-            data=characters,
-            network=lambda: _networks().transformer(len(vocabulary()), CONTEXT),
-            loss=lambda: _networks().classification(),
-            edition=text_hash,
+            load_data=make_character_data,
+            make_network=lambda: _import_networks().make_transformer(len(list_characters()), CONTEXT),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
+            compute_edition=hash_text,
         ),
         Task(
             name="digits-vae",
@@ -289,15 +293,15 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="loss",
             unit="nats an image",
-            data=digit_codes,
-            network=lambda: _networks().vae(),
-            loss=lambda: _networks().negative_elbo,
+            load_data=make_digit_codes,
+            make_network=lambda: _import_networks().make_vae(),
+            make_loss=lambda: _import_networks().compute_negative_elbo,
         ),
     )
 }
 
 
-def named(name: str) -> Task:
+def find_task(name: str) -> Task:
     """The task of this name; NAME@4 is the same one four times as long.
 
     Args:

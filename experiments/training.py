@@ -68,10 +68,10 @@ class _Backup(keras.callbacks.BackupAndRestore):
         except OSError:
             # Nothing is whole: the process was killed in its first checkpoint. The model is as it was.
             shutil.rmtree(self.backup_dir)
-        self.model._initial_epoch = steps_taken(self.model) // self.steps_per_epoch
+        self.model._initial_epoch = count_steps(self.model) // self.steps_per_epoch
 
 
-def steps_taken(model: keras.Model) -> int:
+def count_steps(model: keras.Model) -> int:
     """How many steps a model's optimizer took.
 
     Args:
@@ -80,7 +80,7 @@ def steps_taken(model: keras.Model) -> int:
     return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
 
 
-def fit(
+def fit_model(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     images: datasets.Images,
@@ -116,7 +116,7 @@ def fit(
     backup = _Backup(folder / "backup", evaluate_every)
     backup.set_model(model)
     backup.on_train_begin()  # now, for the batches begin where it ends
-    taken = steps_taken(model)
+    taken = count_steps(model)
     if taken == iterations:
         return
     with records.Steps(folder / "steps.jsonl", after=taken) as steps:
@@ -132,7 +132,7 @@ def fit(
         )
 
 
-def curve(steps: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+def compute_curve(steps: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
     """The course of a run: at each test its metrics, and the training's, averaged since the test before.
 
     Args:
@@ -146,17 +146,17 @@ def curve(steps: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
             continue
         found["step"].append(each["step"])
         for name in ("loss", "accuracy"):
-            found[name].append(_rounded(float(np.mean([step[name] for step in since]))))
-            found[f"test_{name}"].append(_rounded(each[f"test_{name}"]))
+            found[name].append(_round_number(float(np.mean([step[name] for step in since]))))
+            found[f"test_{name}"].append(_round_number(each[f"test_{name}"]))
         since = []
     return found
 
 
-def _rounded(value: float) -> float:
+def _round_number(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _gpu() -> str | None:
+def _find_gpu() -> str | None:
     """The name of the GPU that the backend trains on."""
     if BACKEND == "torch":
         import torch
@@ -173,7 +173,7 @@ def _gpu() -> str | None:
     return tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU") if devices else None
 
 
-def run(
+def run_training(
     chosen: Settings,
     images: datasets.Images,
     digest: str,
@@ -199,21 +199,21 @@ def run(
     """
     setup = EXPERIMENTS[chosen.experiment]
     source = datasets.SOURCES[setup.data]
-    key = chosen.key(BACKEND, digest)
-    folder = output / records.name_of(key, chosen.experiment, chosen.optimizer, BACKEND, f"seed{chosen.seed}")
+    key = chosen.make_key(BACKEND, digest)
+    folder = output / records.name_folder(key, chosen.experiment, chosen.optimizer, BACKEND, f"seed{chosen.seed}")
     keras.backend.clear_session()  # of the run before, in this process
     keras.utils.set_random_seed(chosen.seed)
-    model = models.build(setup.model, source.side, source.classes, source.mean, source.deviation)
+    model = models.build_model(setup.model, source.side, source.classes, source.mean, source.deviation)
     schedule = keras.optimizers.schedules.ExponentialDecay(chosen.learning_rate, chosen.halve_every, 0.5, staircase=True)
     optimizer = OPTIMIZERS[chosen.optimizer].make(schedule, **chosen.hyper)
     about = {
-        "environment": records.environment(_gpu()),
+        "environment": records.describe_run_environment(_find_gpu()),
         "parameters": sum(int(np.prod(each.shape)) for each in model.trainable_variables),
         "optimizer": keras.optimizers.serialize(optimizer)["config"],
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"key": key, **about}, indent=1) + "\n", encoding="utf-8")
-    fit(
+    fit_model(
         model,
         optimizer,
         images,
@@ -225,7 +225,7 @@ def run(
         verbose=verbose,
         callbacks=[keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)] if tensorboard else [],
     )
-    record = finished.append(key, **about, curve=curve(records.read(folder / "steps.jsonl")))
+    record = finished.append(key, **about, curve=compute_curve(records.read_jsonl(folder / "steps.jsonl")))
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder / "backup")
     return record

@@ -26,7 +26,7 @@ def readme() -> Iterator[ModuleType]:
 def test_the_readme_is_as_its_script_writes_it(readme: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     shutil.copy(ROOT / "README.md", page)
-    readme.write(page)
+    readme.write_tables(page)
     assert page.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
     # All sections are there, where the script would only have added what is missing.
     assert re.findall(r"<!-- (\w+) -->", page.read_text(encoding="utf-8")) == ["agreement", "speed", "results"]
@@ -45,7 +45,8 @@ def test_the_worst_runner_speaks_for_its_framework(readme: ModuleType, tmp_path:
     lines = [heads, ["---"] * len(heads), *rows]
     page.write_text("# Agreement\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
     told = {
-        cells[0]: cells[1:] for cells in (re.split(r" +\| +", line.strip("| ")) for line in readme.agreement(page).splitlines())
+        cells[0]: cells[1:]
+        for cells in (re.split(r" +\| +", line.strip("| ")) for line in readme.format_agreement(page).splitlines())
     }
     assert told["bound of the tests"] == ["1e-10", "1e-04", "1e-09", "1e-05"]
     assert told["NumPy"] == ["2e-12", "1e-06", "reference", "6e-07"]

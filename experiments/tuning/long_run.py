@@ -78,7 +78,7 @@ def follow_run(run: Run, steps: int, seed: int) -> Iterator[Look]:
     Yields:
             A look after every `EVERY` steps.
     """
-    bench = Bench(tasks.named("digits-vae"), comparison.named(run.entrant).make())
+    bench = Bench(tasks.find_task("digits-vae"), comparison.find_entrant(run.entrant).make())
     batches = bench.start(seed)
     for _ in range(steps // EVERY):
         loss = bench.train([RATE] * EVERY, batches)

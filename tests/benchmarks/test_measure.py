@@ -109,7 +109,7 @@ def test_the_peak_is_of_memory_that_an_action_takes_and_gives_back(module: Calla
         import numpy as np
         from benchmarks import machine
         np.ones(10_000_000)  # larger than what follows
-        print(machine.peak_growth(lambda: np.ones(5_000_000)))
+        print(machine.measure_peak_growth(lambda: np.ones(5_000_000)))
     """
     environment = {**os.environ, **machine.RETURN_MEMORY, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -120,7 +120,7 @@ def test_moving_memory_adds_every_element_once(module: Callable[[str], Any]) -> 
     memory = module("machine").Memory(8000)
     # Two arrays of 1000 float32, of which one is read, the other read and written.
     assert memory.moved == 3 * 4000
-    for move in (memory._by_one, memory._by_all):
+    for move in (memory._add_by_one_thread, memory._add_by_all_threads):
         before = memory._a.copy()
         move()
         np.testing.assert_array_equal(memory._a, before + 1)

@@ -51,7 +51,7 @@ def test_the_tables(module: Callable[[str], Any]) -> None:
     }
     told = results({"many": measured, "conv": cell([0.002] * 4)})
     told["imports"] = {"environment": environment(torch="2"), "seconds": {"vsgd.torch": 0.01}}
-    text = module("report").tables(told)
+    text = module("report").format_tables(told)
     assert text.startswith("`python -m benchmarks run torch`, on 2 processors (C), Linux, 2 threads; torch 2.\n")
     assert "Memory moved 50 GB/s on conv, 50 GB/s on many." in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
@@ -71,7 +71,7 @@ def test_the_page_keeps_what_stands_about_the_tables(module: Callable[[str], Any
     (folder / "torch.json").write_text(json.dumps(results({"many": cell(SLOW)})))
     (folder / "optax.json").write_text(json.dumps(results({"many": cell(SLOW)})))
     for _ in range(2):
-        module("report").write(folder, page)
+        module("report").write_page(folder, page)
         text = page.read_text()
         assert text.startswith("# Performance\n\nBefore.\n\n<!-- torch -->\n\n### PyTorch\n")
         assert "\n<!-- /torch -->\n\nAfter.\n\n<!-- optax -->\n" in text
@@ -86,7 +86,7 @@ def test_sweeps_are_drawn(module: Callable[[str], Any], tmp_path: Path) -> None:
 
     swept = {f"tensors={number}": cell(SLOW, tensors=number) for number in (10, 1, 3)}
     (tmp_path / "torch.json").write_text(json.dumps(results({**swept, "parameters=100": cell(SLOW)})))
-    module("report").write(tmp_path, tmp_path / "page.md")
+    module("report").write_page(tmp_path, tmp_path / "page.md")
     # One point is no curve.
     assert [path.name for path in tmp_path.glob("*.png")] == ["torch-tensors.png"]
     assert "](torch-tensors.png)" in (tmp_path / "page.md").read_text()
@@ -99,7 +99,7 @@ def test_the_page_and_its_images_may_lie_apart(module: Callable[[str], Any], tmp
     folder.mkdir()
     swept = {f"tensors={number}": cell(SLOW, tensors=number) for number in (1, 3)}
     (folder / "torch.json").write_text(json.dumps(results(swept)))
-    module("report").write(folder, page)
+    module("report").write_page(folder, page)
     assert "](../../results/torch-tensors.png)" in page.read_text()
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_gains_are_set_where_they_are_to_be_and_the_sum_of_rates_stays() -> None:
-    run = bench.Bench(tasks.named("digits-vae"), comparison.named("vsgd").make())
+    run = bench.Bench(tasks.find_task("digits-vae"), comparison.find_entrant("vsgd").make())
     run.train([0.01] * 5, run.start(0))
     optimizer, variable = run.optimizer, run.model.trainable_variables[0]
 
