@@ -17,7 +17,7 @@ def load_suite(name: str) -> Suite:
     """Import a suite's module and framework.
 
     Args:
-        name: one of `SUITES`. A Keras suite sets the process's Keras backend.
+        name: one of `SUITES`; the name of a Keras suite also selects the process's Keras backend.
 
     Returns:
         The suite.

@@ -1,7 +1,7 @@
-"""What state in bfloat16 costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
+"""Measure what state in bfloat16 costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
 
-The table has the quickstart's final losses with both states, over seeds; the figure how the noise estimate follows a tenfold
-drop of the noise, with state rounded at random, to the nearest, and not at all.
+The table has the quickstart's final losses with both states, over seeds. The figure shows how the noise estimate follows a
+tenfold drop of the noise, with state rounded at random, to the nearest, and not at all.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(
 _STEPS, _DROP = 3000, 1000
 
 
-def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
-    """The quickstart's scores at the end, for each state and seed: equal seeds give equal weights and batches.
+def measure_scores(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
+    """Train the quickstart with each state and seed; equal seeds give equal weights and batches.
 
     Args:
-        seeds: how many.
+        seeds: how many, from 0.
         epochs: passes over the training data.
+
+    Returns:
+            The scores at the end, for each state and seed.
     """
     quickstart = load_example("quickstart")
     quickstart.OPTIMIZERS.update(_STATES)
@@ -37,25 +40,30 @@ def losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
         return {name: [quickstart.train(name, seed, data, epochs, bar).scores for seed in range(seeds)] for name in _STATES}
 
 
-def loss_table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """The losses, mean ± standard deviation over the seeds, and the paired differences.
+def format_scores(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Format the scores, as mean ± standard deviation over the seeds, and their paired differences.
 
     Args:
-        scores: what `losses` found.
+        scores: of `measure_scores`.
+
+    Returns:
+            The Markdown table.
     """
     parts = ("train loss", "test loss", "test accuracy")
-    rows = [[f"{name} state", *(_spread([run[part] for run in runs]) for part in parts)] for name, runs in scores.items()]
+    rows = [
+        [f"{name} state", *(_format_spread([run[part] for run in runs]) for part in parts)] for name, runs in scores.items()
+    ]
     pairs = list(zip(scores["bfloat16"], scores["float32"], strict=True))
-    rows.append(["difference", *(_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
+    rows.append(["difference", *(_format_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
     return format_table([f"{len(pairs)} seeds", *parts], rows)
 
 
-def _spread(values: Sequence[float]) -> str:
+def _format_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2g} ± {statistics.stdev(values):.2g}"
 
 
-def noise_estimates() -> dict[str, list[float]]:
-    """The mean noise variance that each state tells after each step, as the noise's deviation drops from 1 to 0.1."""
+def follow_noise() -> dict[str, list[float]]:
+    """Return each state's mean noise variance after each step, while the noise's deviation drops from 1 to 0.1."""
     generator = torch.Generator().manual_seed(0)
     params = {name: torch.nn.Parameter(torch.zeros(4096)) for name in (*_STATES, "to the nearest")}
     optimizers = {name: _STATES.get(name, VSGD)([param], lr=0.0) for name, param in params.items()}
@@ -72,14 +80,14 @@ def noise_estimates() -> dict[str, list[float]]:
     return estimates
 
 
-def draw(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the estimates beside the truth.
+def draw_estimates(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the estimates and the true variance.
 
     Args:
-        estimates: what `noise_estimates` found.
+        estimates: of `follow_noise`.
         path: of the image.
     """
-    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     styles = {"float32": "-", "bfloat16": "--", "to the nearest": ":"}
     labels = {"bfloat16": "bfloat16, rounded at random", "to the nearest": "bfloat16, rounded to the nearest"}
@@ -108,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     given: Any = parser.parse_args(arguments)
     if given.seeds < 2:
-        parser.error("--seeds must be at least 2, for a deviation")
+        parser.error(f"--seeds is {given.seeds}, but must be at least 2, for a standard deviation")
     figure = given.page.with_suffix("") / "compact-state.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(noise_estimates(), figure)
+    draw_estimates(follow_noise(), figure)
     torch.set_num_threads(1)
     title = "The noise estimate of each state after a drop of the noise"
-    parts = [loss_table(losses(given.seeds, given.epochs)), format_image(title, figure, given.page)]
+    parts = [format_scores(measure_scores(given.seeds, given.epochs)), format_image(title, figure, given.page)]
     replace_section(given.page, "compact", parts)
 
 

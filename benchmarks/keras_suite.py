@@ -1,4 +1,4 @@
-"""Keras on the backend of this process: an optimizer's `apply` alone, and a model's whole `train_on_batch`."""
+"""Keras on this process's backend: an optimizer's `apply` alone, and a model's whole `train_on_batch`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.shapes import Shape
 from benchmarks.suite import LEARNING_RATE, WEIGHT_DECAY, Arm, Competitor, Suite
 
 BACKEND = keras.backend.backend()
-#: Samples of a train step: few, so that the optimizer's share of it is large.
+#: Samples of a train step: few, so that the optimizer takes a large share of it.
 BATCH = 2
-#: Height and width of the images that a convolution is given first.
+#: Height and width of the images that the first convolution receives.
 SIDE = 8
 
 
 class _KerasProblem:
     def __init__(self, shape: Shape, device: str) -> None:
         if device != "cpu":
-            raise ValueError("the Keras suites run on the CPU alone")
+            raise ValueError(f"device is {device!r}, but must be 'cpu': the Keras suites measure CPUs only")
         self.shape = shape
 
     def make_memory(self, size: int) -> machine.Memory:
@@ -33,7 +33,7 @@ class _KerasProblem:
 
 
 class ApplyProblem(_KerasProblem):
-    """Variables, and gradients of normal noise."""
+    """Variables with gradients of normal noise."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         super().__init__(shape, device)
@@ -48,7 +48,7 @@ class ApplyProblem(_KerasProblem):
 
 
 class TrainProblem(_KerasProblem):
-    """A network of layers with the shape's tensors, one each, for models that share its weights."""
+    """A network with one layer for each tensor of the shape; each competitor's model shares the weights."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         super().__init__(shape, device)
@@ -63,11 +63,11 @@ class TrainProblem(_KerasProblem):
         self.y = rng.standard_normal((BATCH, *self.outputs.shape[1:]), np.float32)
 
     def flip_gradients(self) -> None:
-        """The gradients of a training change by themselves."""
+        """Do nothing: the gradients of a training change by themselves."""
 
 
 class Weighted(keras.layers.Layer):
-    """A layer with one tensor: a convolution, a matrix product, a scale or a bias, by its rank."""
+    """A layer with one tensor: by its rank a convolution, a matrix product, a scale or a bias."""
 
     def __init__(self, tensor: tuple[int, ...], even: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Weighted(keras.layers.Layer):
 
     def call(self, x: Any) -> Any:
         if len(self.tensor) == 4:
-            # Halve the image where the channels grow.
+            # Halve the image where the number of channels grows.
             stride = 2 if 3 < self.tensor[2] < self.tensor[3] else 1
             return ops.conv(ops.silu(x), self.weight, strides=stride, padding="same", data_format="channels_last")
         if len(self.tensor) == 2:
@@ -102,7 +102,7 @@ class _KerasArm:
         raise NotImplementedError
 
     def measure_state(self) -> list[tuple[int, int]]:
-        # After the iterations and the learning rate. Of the values: a variable may say another dtype.
+        # Without the iterations and the learning rate. Converted, since a variable may report another dtype than its value.
         return [_measure_array(ops.convert_to_tensor(variable)) for variable in self.optimizer.variables[2:]]
 
     def measure_transient_bytes(self) -> int | None:

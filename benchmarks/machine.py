@@ -1,4 +1,4 @@
-"""The machine: what it is, what memory a process uses on it, and how fast it moves memory."""
+"""Measure a process's peak memory, and the machine's memory bandwidth."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ _REPETITIONS = 5
 
 
 def can_measure_peak() -> bool:
-    """Whether the system tells the peak of a process's memory, and lets it start anew."""
+    """Return whether the system reports a process's peak memory and allows resetting it."""
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
 def measure_peak_growth(action: Callable[[], None]) -> int | None:
-    """By how many bytes this process's resident memory grew, at its highest, while an action ran.
+    """Measure how much this process's resident memory grows, at its peak, while an action runs.
 
-    Memory that was freed before must have gone back to the system, or the action could use it unseen; `RETURN_MEMORY` has
-    glibc's allocator do so.
+    Memory freed earlier must be back at the system, or the action could reuse it unnoticed; `RETURN_MEMORY` makes glibc's
+    allocator return it.
+
+    Args:
+        action: what to run.
 
     Returns:
-        The bytes; None on systems that do not tell.
+        The bytes; None on systems that do not report them.
     """
     if not can_measure_peak():
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _read_resident_bytes("VmRSS")
     action()
     return max(0, _read_resident_bytes("VmHWM") - before)
 
 
-#: An environment in which freed memory of any size that matters goes back to the system at once.
+#: Environment variables that make freed memory of any relevant size go back to the system at once.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -49,15 +52,15 @@ def _read_resident_bytes(name: str) -> int:
 
 
 class Memory:
-    """Two float32 arrays, one added to the other by one thread or by all, whichever is faster.
+    """Two float32 arrays: adds one to the other with one thread or with all, whichever is faster.
 
-    Each byte is written where one was read, as an optimizer does it: no line of memory is fetched only to be overwritten.
+    The addition reads each byte that it writes, as an optimizer does, so no cache line is fetched only to be overwritten.
 
     Attributes:
-        moved: the bytes that an addition reads or writes.
+        moved: the bytes that an addition reads and writes.
 
     Args:
-        size: bytes of the two arrays together.
+        size: bytes of both arrays together.
     """
 
     def __init__(self, size: int) -> None:
@@ -78,13 +81,13 @@ class Memory:
         list(self._pool.map(self._add, self._parts))
 
     def step(self, count: int) -> None:
-        """Add so many times."""
+        """Add `count` times."""
         for _ in range(count):
             self._move()
 
 
 def time_fastest(action: Callable[[], object]) -> float:
-    """The seconds of the fastest of several runs."""
+    """Return the seconds of the fastest of several runs."""
     action()
     times = []
     for _ in range(_REPETITIONS):

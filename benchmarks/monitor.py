@@ -1,4 +1,4 @@
-"""What watching costs on the quickstart's model, a step with a monitor over one without: `python -m benchmarks.monitor`."""
+"""Measure the cost of a monitor, as time of a step with one over without one: `python -m benchmarks.monitor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from benchmarks.timing import Limits, interleave, paired_ratio, spread, taken
+from benchmarks.timing import Limits, compute_paired_ratio, compute_spread, interleave, select_taken
 from reporting.examples import load_example
 from vsgd.monitor import Monitor
 from vsgd.torch import VSGD
@@ -19,8 +19,8 @@ from vsgd.torch.monitor import watch
 _EVERY = 10
 
 
-def _training(model: torch.nn.Module, *, batch: int, watching: Monitor | None) -> Callable[[int], None]:
-    """Takes so many times `_EVERY` steps, in which a monitor looks once."""
+def _make_training(model: torch.nn.Module, *, batch: int, watching: Monitor | None) -> Callable[[int], None]:
+    """Return a function that takes `count` times `_EVERY` steps, with one look of the monitor every `_EVERY` steps."""
     optimizer = VSGD(model.parameters())
     if watching is not None:
         watch(optimizer, watching, model.named_parameters(), batch_size=batch)
@@ -38,27 +38,29 @@ def _training(model: torch.nn.Module, *, batch: int, watching: Monitor | None) -
 
 
 def main() -> None:
-    """Measure, and print the ratios."""
+    """Measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
     conv_mixer = load_example("quickstart").conv_mixer
-    torch.set_num_threads(1)  # as the quickstart
+    torch.set_num_threads(1)  # like the quickstart
     with tempfile.TemporaryDirectory() as folder:
         monitors = {
             "without": None,
-            "without, again": None,  # how well this can be told
+            "without, again": None,  # shows the measurement's error
             "into a list": Monitor([], every=_EVERY),
             "into a CSV file": Monitor(Path(folder) / "gradients.csv", every=_EVERY),
         }
-        steps = {name: _training(conv_mixer(), batch=arguments.batch, watching=watching) for name, watching in monitors.items()}
+        steps = {
+            name: _make_training(conv_mixer(), batch=arguments.batch, watching=watching) for name, watching in monitors.items()
+        }
         limits = Limits(arguments.rounds, sample_seconds=0.0, competitor_seconds=float("inf"))
         samples = interleave(steps, limits, lambda: None)
     print(f"a step of the quickstart's model, batches of {arguments.batch}, a look every {_EVERY} steps")
     for name, seconds in samples.items():
-        ratio = paired_ratio(seconds, samples["without"])
-        median = 1e3 * spread(taken(seconds)).median / _EVERY
+        ratio = compute_paired_ratio(seconds, samples["without"])
+        median = 1e3 * compute_spread(select_taken(seconds)).median / _EVERY
         print(f"{name:16} {median:.3f} ms, {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) of that without")
 
 

@@ -1,4 +1,4 @@
-"""JAX: one jitted optax update, its state and parameters donated."""
+"""JAX: one jitted optax update, with donated state and parameters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.suite import LEARNING_RATE, WEIGHT_DECAY, Competitor, Suite
 
 
 class OptaxProblem:
-    """Parameters, which each step replaces, and gradients of normal noise."""
+    """Parameters that each step replaces, with gradients of normal noise."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         if device != jax.default_backend().replace("gpu", "cuda"):
-            raise ValueError(f"JAX runs on {jax.default_backend()}, not on {device}")
+            raise ValueError(f"device is {device!r}, but must be JAX's backend, {jax.default_backend()!r}")
         keys = jax.random.split(jax.random.key(0), len(shape.tensors))
         self.params = [jnp.ones(tensor) for tensor in shape.tensors]
         self.grads = [1e-2 * jax.random.normal(key, tensor) for key, tensor in zip(keys, shape.tensors, strict=True)]
@@ -63,25 +63,25 @@ class OptaxArm:
         return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
-def _competitor(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
+def _make_competitor(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
     return Competitor(lambda problem: OptaxArm(problem, transformation(LEARNING_RATE, **arguments)), plotted=plotted)
 
 
-def _decaying(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
-    return _competitor(transformation, plotted=plotted, weight_decay=WEIGHT_DECAY, **arguments)
+def _make_decaying_competitor(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
+    return _make_competitor(transformation, plotted=plotted, weight_decay=WEIGHT_DECAY, **arguments)
 
 
 SUITE = Suite(
     title="JAX, an optax update under `jax.jit`",
     baselines=("optax.adamw",),
     competitors={
-        "optax.adamw": _decaying(optax.adamw, plotted=True),
-        "optax.adabelief": _competitor(optax.adabelief),
-        "optax.lion": _decaying(optax.lion),
-        "optax.sgd(momentum=0.9)": _competitor(optax.sgd, momentum=0.9),
-        "vsgd": _decaying(vsgd.optax.vsgd, plotted=True),
-        "vsgd, bfloat16 state": _decaying(vsgd.optax.vsgd, state_dtype="bfloat16"),
-        "constant_vsgd": _decaying(vsgd.optax.constant_vsgd, plotted=True),
+        "optax.adamw": _make_decaying_competitor(optax.adamw, plotted=True),
+        "optax.adabelief": _make_competitor(optax.adabelief),
+        "optax.lion": _make_decaying_competitor(optax.lion),
+        "optax.sgd(momentum=0.9)": _make_competitor(optax.sgd, momentum=0.9),
+        "vsgd": _make_decaying_competitor(vsgd.optax.vsgd, plotted=True),
+        "vsgd, bfloat16 state": _make_decaying_competitor(vsgd.optax.vsgd, state_dtype="bfloat16"),
+        "constant_vsgd": _make_decaying_competitor(vsgd.optax.constant_vsgd, plotted=True),
     },
     make_problem=OptaxProblem,
     packages=("jax", "jaxlib", "optax"),

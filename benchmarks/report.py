@@ -1,4 +1,4 @@
-"""Markdown tables of results, and the page that holds them."""
+"""Write the results into a page: Markdown tables and plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, shapes
-from benchmarks.timing import Spread, paired_ratio, seconds_per_byte, spread, taken
+from benchmarks.timing import Spread, compute_paired_ratio, compute_seconds_per_byte, compute_spread, select_taken
 from reporting.pages import format_image, format_table, replace_section
 
 
@@ -16,19 +16,14 @@ def _format_ratio(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _format_milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
 def _format_megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.3g}"
 
 
 def _select_cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The part's results for each named shape that has them, in the order of the shapes."""
+    """Select the part's results, in the order of the named shapes; of other shapes if no named one has the part."""
     cells = results["cells"]
     found = {name: cells[name][part] for name in shapes.NAMED if part in cells.get(name, {})}
-    # Where only others were measured: those.
     return found or {name: cell[part] for name, cell in cells.items() if part in cell}
 
 
@@ -37,11 +32,14 @@ def _list_competitors(cells: Mapping[str, Any]) -> list[str]:
 
 
 def format_times(results: Mapping[str, Any], baseline: str) -> str:
-    """The table of times as ratios to a baseline's.
+    """Format the table of times, as ratios to a baseline's.
 
     Args:
         results: of a suite.
-        baseline: the competitor that the others are told in ratios to.
+        baseline: the competitor to compare the others with.
+
+    Returns:
+            The Markdown table.
     """
     cells = _select_cells(results, "times")
     rows = []
@@ -53,17 +51,21 @@ def format_times(results: Mapping[str, Any], baseline: str) -> str:
                 continue
             found = cell["competitors"][name]
             seconds = found["seconds"]
-            ratio = _format_ratio(paired_ratio(seconds, found["against"][baseline]))
-            row.append(f"{'1' if name == baseline else ratio}, {_format_milliseconds(spread(taken(seconds)).median)}")
+            ratio = _format_ratio(compute_paired_ratio(seconds, found["against"][baseline]))
+            median = 1e3 * compute_spread(select_taken(seconds)).median
+            row.append(f"{'1' if name == baseline else ratio}, {median:.3g} ms")
         rows.append(row)
     return format_table([f"time / {baseline}", *cells], rows)
 
 
 def format_memory(results: Mapping[str, Any]) -> str:
-    """The table of state, transient memory and first steps.
+    """Format the table of state, transient memory and first steps.
 
     Args:
         results: of a suite, with probes.
+
+    Returns:
+            The Markdown table.
     """
     timed, probed = _select_cells(results, "times"), _select_cells(results, "probes")
     rows = []
@@ -88,7 +90,7 @@ def _describe_machine(environment: Mapping[str, Any]) -> str:
 
 
 def _list_machines(results: Mapping[str, Any]) -> list[str]:
-    """The machine and versions; several, where a file has runs of several."""
+    """List the machines and versions of all results, each once."""
     parts = [cell[part] for cell in results["cells"].values() for part in ("times", "probes") if part in cell]
     parts += [results["imports"]] if "imports" in results else []
     return list(dict.fromkeys(_describe_machine(part["environment"]) for part in parts))
@@ -100,21 +102,25 @@ def _format_command(results: Mapping[str, Any]) -> str:
 
 
 def format_tables(results: Mapping[str, Any]) -> str:
-    """All tables of a suite, with what must be known to read them.
+    """Format all tables of a suite, with the machine and the methods.
 
     Args:
         results: of a suite.
+
+    Returns:
+        Paragraphs of Markdown.
     """
     parts = [f"`{_format_command(results)}`, on {'; and on '.join(_list_machines(results))}."]
     timed = _select_cells(results, "times")
     if timed:
-        speeds = ", ".join(f"{1e-9 / seconds_per_byte(cell['memory']):.3g} GB/s on {name}" for name, cell in timed.items())
+        rates = {name: 1e-9 / compute_seconds_per_byte(cell["memory"]) for name, cell in timed.items()}
+        speeds = ", ".join(f"{rate:.3g} GB/s on {name}" for name, rate in rates.items())
         parts.append(f"Median of paired ratios (quartiles), and median time. Memory moved {speeds}.")
         parts += [format_times(results, baseline) for baseline in results["baselines"]]
     probed = _select_cells(results, "probes")
     if probed:
         (how,) = {cell["memory"] for cell in probed.values()}
-        parts += [f"Peak memory of a step beyond what lives before it: {how}.", format_memory(results)]
+        parts += [f"Peak memory that a step adds: {how}.", format_memory(results)]
     if "imports" in results:
         seconds = ", ".join(f"`{module}` {seconds:.2g} s" for module, seconds in results["imports"]["seconds"].items())
         parts.append(f"Import, over the framework's own: {seconds}.")
@@ -124,12 +130,12 @@ def format_tables(results: Mapping[str, Any]) -> str:
 def write_page(folder: Path, page: Path) -> None:
     """Draw the plots of all results in a folder, and write tables and plots into a page.
 
-    A suite's part of the page stands between `<!-- NAME -->` and `<!-- /NAME -->`, with the name of its file; one that the page
-    lacks is added at its end.
+    A suite's section stays between `<!-- NAME -->` and `<!-- /NAME -->`, named after its file. A missing section is added at the
+    page's end.
 
     Args:
-        folder: that of the JSON files; the plots are written there.
-        page: the Markdown page, which may not exist yet, nor its folder.
+        folder: of the JSON files and of the plots.
+        page: the Markdown page; a missing page is created.
 
     Raises:
         ValueError: a section of the page begins and does not end.
@@ -137,6 +143,6 @@ def write_page(folder: Path, page: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
         parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", format_tables(results)]
-        drawn = plots.draw(results, folder / file.stem)
+        drawn = plots.draw_sweeps(results, folder / file.stem)
         parts += [format_image(plot.title, plot.path, page) for plot in drawn]
         replace_section(page, file.stem, parts)

@@ -1,4 +1,4 @@
-"""Times of several competitors that can be compared: taken in turns, and told as ratios of what ran side by side."""
+"""Measure the times of several competitors in turns, so that their ratios can be compared."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: Rounds that even a slow competitor takes part in.
+#: Even a slow competitor takes part in this many rounds.
 LEAST_ROUNDS = 3
 _WARM_UP_STEPS = 2
-# Another library's threads may still spin, waiting for work, for some milliseconds.
+# Another library's threads may still spin for some milliseconds, waiting for work.
 _PAUSE_SECONDS = 0.005
 
-#: Seconds of a step in each round; None where the competitor sat out.
+#: Seconds of a step in each round; None where the competitor was skipped.
 Samples = Sequence[float | None]
 
 
@@ -26,9 +26,9 @@ class Limits(NamedTuple):
     """How long to measure.
 
     Attributes:
-        rounds: how often each competitor is measured.
-        sample_seconds: short steps are repeated within a measurement until it takes about so long.
-        competitor_seconds: one that has used up so much sits out the later rounds.
+        rounds: how often to measure each competitor.
+        sample_seconds: short steps are repeated within a measurement until it takes about this long.
+        competitor_seconds: a competitor that has used this much is skipped in later rounds.
     """
 
     rounds: int = 21
@@ -37,37 +37,40 @@ class Limits(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A median with the quartiles about it."""
+    """A median and the quartiles around it."""
 
     median: float
     low: float
     high: float
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """The median and the quartiles of some values."""
+def compute_spread(values: Sequence[float]) -> Spread:
+    """Compute the median and the quartiles."""
     low, median, high = np.quantile(np.asarray(values), [0.25, 0.5, 0.75]).tolist()
     return Spread(median, low, high)
 
 
-def taken(samples: Samples) -> list[float]:
-    """The times of the rounds that a competitor took part in."""
+def select_taken(samples: Samples) -> list[float]:
+    """Return the times of the rounds that a competitor took part in."""
     return [seconds for seconds in samples if seconds is not None]
 
 
-def paired_ratio(samples: Samples, baseline: Samples) -> Spread:
-    """The times over those of a baseline in the same rounds, so that a slow moment of the machine weighs on both."""
+def compute_paired_ratio(samples: Samples, baseline: Samples) -> Spread:
+    """Divide the times by a baseline's in the same rounds, so that a slow moment of the machine affects both."""
     pairs = zip(samples, baseline, strict=True)
-    return spread([seconds / base for seconds, base in pairs if seconds is not None and base is not None])
+    return compute_spread([seconds / base for seconds, base in pairs if seconds is not None and base is not None])
 
 
-def seconds_per_byte(memory: Mapping[str, Any]) -> float:
-    """How long a byte takes to be read or written, by the median.
+def compute_seconds_per_byte(memory: Mapping[str, Any]) -> float:
+    """Compute the median time to read or write a byte.
 
     Args:
-        memory: "bytes" that were moved, and "seconds" that it took in each round.
+        memory: "bytes" moved, and "seconds" of each round.
+
+    Returns:
+            The seconds.
     """
-    return spread(taken(memory["seconds"])).median / float(memory["bytes"])
+    return compute_spread(select_taken(memory["seconds"])).median / float(memory["bytes"])
 
 
 def interleave(
@@ -76,13 +79,13 @@ def interleave(
     before_round: Callable[[], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float | None]]:
-    """Measure all competitors in each round, in an order shuffled anew.
+    """Measure all competitors in each round, in a new random order.
 
     Args:
-        steps: for each competitor, what takes as many steps as told and waits for their end.
+        steps: for each competitor, a function that takes `count` steps and waits until they finish.
         limits: how long to measure.
-        before_round: is called before each round.
-        clock: gives the time in seconds.
+        before_round: called before each round.
+        clock: returns the time in seconds.
 
     Returns:
         For each competitor, the seconds of a step in each round.
@@ -90,8 +93,8 @@ def interleave(
     repeats: dict[str, int] = {}
     for name, step in steps.items():
         print(f"warming up {name}", file=sys.stderr)
-        step(_WARM_UP_STEPS)  # makes the state, and compiles, for some once more at the second step
-        repeats[name] = max(1, math.ceil(limits.sample_seconds / max(_timed(step, 1, clock), 1e-6)))
+        step(_WARM_UP_STEPS)  # creates the state and compiles; some optimizers compile again at the second step
+        repeats[name] = max(1, math.ceil(limits.sample_seconds / max(_time_steps(step, 1, clock), 1e-6)))
     samples: dict[str, list[float | None]] = {name: [] for name in steps}
     spent = dict.fromkeys(steps, 0.0)
     names = list(steps)
@@ -109,7 +112,7 @@ def interleave(
                 if repeats[name] > 1:
                     time.sleep(_PAUSE_SECONDS)
                     steps[name](1)
-                seconds = _timed(steps[name], repeats[name], clock)
+                seconds = _time_steps(steps[name], repeats[name], clock)
                 spent[name] += seconds
                 samples[name].append(seconds / repeats[name])
     finally:
@@ -117,7 +120,7 @@ def interleave(
     return samples
 
 
-def _timed(step: Callable[[int], None], count: int, clock: Callable[[], float]) -> float:
+def _time_steps(step: Callable[[int], None], count: int, clock: Callable[[], float]) -> float:
     start = clock()
     step(count)
     return clock() - start

@@ -38,7 +38,7 @@ class TorchProblem:
 
 
 class TorchMemory:
-    """Two float32 tensors of so many bytes together, one added to the other."""
+    """Two float32 tensors, one of which is added to the other."""
 
     def __init__(self, problem: TorchProblem, size: int) -> None:
         self.problem = problem
@@ -52,7 +52,7 @@ class TorchMemory:
 
 
 class TorchArm:
-    """A `torch.optim.Optimizer`, its step compiled or not."""
+    """A `torch.optim.Optimizer`, with a compiled step or a plain one."""
 
     def __init__(self, problem: TorchProblem, optimizer: torch.optim.Optimizer, compiled: bool) -> None:
         self.problem = problem
@@ -77,21 +77,21 @@ class TorchArm:
         return torch.cuda.max_memory_allocated() - before
 
 
-def _of(
+def _make_arm(
     optimizer: Callable[..., Any], *, lr: float = LEARNING_RATE, compiled: bool = False, **arguments: Any
 ) -> Callable[[TorchProblem], Arm]:
     return lambda problem: TorchArm(problem, optimizer(problem.params, lr=lr, **arguments), compiled)
 
 
-def _decaying(optimizer: Callable[..., Any], **arguments: Any) -> Callable[[TorchProblem], Arm]:
-    return _of(optimizer, weight_decay=WEIGHT_DECAY, **arguments)
+def _make_decaying_arm(optimizer: Callable[..., Any], **arguments: Any) -> Callable[[TorchProblem], Arm]:
+    return _make_arm(optimizer, weight_decay=WEIGHT_DECAY, **arguments)
 
 
-def _theirs(name: str) -> Callable[[TorchProblem], Arm]:
+def _make_pytorch_optimizer_arm(name: str) -> Callable[[TorchProblem], Arm]:
     def make(problem: TorchProblem) -> Arm:
         import pytorch_optimizer
 
-        return _decaying(getattr(pytorch_optimizer, name))(problem)
+        return _make_decaying_arm(getattr(pytorch_optimizer, name))(problem)
 
     return make
 
@@ -100,23 +100,23 @@ _VSGD, _CONSTANT, _ADAMW = vsgd.torch.VSGD, vsgd.torch.ConstantVSGD, torch.optim
 _LOOP = {"fused": False, "foreach": False}
 
 COMPETITORS = {
-    "AdamW(fused=True)": Competitor(_decaying(_ADAMW, fused=True), plotted=True),
-    "AdamW()": Competitor(_decaying(_ADAMW), plotted=True),
-    "AdamW(foreach=True)": Competitor(_decaying(_ADAMW, foreach=True)),
-    "SGD(momentum=0.9)": Competitor(_of(torch.optim.SGD, momentum=0.9)),
-    "pytorch_optimizer AdaBelief": Competitor(_theirs("AdaBelief"), needs=("pytorch_optimizer",)),
-    "pytorch_optimizer VSGD": Competitor(_theirs("VSGD"), needs=("pytorch_optimizer",), plotted=True),
-    "VSGD(fused=True)": Competitor(_decaying(_VSGD, fused=True), needs=("numba",), devices=("cpu",), plotted=True),
+    "AdamW(fused=True)": Competitor(_make_decaying_arm(_ADAMW, fused=True), plotted=True),
+    "AdamW()": Competitor(_make_decaying_arm(_ADAMW), plotted=True),
+    "AdamW(foreach=True)": Competitor(_make_decaying_arm(_ADAMW, foreach=True)),
+    "SGD(momentum=0.9)": Competitor(_make_arm(torch.optim.SGD, momentum=0.9)),
+    "pytorch_optimizer AdaBelief": Competitor(_make_pytorch_optimizer_arm("AdaBelief"), needs=("pytorch_optimizer",)),
+    "pytorch_optimizer VSGD": Competitor(_make_pytorch_optimizer_arm("VSGD"), needs=("pytorch_optimizer",), plotted=True),
+    "VSGD(fused=True)": Competitor(_make_decaying_arm(_VSGD, fused=True), needs=("numba",), devices=("cpu",), plotted=True),
     "VSGD(fused=True), bfloat16 state": Competitor(
-        _decaying(_VSGD, fused=True, state_dtype="bfloat16"), needs=("numba",), devices=("cpu",), plotted=True
+        _make_decaying_arm(_VSGD, fused=True, state_dtype="bfloat16"), needs=("numba",), devices=("cpu",), plotted=True
     ),
-    "VSGD(foreach=True)": Competitor(_decaying(_VSGD, foreach=True)),
-    "VSGD, loop": Competitor(_decaying(_VSGD, **_LOOP), plotted=True),
-    "VSGD, torch.compile": Competitor(_decaying(_VSGD, compiled=True), needs=(COMPILER,)),
-    "ConstantVSGD(fused=True)": Competitor(_decaying(_CONSTANT, fused=True), needs=("numba",), devices=("cpu",)),
-    "ConstantVSGD(foreach=True)": Competitor(_decaying(_CONSTANT, foreach=True)),
-    "ConstantVSGD, loop": Competitor(_decaying(_CONSTANT, **_LOOP)),
-    "ConstantVSGD, torch.compile": Competitor(_decaying(_CONSTANT, compiled=True), needs=(COMPILER,)),
+    "VSGD(foreach=True)": Competitor(_make_decaying_arm(_VSGD, foreach=True)),
+    "VSGD, loop": Competitor(_make_decaying_arm(_VSGD, **_LOOP), plotted=True),
+    "VSGD, torch.compile": Competitor(_make_decaying_arm(_VSGD, compiled=True), needs=(COMPILER,)),
+    "ConstantVSGD(fused=True)": Competitor(_make_decaying_arm(_CONSTANT, fused=True), needs=("numba",), devices=("cpu",)),
+    "ConstantVSGD(foreach=True)": Competitor(_make_decaying_arm(_CONSTANT, foreach=True)),
+    "ConstantVSGD, loop": Competitor(_make_decaying_arm(_CONSTANT, **_LOOP)),
+    "ConstantVSGD, torch.compile": Competitor(_make_decaying_arm(_CONSTANT, compiled=True), needs=(COMPILER,)),
 }
 
 SUITE = Suite(
@@ -127,7 +127,7 @@ SUITE = Suite(
     packages=("torch", "numba", "pytorch_optimizer"),
     imports={
         "vsgd.torch": ("torch",),
-        # At the first fused step.
+        # Imported at the first fused step.
         **({"vsgd.backends.torch.fused_cpu": ("torch", "vsgd.torch")} if find_spec("numba") else {}),
     },
     memory="on a CPU growth of the process's resident memory, on a GPU torch.cuda.max_memory_allocated",

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.timing import paired_ratio
+from benchmarks.timing import compute_paired_ratio
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
 from experiments.paper_report import MISSING
 from experiments.report import find_result, format_verdict
@@ -95,7 +95,7 @@ def format_agreement(page: Path) -> str:
 
 def _format_ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
     found = cell["times"]["competitors"][name]
-    return f"{paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
+    return f"{compute_paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
 
 
 def format_speed(folder: Path) -> str:

@@ -128,11 +128,11 @@ def test_a_new_page_is_titled_after_its_file(tmp_path: Path) -> None:
 
 def test_the_floor_is_traffic_over_bandwidth(module: Callable[[str], Any]) -> None:
     # 36 bytes of each of 100 parameters, at 50 GB/s.
-    assert module("plots").floor(cell(SLOW)["times"], "slow") == pytest.approx(3600 / 5e10)
+    assert module("plots").compute_floor(cell(SLOW)["times"], "slow") == pytest.approx(3600 / 5e10)
 
 
 def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) -> None:
-    merge = module("measure").merge
+    merge = module("measure").merge_results
     old = {"environment": environment(torch="2"), "competitors": {"a": 1, "b": 1}}
     same = {"environment": environment(torch="2"), "competitors": {"b": 2, "c": 2}}
     other = {"environment": environment(torch="3"), "competitors": {"b": 2, "c": 2}}
@@ -153,7 +153,7 @@ def test_noise_estimates_are_drawn(module: Callable[[str], Any], tmp_path: Path)
     for package in ("torch", "matplotlib"):
         pytest.importorskip(package)
     estimates = {name: [1.0, 0.5, 0.2] for name in ("float32", "bfloat16", "to the nearest")}
-    module("compact").draw(estimates, tmp_path / "estimates.png")
+    module("compact").draw_estimates(estimates, tmp_path / "estimates.png")
     assert (tmp_path / "estimates.png").stat().st_size > 10_000
 
 

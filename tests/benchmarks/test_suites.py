@@ -79,7 +79,7 @@ def test_torch_competitors_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("torch")
     loaded, (shape,) = module("catalogue").load_suite("torch"), module("shapes").parse("tensors=2")
     problem = loaded.make_problem(shape, "cpu")
-    names = [name for name in module("measure").chosen(loaded, None, "cpu") if "compile" not in name]
+    names = [name for name in module("measure").choose_competitors(loaded, None, "cpu") if "compile" not in name]
     assert len(names) >= 8
     for name in names:
         competitor = loaded.competitors[name]
@@ -206,5 +206,5 @@ def test_what_is_not_there_is_said_in_a_sentence(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     done = command("run", "torch", "--shapes", "small", "--output", str(tmp_path / "results.json"))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks: error: 'small' is no shape; there are conv")
+    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks: error: shape is 'small', but must be one of conv")
     assert not list(tmp_path.iterdir())
