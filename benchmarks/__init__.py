@@ -1,1 +1,1 @@
-"""How fast and how large a step of each optimizer is: `python -m benchmarks run SUITE`, then `python -m benchmarks report`."""
+"""Measure the time and memory of each optimizer's step: `python -m benchmarks run SUITE`, then `python -m benchmarks report`."""

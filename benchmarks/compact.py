@@ -31,7 +31,7 @@ def measure_scores(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]
         epochs: passes over the training data.
 
     Returns:
-            The scores at the end, for each state and seed.
+        The scores at the end, for each state and seed.
     """
     quickstart = load_example("quickstart")
     quickstart.OPTIMIZERS.update(_STATES)
@@ -47,7 +47,7 @@ def format_scores(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         scores: of `measure_scores`.
 
     Returns:
-            The Markdown table.
+        The Markdown table.
     """
     parts = ("train loss", "test loss", "test accuracy")
     rows = [
@@ -85,7 +85,7 @@ def draw_estimates(estimates: Mapping[str, Sequence[float]], path: Path) -> None
 
     Args:
         estimates: of `follow_noise`.
-        path: of the image.
+        path: of the image file.
     """
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 

@@ -20,7 +20,7 @@ class Plot(NamedTuple):
 
     Attributes:
         title: what it shows.
-        path: of the image.
+        path: of the image file.
     """
 
     title: str
@@ -40,7 +40,7 @@ def draw_sweeps(results: Mapping[str, Any], stem: Path) -> list[Plot]:
         stem: the images' path up to the name of the sweep.
 
     Returns:
-            The plots.
+        The plots.
     """
     swept = {name: cells for name in shapes.SWEEPS if len(cells := _select_sweep(results, name)) > 1}
     return [_draw_sweep(results, name, cells, stem.with_name(f"{stem.name}-{name}.png")) for name, cells in swept.items()]
@@ -78,6 +78,6 @@ def compute_floor(times: Mapping[str, Any], competitor: str) -> float:
         competitor: its name.
 
     Returns:
-            The seconds.
+        The seconds.
     """
     return float(times["competitors"][competitor]["traffic_bytes"]) * compute_seconds_per_byte(times["memory"])

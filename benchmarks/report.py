@@ -39,7 +39,7 @@ def format_times(results: Mapping[str, Any], baseline: str) -> str:
         baseline: the competitor to compare the others with.
 
     Returns:
-            The Markdown table.
+        The Markdown table.
     """
     cells = _select_cells(results, "times")
     rows = []
@@ -65,7 +65,7 @@ def format_memory(results: Mapping[str, Any]) -> str:
         results: of a suite, with probes.
 
     Returns:
-            The Markdown table.
+        The Markdown table.
     """
     timed, probed = _select_cells(results, "times"), _select_cells(results, "probes")
     rows = []
@@ -130,7 +130,7 @@ def format_tables(results: Mapping[str, Any]) -> str:
 def write_page(folder: Path, page: Path) -> None:
     """Draw the plots of all results in a folder, and write tables and plots into a page.
 
-    A suite's section stays between `<!-- NAME -->` and `<!-- /NAME -->`, named after its file. A missing section is added at the
+    A suite's section stays between `<!-- NAME -->` and `<!-- /NAME -->`, named after its file. A missing one is added at the
     page's end.
 
     Args:

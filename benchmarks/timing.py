@@ -68,7 +68,7 @@ def compute_seconds_per_byte(memory: Mapping[str, Any]) -> float:
         memory: "bytes" moved, and "seconds" of each round.
 
     Returns:
-            The seconds.
+        The seconds.
     """
     return compute_spread(select_taken(memory["seconds"])).median / float(memory["bytes"])
 

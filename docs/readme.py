@@ -1,6 +1,6 @@
-"""The README's tables in short: what the pages on agreement, performance and results tell at length.
+"""Write the README's tables, which summarize the pages on agreement, performance and results.
 
-Reads `docs/agreement.md`, and the measurements in `docs/performance` and `docs/results`, and writes the README's sections:
+Reads `docs/agreement.md` and the records in `docs/performance` and `docs/results`, and writes the README's sections:
 
     pip install '.[experiments]'
     python docs/readme.py
@@ -26,7 +26,7 @@ from reporting.pages import format_table, replace_section
 
 DOCS = Path(__file__).parent
 
-#: What the runners of `tests/matrix` belong to, by how their names begin.
+#: The framework of the runners of `tests/matrix`, by how their names begin.
 FRAMEWORKS = {
     "numpy": "NumPy",
     "torch-": "PyTorch",
@@ -36,10 +36,10 @@ FRAMEWORKS = {
     "keras-torch": "Keras on PyTorch",
     "mlx": "MLX",
 }
-#: What is told of how they agree: columns of the page.
+#: The columns of `docs/agreement.md` that the README's table has.
 COLUMNS = ("golden, float64", "golden, float32", "training, float64", "training, float32")
 
-#: By file: what is measured, its baseline, and what VSGD and Constant VSGD are called there.
+#: By file: what the suite measures, its baseline, and the names of VSGD and Constant VSGD in it.
 SUITES = {
     "torch": ("PyTorch, a fused step", "AdamW(fused=True)", ("VSGD(fused=True)", "ConstantVSGD(fused=True)")),
     "optax": ("JAX, a step under `jit`", "optax.adamw", ("vsgd", "constant_vsgd")),
@@ -49,15 +49,18 @@ SUITES = {
 }
 SHAPES = ("conv", "many", "large")
 
-#: Whose results are told, beside VSGD's.
+#: The entrants to compare VSGD with.
 OTHERS = ("adamw", "adamw-warm", "sgd")
 
 
 def read_rows(page: Path) -> list[dict[str, str]]:
-    """The rows of a page's first table, by the heads of its columns.
+    """Read the rows of a page's first table, by the heads of its columns.
 
     Args:
-        page: in Markdown.
+        page: the Markdown page.
+
+    Returns:
+        A dictionary for each row.
     """
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
@@ -65,10 +68,13 @@ def read_rows(page: Path) -> list[dict[str, str]]:
 
 
 def parse_number(cell: str) -> float | None:
-    """What a cell begins with, or None where that is no number.
+    """Parse the number at the beginning of a cell.
 
     Args:
         cell: of a table.
+
+    Returns:
+        The number; None where the cell does not begin with one.
     """
     try:
         return float(cell.split()[0])
@@ -77,18 +83,21 @@ def parse_number(cell: str) -> float | None:
 
 
 def format_agreement(page: Path) -> str:
-    """How far the worst runner of each framework strays.
+    """Format the largest relative error of each framework's runners.
 
     Args:
-        page: the one that `tests/matrix` wrote.
+        page: the page that `tests/matrix` writes.
+
+    Returns:
+        The Markdown table.
     """
     found = read_rows(page)
     (bound,) = (row for row in found if row["runner"] == "bound")
     rows = [["bound of the tests", *(bound[column] for column in COLUMNS)]]
     for prefix, title in FRAMEWORKS.items():
-        ours = [row for row in found if row["runner"].startswith(prefix)]
-        columns = [[value for row in ours if (value := parse_number(row[column])) is not None] for column in COLUMNS]
-        if ours:
+        runners = [row for row in found if row["runner"].startswith(prefix)]
+        columns = [[value for row in runners if (value := parse_number(row[column])) is not None] for column in COLUMNS]
+        if runners:
             rows.append([title, *(f"{max(column):.0e}" if column else "reference" for column in columns)])
     return format_table(["", *COLUMNS], rows)
 
@@ -99,43 +108,51 @@ def _format_ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
 
 
 def format_speed(folder: Path) -> str:
-    """The time of VSGD's and Constant VSGD's steps over AdamW's of the same framework.
+    """Format the ratios of VSGD's and Constant VSGD's times of a step to AdamW's of the same framework.
 
     Args:
-        folder: of the measurements.
+        folder: of the records.
+
+    Returns:
+        The Markdown table.
     """
     rows = []
-    for name, (title, baseline, ours) in SUITES.items():
+    for name, (title, baseline, names) in SUITES.items():
         cells = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
-        rows.append([title, *(_format_ratio(cells[shape], each, baseline) for each in ours for shape in SHAPES)])
+        rows.append([title, *(_format_ratio(cells[shape], each, baseline) for each in names for shape in SHAPES)])
     heads = [f"{title}: {shape}" for title in ("VSGD", "Constant VSGD") for shape in SHAPES]
     return format_table(["time / AdamW", *heads], rows)
 
 
 def _format_comparisons(comparison: Comparison) -> Iterator[str]:
     metric = comparison.task.metric
-    ours = find_result(comparison, WIDEST, "vsgd")
+    subject = find_result(comparison, WIDEST, "vsgd")
     for other in OTHERS:
-        theirs = find_result(comparison, WIDEST, other)
-        if ours is None or theirs is None:
+        result = find_result(comparison, WIDEST, other)
+        if subject is None or result is None:
             yield MISSING
             continue
-        words = [format_verdict(ours, theirs, *which) for which in (("train", "loss"), ("test", metric))]
-        yield f"{theirs.format_mean('test', metric)} ({', '.join(words)})"
+        words = [format_verdict(subject, result, *which) for which in (("train", "loss"), ("test", metric))]
+        yield f"{result.format_mean('test', metric)} ({', '.join(words)})"
 
 
 def format_results(store: Store) -> str:
-    """VSGD on the small tasks, beside some others, all tuned by twenty trials; in brackets VSGD's train loss and test metric.
+    """Format VSGD's results on the small tasks, compared with some others, all tuned by twenty trials.
+
+    Brackets hold the verdicts on VSGD's train loss and test metric.
 
     Args:
         store: of the comparison's records.
+
+    Returns:
+        The Markdown table.
     """
     rows = []
     for task in TASKS.values():
         comparison = Comparison(task, store.find)
-        ours = find_result(comparison, WIDEST, "vsgd")
+        subject = find_result(comparison, WIDEST, "vsgd")
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = MISSING if ours is None else ours.format_mean("test", task.metric)
+        mean = MISSING if subject is None else subject.format_mean("test", task.metric)
         rows.append([f"{task.title}, {unit}", mean, *_format_comparisons(comparison)])
     return format_table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
 
@@ -145,7 +162,7 @@ def write_tables(page: Path, docs: Path = DOCS) -> None:
 
     Args:
         page: the README.
-        docs: where their sources are.
+        docs: the folder of the pages and records.
     """
     replace_section(page, "agreement", [format_agreement(docs / "agreement.md")])
     replace_section(page, "speed", [format_speed(docs / "performance")])

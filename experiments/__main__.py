@@ -18,9 +18,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    commands.add_parser("list", help="name the experiments and the optimizers")
+    commands.add_parser("list", help="print the experiments and the optimizers")
 
-    run = commands.add_parser("run", help="do one run, or go on with it; one that is finished is not repeated")
+    run = commands.add_parser("run", help="do or resume one run; a finished run is not repeated")
     run.add_argument("experiment", help="see list")
     run.add_argument("--optimizer", required=True, help="see list")
     run.add_argument("--seed", type=int, default=0)
@@ -31,36 +31,34 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--evaluate-every", type=int, help="steps between two tests and two checkpoints; default: the paper's")
     _add_run_options(run)
 
-    every = commands.add_parser("paper", help="do all runs of the paper that are missing, then report")
-    every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="these alone", metavar="NAME")
+    every = commands.add_parser("paper", help="do all missing runs of the paper, then report")
+    every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="only these", metavar="NAME")
     every.add_argument("--seeds", type=int, default=paper.SEEDS, help="how many, from 0")
     every.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
     _add_run_options(every)
 
-    compare = commands.add_parser("compare", help="do all runs on our small tasks that are missing, tuning first")
+    compare = commands.add_parser("compare", help="do all missing runs on the small tasks, tuning first")
     compare.add_argument(
-        "--tasks", nargs="+", default=list(tasks.TASKS), help="these alone; NAME@4 is 4 times as long", metavar="NAME"
+        "--tasks", nargs="+", default=list(tasks.TASKS), help="only these; NAME@4 is 4 times as long", metavar="NAME"
     )
     compare.add_argument(
         "--entrants",
         nargs="+",
         default=list(comparison.ENTRANTS),
-        help="these alone; NAME:kappa1=0.6,kappa2=0.7 is one with other hyperparameters",
+        help="only these; NAME:kappa1=0.6,kappa2=0.7 has other hyperparameters",
         metavar="NAME",
     )
     _add_worker_options(compare)
 
-    tell = commands.add_parser("report", help="write tables and curves of all results into a page")
-    tell.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
-    tell.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    page = commands.add_parser("report", help="write tables and curves of all results into a page")
+    page.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records and of the plots")
+    page.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
 
-    sweep = commands.add_parser(
-        "sweep", help="do all runs of VSGD's grids that are missing, and write their tables into a page"
-    )
+    sweep = commands.add_parser("sweep", help="do all missing runs of VSGD's grids, and write their tables into a page")
     _add_worker_options(sweep)
     sweep.add_argument("--page", type=Path, default=_TUNING)
 
-    layers = commands.add_parser("layers", help="train with VSGD, and write what it sees of each tensor into a page")
+    layers = commands.add_parser("layers", help="train with VSGD, and write tables of each tensor's state into a page")
     layers.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
     layers.add_argument("--page", type=Path, default=_TUNING)
     return parser
@@ -73,19 +71,19 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=_BACKENDS, help="of Keras; default: what Keras is set to")
+    parser.add_argument("--backend", choices=_BACKENDS, help="of Keras; default: Keras' own setting")
     parser.add_argument("--data-dir", type=Path, help="a folder with the published archives; default: download them")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="the folder of all runs' own folders")
-    parser.add_argument("--tensorboard", action="store_true", help="write for TensorBoard into the run's folder")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="the folder that gets a folder for each run")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files into the run's folder")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def main(command: Sequence[str] | None = None) -> None:
-    """Do what the command line says.
+    """Run the command line.
 
     Args:
-        command: its words; None: the process's own.
+        command: the arguments; None: the process's own.
     """
     parser = _parser()
     arguments = parser.parse_args(command)
@@ -118,7 +116,7 @@ def _run_one(arguments: argparse.Namespace) -> None:
 
 
 def _run_paper(arguments: argparse.Namespace) -> None:
-    # All optimizers with one seed first, so that the table fills evenly; the data sets one after the other in memory.
+    # All optimizers with one seed first, so that the table fills evenly; one data set after the other, to save memory.
     chosen = [
         paper.make_settings(experiment, optimizer, seed)
         for seed in range(arguments.seeds)
@@ -130,10 +128,10 @@ def _run_paper(arguments: argparse.Namespace) -> None:
 
 
 def _run_all(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
-    from experiments import training  # now that the backend is chosen
+    from experiments import training  # late: it imports Keras, whose backend must be chosen first
 
     if arguments.tensorboard and find_spec("tensorflow") is None:
-        raise ValueError("--tensorboard needs TensorFlow, by which Keras writes the files: pip install tensorflow")
+        raise ValueError("--tensorboard is set, but Keras needs TensorFlow to write the files: pip install tensorflow")
     finished = records.Records(arguments.results / paper_report.FILE)
     for data in dict.fromkeys(paper.EXPERIMENTS[chosen.experiment].data for chosen in every):
         archive = datasets.find_archive(data, arguments.data_dir)
@@ -143,7 +141,7 @@ def _run_all(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> 
                 continue
             what = f"{chosen.experiment}, {chosen.optimizer}, seed {chosen.seed}"
             if chosen.make_key(training.BACKEND, archive.digest) in finished:
-                print(f"{what}: is finished")
+                print(f"{what}: already finished")
                 continue
             if images is None:
                 images = archive.read()
@@ -155,27 +153,27 @@ def _run_all(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> 
 
 
 def _run_comparison(arguments: argparse.Namespace) -> None:
-    from experiments import spread  # late, as it needs more packages than the paper's experiments
+    from experiments import spread  # late: it needs more packages than the paper's experiments
 
     store = spread.Store(arguments.results / spread.FOLDER)
     spread.run_comparison(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
 
 
 def _write_report(arguments: argparse.Namespace) -> None:
-    from experiments import report  # late, likewise
+    from experiments import report  # likewise
 
     paper_report.write_page(arguments.results, arguments.page)
     report.write_page(arguments.results, arguments.page)
 
 
 def _run_sweep(arguments: argparse.Namespace) -> None:
-    from experiments import sweep  # late, likewise
+    from experiments import sweep  # likewise
 
     sweep.run_sweep(arguments.results, arguments.page, arguments.workers, arguments.backend)
 
 
 def _write_layers(arguments: argparse.Namespace) -> None:
-    from experiments import layers  # now that the backend is chosen
+    from experiments import layers  # late: it imports Keras, whose backend must be chosen first
 
     layers.write_page(arguments.page, arguments.backend)
 

@@ -1,4 +1,4 @@
-"""Plots of the comparison on small tasks: curves of what was tuned, and what each learning rate came to."""
+"""Plot the comparison on small tasks: curves of the tuned entrants, and the metric at each learning rate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from experiments.comparison import ENTRANTS, WIDEST, Comparison
 
 
 def _draw_panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
-    """A panel for each task; one that has nothing to draw says so."""
-    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
+    """Draw a panel for each task; a panel without data says so."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     rows = math.ceil(len(found) / 3)
     figure = Figure(figsize=(13, 3.8 * rows + 0.6), layout="constrained")
@@ -39,7 +39,7 @@ def _choose_scale(comparison: Comparison) -> float:
 
 
 def _limit_axis(axes: Any, comparison: Comparison, shown: Sequence[float]) -> None:
-    """Show these heights and the target, and what they differ by, which the start and failures would hide."""
+    """Limit the axis to the given heights and the target, because the start and failures would hide their differences."""
     target = comparison.compute_target()
     finite = [
         each for each in (*shown, *([] if target is None else [_choose_scale(comparison) * target])) if math.isfinite(each)
@@ -72,11 +72,11 @@ def _draw_task_curves(axes: Any, comparison: Comparison) -> bool:
 
 
 def draw_curves(found: Sequence[Comparison], path: Path) -> None:
-    """Draw the validation metric over the steps, medians and quartiles of the test seeds, everyone tuned by 20 trials.
+    """Draw the validation metric over the steps: medians and quartiles of the test seeds, everyone tuned by 20 trials.
 
     Args:
-        found: the comparisons, a panel each.
-        path: of the image.
+        found: the comparisons; each gets a panel.
+        path: of the image file.
     """
     _draw_panels(found, path, "Tuned by 20 trials: median and quartiles of 10 fresh seeds", _draw_task_curves)
 
@@ -97,10 +97,10 @@ def _draw_task_rates(axes: Any, comparison: Comparison) -> bool:
 
 
 def draw_rates(found: Sequence[Comparison], path: Path) -> None:
-    """Draw the validation metric at the end over the learning rate, means of the tuning seeds, with each one's best schedule.
+    """Draw the validation metric at the end over the learning rate: means of the tuning seeds, with the best schedules.
 
     Args:
-        found: the comparisons, a panel each.
-        path: of the image.
+        found: the comparisons; each gets a panel.
+        path: of the image file.
     """
-    _draw_panels(found, path, "What each learning rate comes to: mean of 3 tuning seeds", _draw_task_rates)
+    _draw_panels(found, path, "Metric at each learning rate: mean of 3 tuning seeds", _draw_task_rates)

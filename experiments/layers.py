@@ -1,4 +1,4 @@
-"""What VSGD sees of each weight tensor as it trains: sizes of gradients, sigma, gains, and of the steps that it takes."""
+"""Report VSGD's estimates for each weight tensor in training: sizes of gradients, sigma, gains, and sizes of steps."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from experiments.comparison import Setting, Trial
 from reporting.pages import format_table, replace_section
 
 TASKS = (*sweep.TASKS, "digits-vae")
-#: What of the steps is told, beside the last one.
+#: The steps to report, in addition to the last one.
 STEPS = (1, 10, 100)
-#: Tensors of less elements, such as biases, have no row.
+#: Smaller tensors, such as biases, have no row.
 SMALLEST = 100
-#: A gain below takes more than twenty gradients to follow.
+#: With a gain below this, the mean needs more than twenty gradients to follow.
 STUCK = 0.05
 
 
 class Step(NamedTuple):
-    """A step of a tensor.
+    """Measurements of a step of a tensor.
 
     Attributes:
         gradient: root of the mean square of the mini-batch gradient.
-        sigma: the median standard deviation of the posterior by which the step was divided.
+        sigma: the median standard deviation of the posterior, which divides the step.
         gain: the median gain of the step.
         stuck: the part of the elements whose gain is below `STUCK`.
         step: root of the mean square of the step, over the learning rate.
@@ -52,7 +52,7 @@ def _read_posterior(bench: Bench, variable: Any) -> Any:
 
 def _measure_step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
     mean, variance, _, _, gain, _ = before
-    # The update is mu' = mu + gain (ghat - mu): so it tells the gradient.
+    # Solve the update mu' = mu + gain (ghat - mu) for the gradient.
     gradient = mean + (after[0] - mean) / gain
     step = after[0] / (np.sqrt(after[0] ** 2 + variance) + eps)
     return Step(
@@ -65,12 +65,12 @@ def _measure_step(before: Sequence[Any], after: Sequence[Any], eps: float) -> St
 
 
 class Tensor(NamedTuple):
-    """What was seen of a tensor.
+    """Measurements of a tensor.
 
     Attributes:
         name: its path in the model.
-        size: how many elements it has.
-        steps: those that were looked at.
+        size: the number of elements.
+        steps: the measured steps.
     """
 
     name: str
@@ -79,13 +79,16 @@ class Tensor(NamedTuple):
 
 
 def watch_tensors(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
-    """What was seen of each tensor, step by step, in a run.
+    """Train with VSGD, and measure some steps of each tensor.
 
     Args:
-        setting: which run, of VSGD.
-        steps: which steps, in rising order, counted from 1.
+        setting: a run of VSGD.
+        steps: the steps to measure, in rising order, counted from 1.
+
+    Returns:
+        The measurements of each tensor.
     """
-    keras.utils.clear_session()  # that names of layers do not count on from models made before
+    keras.utils.clear_session()  # so that the names of layers do not continue those of earlier models
     bench = Bench(tasks.find_task(setting.task), comparison.find_entrant(setting.entrant).make())
     variables = bench.model.trainable_variables
     found = [Tensor(each.path, int(np.prod(each.shape)), []) for each in variables]
@@ -95,8 +98,8 @@ def watch_tensors(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
             bench.train(setting.rates[taken : step - 1], batches)
         before = [_read_posterior(bench, each) for each in variables]
         bench.train(setting.rates[step - 1 : step], batches)
-        for tensor, variable, known in zip(found, variables, before, strict=True):
-            tensor.steps.append(_measure_step(known, _read_posterior(bench, variable), bench.optimizer.epsilon))
+        for tensor, variable, posterior in zip(found, variables, before, strict=True):
+            tensor.steps.append(_measure_step(posterior, _read_posterior(bench, variable), bench.optimizer.epsilon))
         taken = step
     return found
 
@@ -109,16 +112,16 @@ def _format_rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
 
 
 def _compute_mean_square(found: Sequence[Tensor]) -> float:
-    """Of all elements of the first gradient that was seen."""
+    """Compute the mean square of all elements of the first measured gradient."""
     return sum(size * steps[0].gradient ** 2 for _, size, steps in found) / sum(size for _, size, _ in found)
 
 
 def write_page(page: Path, backend: str) -> None:
-    """Train on the tasks of the sweep, and write what was seen into the page.
+    """Train on the tasks of the sweep, and write the measurements into the page.
 
     Args:
         page: the Markdown page.
-        backend: of Keras, which is imported with it.
+        backend: of Keras, imported before.
     """
     parts = []
     for name in TASKS:
@@ -141,6 +144,6 @@ def write_page(page: Path, backend: str) -> None:
             f"part with a gain below {STUCK}",
             "step / lr, root mean square",
         ]
-        told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_compute_mean_square(found):.1e}"
-        parts.append(f"{task.title}, {told}:\n\n{format_table(heads, _format_rows(found))}")
+        note = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_compute_mean_square(found):.1e}"
+        parts.append(f"{task.title}, {note}:\n\n{format_table(heads, _format_rows(found))}")
     replace_section(page, "layers", parts)

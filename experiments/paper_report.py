@@ -1,4 +1,4 @@
-"""The paper's table and curves, from the records of what was run; where nothing was, the table says so."""
+"""Write the paper's tables and curves from the records; cells of missing runs say so."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from experiments import datasets, paper, records
 from experiments.optimizers import OPTIMIZERS
 from reporting.pages import format_image, format_table, replace_section
 
-#: The records' file, in the folder of results.
+#: The file of the records, in the folder of results.
 FILE = "paper.jsonl"
 
-#: What a cell holds whose runs are all missing.
+#: The text of a cell without runs.
 MISSING = "not run yet"
 
 # The records of each backend, experiment and optimizer, by seed.
@@ -22,10 +22,13 @@ _Runs: TypeAlias = dict[str, dict[tuple[str, str], dict[int, Mapping[str, Any]]]
 
 
 def group_runs(found: Iterable[Mapping[str, Any]]) -> _Runs:
-    """The runs that have the paper's settings and data; others are left out.
+    """Group the runs that have the paper's settings and data, and leave out the others.
 
     Args:
-        found: records.
+        found: the records.
+
+    Returns:
+        The records by backend, by experiment and optimizer, and by seed.
     """
     runs: _Runs = {}
     for record in found:
@@ -37,10 +40,13 @@ def group_runs(found: Iterable[Mapping[str, Any]]) -> _Runs:
 
 
 def format_cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
-    """The mean of the last test accuracies, in percent, with the sample standard deviation and the number of seeds.
+    """Format the mean of the last test accuracies in percent, the sample standard deviation and the number of seeds.
 
     Args:
-        runs: by seed.
+        runs: the records by seed.
+
+    Returns:
+        The text of the cell.
     """
     if not runs:
         return MISSING
@@ -50,7 +56,7 @@ def format_cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def format_tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """A table of test accuracies for each data set.
+    """Format a table of test accuracies for each data set.
 
     Args:
         cells: the runs of each experiment and optimizer, by seed.
@@ -71,12 +77,12 @@ def format_tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]
 
 
 def draw_curves(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data: str, path: Path) -> bool:
-    """Draw training loss and test accuracy over the steps, means over seeds between their lowest and highest.
+    """Draw training loss and test accuracy over the steps: the means over the seeds, and the ranges.
 
     Args:
         cells: the runs of each experiment and optimizer, by seed.
         data: a key of `datasets.SOURCES`.
-        path: of the image.
+        path: of the image file.
 
     Returns:
         Whether there was anything to draw.
@@ -84,7 +90,7 @@ def draw_curves(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]
     names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data and any(name == run for run, _ in cells)]
     if not names:
         return False
-    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     figure = Figure(figsize=(4 * len(names), 7), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False)
@@ -106,7 +112,7 @@ def draw_curves(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]
 
 
 def _draw_mean(axes: Any, runs: Sequence[Mapping[str, Any]], metric: str, color: str, label: str) -> None:
-    steps = runs[0]["curve"]["step"]  # the same in all: the settings are
+    steps = runs[0]["curve"]["step"]  # the same in all, like the settings
     at_each = list(zip(*(run["curve"][metric] for run in runs), strict=True))
     axes.plot(steps, [statistics.mean(each) for each in at_each], color=color, label=label)
     axes.fill_between(steps, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.2)
@@ -122,11 +128,11 @@ def _describe_machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str,
 
 
 def write_page(results: Path, page: Path) -> None:
-    """Write tables and curves into the page's section of the paper's experiments.
+    """Write tables and curves into the page's section "paper".
 
     Args:
-        results: the folder of the records; plots go there.
-        page: the Markdown page, which may not exist yet.
+        results: the folder of the records and of the plots.
+        page: the Markdown page; a missing page is created.
     """
     runs = group_runs(records.read_jsonl(results / FILE))
     parts = [] if runs else format_tables({})

@@ -1,4 +1,4 @@
-"""What runs leave: a record of each finished one, and metrics of each step, in files of JSON objects, one a line."""
+"""Store the records of finished runs and the metrics of each step, in files with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from reporting.machine import count_processors, describe_environment
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where one process at a time may write
+except ImportError:  # Windows, where only one process at a time may write
     fcntl = None  # type: ignore[assignment]
 
-#: Distributions whose versions a result may depend on; those that are installed are noted.
+#: Distributions whose versions a result may depend on; the environment lists the installed ones.
 PACKAGES = (
     *("vsgd", "numpy", "keras", "jax", "jaxlib", "tensorflow", "tensorflow-cpu", "torch"),
     *("numba", "scikit-learn", "mnist1d", "pillow"),
@@ -25,10 +25,13 @@ PACKAGES = (
 
 
 def describe_run_environment(gpu: str | None = None) -> dict[str, Any]:
-    """The machine and the versions of what runs on it.
+    """Describe the machine and the versions of the packages that runs use.
 
     Args:
-        gpu: the GPU's name, where the run uses one.
+        gpu: the GPU's name; None where the run does not use one.
+
+    Returns:
+        The description, as plain data for JSON.
     """
     return describe_environment(PACKAGES, count_processors(), gpu)
 
@@ -38,25 +41,31 @@ def _serialize_key(key: Mapping[str, Any]) -> str:
 
 
 def name_folder(key: Mapping[str, Any], *words: str) -> str:
-    """A name for a run's folder, another for each key.
+    """Return a name for a run's folder, different for each key.
 
     Args:
         key: what identifies the run.
-        *words: what a reader should know it by.
+        *words: the beginning of the name, for readers.
+
+    Returns:
+        The name.
     """
     return "-".join((*words, hashlib.sha256(_serialize_key(key).encode()).hexdigest()[:8]))
 
 
 def _format_line(value: Mapping[str, Any]) -> str:
-    # NaN and infinities, which a diverged run has, are told as Python's json does and reads.
+    # NaN and infinities of diverged runs are written as Python's json writes and reads them.
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, none where there is no file; a last line that was cut off is left out.
+    """Read the objects of a file; skip a last line that was cut off.
 
     Args:
-        path: of the file.
+        path: of the file, which may be missing.
+
+    Returns:
+        The objects.
     """
     if not path.exists():
         return []
@@ -64,14 +73,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Write a line after all whole ones, however many processes do so, and whenever one of them is killed."""
+    """Append a line after the last whole one, safe for several processes and when a process is killed."""
     with path.open("ab+") as file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file unlocks it
         file.seek(0)
         data = file.read()
         if not data.endswith(b"\n"):
-            # One was killed as it wrote.
+            # A process was killed while it wrote.
             file.truncate(data.rfind(b"\n") + 1)
         file.write(line.encode())
         file.flush()
@@ -79,11 +88,11 @@ def _append_line(path: Path, line: str) -> None:
 
 
 class Records:
-    """The finished runs of a file, by what identifies them.
+    """The finished runs of a file, by key.
 
-    A run's key is a mapping of what makes it another run: its task, optimizer, hyperparameters, seed. Each finished run is one
-    line, so that a killed process leaves whole records, and several processes may append to one file; each sees what the others
-    wrote before it began.
+    A key is a mapping of everything that identifies a run: its task, optimizer, hyperparameters, seed. Each finished run is one
+    line, so a killed process leaves whole records. Several processes may append to one file; each process sees the records
+    written before it started.
 
     Args:
         path: of the file, which may not exist yet.
@@ -94,33 +103,33 @@ class Records:
         self._records = {_serialize_key(record["key"]): record for record in read_jsonl(path)}
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
-        """Whether the run is finished."""
+        """Return whether the run is finished."""
         return _serialize_key(key) in self._records
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records, oldest first."""
+        """Iterate over the records, oldest first."""
         return iter(self._records.values())
 
     def __len__(self) -> int:
-        """How many runs are finished."""
+        """Return the number of finished runs."""
         return len(self._records)
 
     def __getitem__(self, key: Mapping[str, Any]) -> dict[str, Any]:
-        """The record of a finished run."""
+        """Return the record of a finished run."""
         return self._records[_serialize_key(key)]
 
     def append(self, key: Mapping[str, Any], **found: Any) -> dict[str, Any]:
-        """Write the record of a run that finished.
+        """Append the record of a finished run to the file.
 
         Args:
-            key: what identifies it.
-            **found: whatever is to be kept beside the key.
+            key: identifies the run.
+            **found: the run's results.
 
         Returns:
             The record.
 
         Raises:
-            ValueError: the run has a record.
+            ValueError: the run already has a record.
         """
         if key in self:
             raise ValueError(f"key is {dict(key)}, but must be of a run that has no record in {self.path}")
@@ -132,21 +141,21 @@ class Records:
 
 
 class Steps:
-    """Metrics by step, written as they come; a resumed run goes on after the steps that it keeps.
+    """Metrics by step, written immediately; a resumed run keeps earlier steps.
 
     Args:
         path: of the file, which may not exist yet.
-        after: the last step that is kept; later ones, which will be taken again, are dropped.
+        after: the last step to keep; later ones are dropped, because the run repeats them.
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
         kept = [each for each in read_jsonl(path) if each["step"] <= after]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # By another file, for a process killed here must not lose what was there.
+        # Through another file, so that a process killed here loses nothing.
         written = path.with_suffix(".new")
         written.write_text("".join(map(_format_line, kept)), encoding="utf-8")
         written.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # each line at once
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # writes each line at once
 
     def write(self, step: int, **metrics: float) -> None:
         """Write the metrics of a step.

@@ -1,4 +1,4 @@
-"""Tables and plots of the comparison on small tasks, from its records; what is not run yet says so."""
+"""Write the comparison's tables and plots from the records; cells of missing runs say so."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from experiments.statistics import (
 )
 from reporting.pages import format_image, format_table, replace_section
 
-#: Whom the summary is about.
-OURS = "vsgd"
+#: The entrant that the summary compares with the others.
+SUBJECT = "vsgd"
 _WORDS = ("better", "level", "worse")
 
 
 class ArmResult(NamedTuple):
-    """What is told of an entrant in an arm.
+    """The result of an entrant in an arm.
 
     Attributes:
-        trial: that was chosen.
+        trial: the trial that tuning chose.
         records: of the test seeds.
     """
 
@@ -40,10 +40,10 @@ class ArmResult(NamedTuple):
     records: Sequence[Mapping[str, Any]]
 
     def list_values(self, split: str, metric: str) -> list[float] | None:
-        """The metric of each record, accuracies in percent; None where a run diverged.
+        """List the metric of each record, accuracies in percent; None where a run diverged.
 
         Args:
-            split: its name.
+            split: the split's name.
             metric: "loss" or "accuracy".
         """
         if self.diverged:
@@ -53,15 +53,15 @@ class ArmResult(NamedTuple):
 
     @property
     def diverged(self) -> str:
-        """How many runs did, or nothing."""
+        """How many runs diverged, as text; empty if none did."""
         count = sum(record["final"] is None for record in self.records)
         return f"{count} of {len(self.records)} diverged" if count else ""
 
     def format_mean(self, split: str, metric: str) -> str:
-        """The mean of the metric.
+        """Format the mean of the metric, or how many runs diverged.
 
         Args:
-            split: its name.
+            split: the split's name.
             metric: "loss" or "accuracy".
         """
         values = self.list_values(split, metric)
@@ -69,12 +69,12 @@ class ArmResult(NamedTuple):
 
 
 def find_result(comparison: Comparison, arm: str, entrant: str) -> ArmResult | None:
-    """What there is to tell; None while runs are missing.
+    """Find the result of an entrant in an arm; None while runs are missing.
 
     Args:
-        comparison: of a task.
-        arm: by name.
-        entrant: by name.
+        comparison: the comparison on a task.
+        arm: the name of the arm.
+        entrant: the name of the entrant.
     """
     trial = comparison.choose_trial(entrant, arm)
     records = None if trial is None else comparison.find_results(entrant, trial)
@@ -82,7 +82,9 @@ def find_result(comparison: Comparison, arm: str, entrant: str) -> ArmResult | N
 
 
 def make_comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
-    """Those of our tasks, "small", and those of tasks run "longer", in which whoever has a record of one takes part.
+    """Make the comparisons on the "small" tasks and on those that run "longer".
+
+    The longer ones have the entrants with at least one record.
 
     Args:
         store: of the records.
@@ -90,10 +92,10 @@ def make_comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
     """
     files = [path.stem for name in tasks.TASKS for path in sorted(store.folder.glob(f"{name}@*.jsonl"))]
     longer = [Comparison(tasks.find_task(name), store.find, backend) for name in files]
-    part = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
+    entrants = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
     return {
         "small": [Comparison(task, store.find, backend) for task in tasks.TASKS.values()],
-        "longer": [Comparison(each.task, store.find, backend, part) for each in longer],
+        "longer": [Comparison(each.task, store.find, backend, entrants) for each in longer],
     }
 
 
@@ -103,10 +105,10 @@ def _has_runs(comparison: Comparison, entrant: str, store: Store) -> bool:
 
 
 def judge_difference(difference: Difference, metric: str) -> str:
-    """Whether the first of a pair is better, worse, or level: not told apart.
+    """Return whether the first of a pair is better, worse, or level, which means that the interval contains zero.
 
     Args:
-        difference: the first one's metric less the other's.
+        difference: the first's metric minus the second's.
         metric: "loss" or "accuracy".
     """
     if not difference.excludes_zero:
@@ -114,30 +116,30 @@ def judge_difference(difference: Difference, metric: str) -> str:
     return "better" if (difference.mean > 0) == (metric == "accuracy") else "worse"
 
 
-def _compare_results(ours: ArmResult, theirs: ArmResult, split: str, metric: str) -> Difference | str:
-    first, second = ours.list_values(split, metric), theirs.list_values(split, metric)
-    if first is None or second is None:
-        return ours.diverged or f"of the other {theirs.diverged}"
-    return compare_pairs(first, second)
+def _compare_results(first: ArmResult, second: ArmResult, split: str, metric: str) -> Difference | str:
+    values, others = first.list_values(split, metric), second.list_values(split, metric)
+    if values is None or others is None:
+        return first.diverged or f"of the other {second.diverged}"
+    return compare_pairs(values, others)
 
 
-def _format_difference(ours: ArmResult, theirs: ArmResult | None, split: str, metric: str) -> str:
-    found = MISSING if theirs is None else _compare_results(ours, theirs, split, metric)
+def _format_difference(first: ArmResult, second: ArmResult | None, split: str, metric: str) -> str:
+    found = MISSING if second is None else _compare_results(first, second, split, metric)
     if isinstance(found, str):
         return found
     return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {judge_difference(found, metric)}"
 
 
-def format_verdict(ours: ArmResult | None, theirs: ArmResult | None, split: str, metric: str) -> str:
-    """Whether the first is better than the other, or why that cannot be told.
+def format_verdict(first: ArmResult | None, second: ArmResult | None, split: str, metric: str) -> str:
+    """Format a verdict in a word, or the reason why there is none.
 
     Args:
-        ours: the first; None while runs are missing.
-        theirs: the other, likewise.
-        split: whose metric.
+        first: a result; None while runs are missing.
+        second: the result to compare it with, likewise.
+        split: the split's name.
         metric: "loss" or "accuracy".
     """
-    found = MISSING if ours is None or theirs is None else _compare_results(ours, theirs, split, metric)
+    found = MISSING if first is None or second is None else _compare_results(first, second, split, metric)
     return found if isinstance(found, str) else judge_difference(found, metric)
 
 
@@ -152,23 +154,23 @@ def _format_arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]
 
 def _format_row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
     head, metric = [arm, ENTRANTS[entrant].title], comparison.task.metric
-    ours, theirs = (find_result(comparison, arm, each) for each in (entrant, BASELINE))
-    if ours is None:
+    result, baseline = (find_result(comparison, arm, each) for each in (entrant, BASELINE))
+    if result is None:
         return [*head, *[MISSING] * 7]
-    rate = (
-        f"{ours.trial.learning_rate:g}{' (edge)' if comparison.is_at_edge(entrant, ours.trial) else ''}, {ours.trial.schedule}"
-    )
-    cells = [*head, rate, *_format_arrivals(comparison, ours.records)]
+    edge = " (edge)" if comparison.is_at_edge(entrant, result.trial) else ""
+    rate = f"{result.trial.learning_rate:g}{edge}, {result.trial.schedule}"
+    cells = [*head, rate, *_format_arrivals(comparison, result.records)]
     for split, name in (("train", "loss"), ("test", metric)):
-        cells += [ours.format_mean(split, name), "" if entrant == BASELINE else _format_difference(ours, theirs, split, name)]
+        difference = "" if entrant == BASELINE else _format_difference(result, baseline, split, name)
+        cells += [result.format_mean(split, name), difference]
     return cells
 
 
 def format_task_table(comparison: Comparison) -> str:
-    """Everybody's results on a task, arm by arm, with the differences from AdamW's of the same arm.
+    """Format all results on a task, arm by arm, with the differences from AdamW in the same arm.
 
     Args:
-        comparison: of the task.
+        comparison: the comparison on the task.
     """
     task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
     test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
@@ -177,10 +179,10 @@ def format_task_table(comparison: Comparison) -> str:
 
 
 def format_task_section(comparison: Comparison) -> str:
-    """A task's heading, what must be known to read its table, and the table.
+    """Format a task's section: the heading, steps, unit and target, and the table.
 
     Args:
-        comparison: of the task.
+        comparison: the comparison on the task.
     """
     task, target = comparison.task, comparison.compute_target()
     reach = MISSING if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
@@ -189,20 +191,20 @@ def format_task_section(comparison: Comparison) -> str:
 
 
 def format_summary(arm: str, found: Sequence[Comparison]) -> str:
-    """VSGD beside each of the others in a word, train loss first, then the test metric.
+    """Format the verdicts of VSGD compared with each other entrant: train loss first, then the test metric.
 
     Args:
-        arm: by name.
-        found: the comparisons, a row each, of the same entrants.
+        arm: the name of the arm.
+        found: the comparisons, of the same entrants; each gets a row.
     """
-    others = [each for each in found[0].entrants if each != OURS]
+    others = [each for each in found[0].entrants if each != SUBJECT]
     rows, counts = [], {each: (Counter[str](), Counter[str]()) for each in others}
     for comparison in found:
-        ours, cells = find_result(comparison, arm, OURS), [comparison.task.title]
+        subject, cells = find_result(comparison, arm, SUBJECT), [comparison.task.title]
         for other in others:
-            theirs = find_result(comparison, arm, other)
+            result = find_result(comparison, arm, other)
             which = (("train", "loss"), ("test", comparison.task.metric))
-            words = [format_verdict(ours, theirs, split, metric) for split, metric in which]
+            words = [format_verdict(subject, result, split, metric) for split, metric in which]
             for counter, word in zip(counts[other], words, strict=True):
                 counter[word] += 1
             cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))
@@ -220,10 +222,10 @@ def _format_width(found: Range | None) -> str:
 
 
 def format_sensitivity(found: Sequence[Comparison]) -> str:
-    """How wide the learning rates are whose validation metric is within 1% of the best, with the schedule of the widest arm.
+    """Format the ranges of learning rates whose validation metric is within 1% of the best, with the tuned schedule.
 
     Args:
-        found: the comparisons, a row each, of the same entrants.
+        found: the comparisons, of the same entrants; each gets a row.
     """
     rows = []
     for comparison in found:
@@ -235,7 +237,7 @@ def format_sensitivity(found: Sequence[Comparison]) -> str:
 
 
 def format_facts(store: Store, found: Sequence[Comparison]) -> list[str]:
-    """How many runs there are, and what they ran on.
+    """Format the numbers of finished runs and the machines that they ran on.
 
     Args:
         store: of the records.
@@ -244,7 +246,7 @@ def format_facts(store: Store, found: Sequence[Comparison]) -> list[str]:
     rows = []
     for comparison in found:
         parts = (comparison.list_tuning_settings, comparison.list_test_settings)
-        done = [[store.find(each) is not None for who in comparison.entrants for each in part(who)] for part in parts]
+        done = [[store.find(each) is not None for name in comparison.entrants for each in part(name)] for part in parts]
         rows.append([comparison.task.title, *(f"{sum(each)} of {len(each)}" for each in done)])
     lines = [format_table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
     for record in store.open_records("environments"):
@@ -254,12 +256,12 @@ def format_facts(store: Store, found: Sequence[Comparison]) -> list[str]:
 
 
 def write_page(results: Path, page: Path, backend: str = "jax") -> None:
-    """Write tables and plots into the page's sections of our comparison.
+    """Write tables and plots into the page's sections of the comparison.
 
     Args:
-        results: the folder of results, whose `spread.FOLDER` has the records; plots go there.
-        page: the Markdown page, which may not exist yet.
-        backend: of Keras, whose runs are told.
+        results: the folder of results and plots; its folder `spread.FOLDER` has the records.
+        page: the Markdown page; a missing page is created.
+        backend: of Keras; the page reports its runs.
     """
     store = Store(results / FOLDER)
     groups = make_comparisons(store, backend)

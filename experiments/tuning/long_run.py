@@ -76,7 +76,7 @@ def follow_run(run: Run, steps: int, seed: int) -> Iterator[Look]:
         seed: of weights and batches.
 
     Yields:
-            A look after every `EVERY` steps.
+        A look after every `EVERY` steps.
     """
     bench = Bench(tasks.find_task("digits-vae"), comparison.find_entrant(run.entrant).make())
     batches = bench.start(seed)

@@ -1,4 +1,4 @@
-"""Measure how often the posterior's intervals contain the true gradient, on noisy quadratics where it is known.
+"""Measure how often the posterior's intervals contain the true gradient, on noisy quadratics with known gradients.
 
 Draws `calibration.png` and writes the table `calibration.txt`, both for `docs/uncertainty.md`:
 

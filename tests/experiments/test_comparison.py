@@ -182,7 +182,9 @@ def test_an_entrant_may_have_other_hyperparameters() -> None:
     # The same run as that of the entrant with a name of its own.
     assert key == Setting(LOSS, "vsgd-kappas", Trial(0.01, "cosine"), 0, "jax").key
     for name in ("vsgd:", "vsgd:kappa1", "vsgd:kappa1=high", "vsgd:kappa1=0.6,"):
-        with pytest.raises(ValueError, match=f"^entrant is '{name}', but after : must come NAME=NUMBER, separated by commas$"):
+        with pytest.raises(
+            ValueError, match=f"^entrant is '{name}', but after ':' it must have NAME=NUMBER, separated by commas$"
+        ):
             comparison.find_entrant(name)
 
 

@@ -46,7 +46,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
     harmful = pickle.dumps({b"data": Harm()})
     paper_archives.write_tar(tmp_path / "cifar-100-python.tar.gz", {"cifar-100-python/train": harmful})
-    with pytest.raises(ValueError, match=r"cannot be read: it holds [\w.]+, where only NumPy's arrays may be"):
+    with pytest.raises(ValueError, match=r"cannot be read: it contains [\w.]+, but may contain only NumPy's arrays"):
         datasets.find_archive("cifar100", tmp_path).read()
     assert not (tmp_path / "harm").exists()
     pickle.loads(harmful)
@@ -138,6 +138,6 @@ def test_without_a_network_it_says_what_to_place_where(published: Path, monkeypa
     for name, source in list(datasets.SOURCES.items()):
         absent = dataclasses.replace(source, url=(published.parent / "absent" / source.file).as_uri())
         monkeypatch.setitem(datasets.SOURCES, name, absent)
-        what = f"{source.title} cannot be downloaded .*: place {source.file} in a folder, and name that folder by --data-dir"
+        what = f"{source.title} cannot be downloaded .*: place {source.file} in a folder, and pass that folder as --data-dir"
         with pytest.raises(ValueError, match=what):
             datasets.find_archive(name)

@@ -88,7 +88,7 @@ def test_two_steps_of_each_and_once_only(
     assert capsys.readouterr().out == f"{what}\n{what}: test accuracy {100 * steps[2]['test_accuracy']:.2f} %\n"
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     main(command)
-    assert capsys.readouterr().out == f"{what}: is finished\n"
+    assert capsys.readouterr().out == f"{what}: already finished\n"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
 
 
@@ -151,7 +151,7 @@ def test_the_table_has_no_number_of_tiny_archives(
     capsys.readouterr()
     main(command)
     said = capsys.readouterr().out
-    assert "cifar100-convmixer, adamw, seed 0: is finished" in said
+    assert "cifar100-convmixer, adamw, seed 0: already finished" in said
     found = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
     assert sorted(each["key"]["optimizer"] for each in found) == sorted(paper.COMPARED)
     assert page.read_text().count(paper_report.MISSING) == len(paper.EXPERIMENTS) * len(paper.COMPARED)

@@ -191,8 +191,8 @@ def test_the_negative_elbo_is_that_of_the_distributions() -> None:
     ("name", "message"),
     [
         ("digits", "^task is 'digits', but must be one of quadratic, mnist1d-mlp, "),
-        ("quadratic@0", "^task is 'quadratic@0', but after @ must come a positive integer$"),
-        ("quadratic@x", "^task is 'quadratic@x', but after @ must come a positive integer$"),
+        ("quadratic@0", "^task is 'quadratic@0', but after '@' it must have a positive integer$"),
+        ("quadratic@x", "^task is 'quadratic@x', but after '@' it must have a positive integer$"),
     ],
 )
 def test_a_task_that_is_not_there_is_named(name: str, message: str) -> None:
