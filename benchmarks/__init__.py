@@ -1,1 +1,1 @@
-"""Measure the time and memory of each optimizer's step: `python -m benchmarks run SUITE`, then `python -m benchmarks report`."""
+"""Measure the time and memory of optimizer steps: `python -m benchmarks run SUITE`, then `python -m benchmarks report`."""

@@ -41,10 +41,6 @@ def choose_competitors(suite: Suite, names: Iterable[str] | None, device: str) -
     ]
 
 
-def _plotted(suite: Suite) -> list[str]:
-    return [name for name, competitor in suite.competitors.items() if competitor.plotted]
-
-
 def measure_times(suite: Suite, shape: Shape, names: Iterable[str], device: str, limits: timing.Limits) -> dict[str, Any]:
     """Measure the times of all competitors' steps on one shape, and of moving memory in the same rounds."""
     problem = suite.make_problem(shape, device)
@@ -151,7 +147,8 @@ def run_suite(
     cells = dict(results.get("cells", {}))
     wanted = [(shape, word in shapes.SWEEPS) for word in words for shape in shapes.parse(word)]
     for shape, swept in wanted:
-        competitors = choose_competitors(suite, _plotted(suite) if names is None and swept else names, device)
+        plotted = [name for name, competitor in suite.competitors.items() if competitor.plotted]
+        competitors = choose_competitors(suite, plotted if names is None and swept else names, device)
         cell = {**cells.get(shape.name, {}), "tensors": len(shape.tensors), "parameters": shape.parameters}
         if "times" in parts:
             cell["times"] = merge_results(cell.get("times"), measure_times(suite, shape, competitors, device, limits))

@@ -16,10 +16,6 @@ def _format_ratio(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _format_megabytes(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e6:.3g}"
-
-
 def _select_cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Select the part's results, in the order of the named shapes; of other shapes if no named one has the part."""
     cells = results["cells"]
@@ -73,7 +69,8 @@ def format_memory(results: Mapping[str, Any]) -> str:
         sizes = [cell["competitors"][name] for cell in timed.values() if name in cell["competitors"]]
         row = [name, f"{min(each['state_bytes_per_parameter'] for each in sizes):.1f}" if sizes else ""]
         found = [cell["competitors"].get(name) for cell in probed.values()]
-        row += ["" if each is None else _format_megabytes(each["transient_bytes"]) for each in found]
+        peaks = [None if each is None else each["transient_bytes"] for each in found]
+        row += ["" if size is None else f"{size / 1e6:.3g}" for size in peaks]
         row += ["" if each is None else f"{each['first_step_seconds']:.2g}" for each in found]
         rows.append(row)
     header = ["", "state, bytes / parameter", *(f"peak of a step, MB: {name}" for name in probed)]
@@ -96,11 +93,6 @@ def _list_machines(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(_describe_machine(part["environment"]) for part in parts))
 
 
-def _format_command(results: Mapping[str, Any]) -> str:
-    device = "" if results["device"] == "cpu" else f" --device {results['device']}"
-    return f"python -m benchmarks run {results['suite']}{device}"
-
-
 def format_tables(results: Mapping[str, Any]) -> str:
     """Format all tables of a suite, with the machine and the methods.
 
@@ -110,7 +102,8 @@ def format_tables(results: Mapping[str, Any]) -> str:
     Returns:
         Paragraphs of Markdown.
     """
-    parts = [f"`{_format_command(results)}`, on {'; and on '.join(_list_machines(results))}."]
+    device = "" if results["device"] == "cpu" else f" --device {results['device']}"
+    parts = [f"`python -m benchmarks run {results['suite']}{device}`, on {'; and on '.join(_list_machines(results))}."]
     timed = _select_cells(results, "times")
     if timed:
         rates = {name: 1e-9 / compute_seconds_per_byte(cell["memory"]) for name, cell in timed.items()}

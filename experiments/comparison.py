@@ -111,24 +111,14 @@ class Trial(NamedTuple):
     schedule: str
 
 
-def _list_default_trial(entrant: Entrant) -> list[Trial]:
-    return [Trial(entrant.base.learning_rate, "constant")]
-
-
-def _list_five_trials(entrant: Entrant) -> list[Trial]:
-    # Every other rate of the ten, beginning with the second: these are nearer to the defaults.
-    return [Trial(rate, "cosine") for rate in entrant.base.list_learning_rates(10)[1::2]]
-
-
-def _list_twenty_trials(entrant: Entrant) -> list[Trial]:
-    return [Trial(rate, schedule) for schedule in SCHEDULES for rate in entrant.base.list_learning_rates(10)]
-
-
 #: The trials that tuning chooses from, by arm. The five are among the twenty.
 ARMS: dict[str, Callable[[Entrant], list[Trial]]] = {
-    "defaults": _list_default_trial,
-    "5 trials": _list_five_trials,
-    "20 trials": _list_twenty_trials,
+    "defaults": lambda entrant: [Trial(entrant.base.learning_rate, "constant")],
+    # Every other rate of the ten, beginning with the second: these are nearer to the defaults.
+    "5 trials": lambda entrant: [Trial(rate, "cosine") for rate in entrant.base.list_learning_rates(10)[1::2]],
+    "20 trials": lambda entrant: [
+        Trial(rate, schedule) for schedule in SCHEDULES for rate in entrant.base.list_learning_rates(10)
+    ],
 }
 #: The arm with all trials; the target comes from it.
 WIDEST = "20 trials"

@@ -111,11 +111,6 @@ def _format_rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
             yield [f"`{name}`", str(size), *(" ".join(f"{value:.1e}" for value in column) for column in columns)]
 
 
-def _compute_mean_square(found: Sequence[Tensor]) -> float:
-    """Compute the mean square of all elements of the first measured gradient."""
-    return sum(size * steps[0].gradient ** 2 for _, size, steps in found) / sum(size for _, size, _ in found)
-
-
 def write_page(page: Path, backend: str) -> None:
     """Train on the tasks of the sweep, and write the measurements into the page.
 
@@ -144,6 +139,7 @@ def write_page(page: Path, backend: str) -> None:
             f"part with a gain below {STUCK}",
             "step / lr, root mean square",
         ]
-        note = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_compute_mean_square(found):.1e}"
+        square = sum(size * first.gradient**2 for _, size, (first, *_) in found) / sum(size for _, size, _ in found)
+        note = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {square:.1e}"
         parts.append(f"{task.title}, {note}:\n\n{format_table(heads, _format_rows(found))}")
     replace_section(page, "layers", parts)

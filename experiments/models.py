@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -32,14 +33,6 @@ def _add_vgg(x: Any, classes: int, repeats: Sequence[int]) -> Any:
             x = layers.ReLU()(_normalise(x))
         x = layers.MaxPooling2D()(x)
     return _add_head(x, classes, kernel_initializer=keras.initializers.RandomNormal(stddev=0.01))
-
-
-def _add_vgg16(x: Any, classes: int) -> Any:
-    return _add_vgg(x, classes, (2, 2, 3, 3, 3))
-
-
-def _add_vgg19(x: Any, classes: int) -> Any:
-    return _add_vgg(x, classes, (2, 2, 4, 4, 4))
 
 
 def _add_resnext(x: Any, classes: int, cardinality: int = 8, widen_factor: int = 4) -> Any:
@@ -83,8 +76,8 @@ def _add_convmixer(x: Any, classes: int, width: int = 256, depth: int = 8, kerne
 
 #: Functions that return logits from normalised images and a number of classes; `paper.MODELS` has the titles.
 MODELS: dict[str, Callable[[Any, int], Any]] = {
-    "vgg16": _add_vgg16,
-    "vgg19": _add_vgg19,
+    "vgg16": partial(_add_vgg, repeats=(2, 2, 3, 3, 3)),
+    "vgg19": partial(_add_vgg, repeats=(2, 2, 4, 4, 4)),
     "resnext": _add_resnext,
     "convmixer": _add_convmixer,
 }
