@@ -1,4 +1,4 @@
-"""Measure the cost of a monitor, as time of a step with one over without one: `python -m benchmarks.monitor`."""
+"""Measure a monitor's cost: the time of a step with a monitor, divided by that without one: `python -m benchmarks.monitor`."""
 
 from __future__ import annotations
 

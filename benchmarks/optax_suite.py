@@ -19,8 +19,9 @@ class OptaxProblem:
     """Parameters that each step replaces, with gradients of normal noise."""
 
     def __init__(self, shape: Shape, device: str) -> None:
-        if device != jax.default_backend().replace("gpu", "cuda"):
-            raise ValueError(f"device is {device!r}, but must be JAX's backend, {jax.default_backend()!r}")
+        backend = jax.default_backend().replace("gpu", "cuda")
+        if device != backend:
+            raise ValueError(f"device is {device!r}, but must be JAX's own, {backend!r}")
         keys = jax.random.split(jax.random.key(0), len(shape.tensors))
         self.params = [jnp.ones(tensor) for tensor in shape.tensors]
         self.grads = [1e-2 * jax.random.normal(key, tensor) for key, tensor in zip(keys, shape.tensors, strict=True)]

@@ -13,7 +13,7 @@ from experiments.comparison import ENTRANTS, WIDEST, Comparison
 
 
 def _draw_panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
-    """Draw a panel for each task; a panel without data says so."""
+    """Draw a panel for each task; a panel without data gets the text "not run yet"."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     rows = math.ceil(len(found) / 3)

@@ -32,7 +32,7 @@ class Step(NamedTuple):
         sigma: the median standard deviation of the posterior, which divides the step.
         gain: the median gain of the step.
         stuck: the part of the elements whose gain is below `STUCK`.
-        step: root of the mean square of the step, over the learning rate.
+        step: root of the mean square of the step, divided by the learning rate.
     """
 
     gradient: float

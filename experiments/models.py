@@ -36,7 +36,7 @@ def _add_vgg(x: Any, classes: int, repeats: Sequence[int]) -> Any:
 
 
 def _add_resnext(x: Any, classes: int, cardinality: int = 8, widen_factor: int = 4) -> Any:
-    """18 layers: a convolution, three stages of one bottleneck, of 64, 128 and 256 channels times the factor, and a head."""
+    """Add 18 layers: a convolution, three stages of one bottleneck of 64, 128 and 256 channels times the factor, and a head."""
 
     def add_conv(x: Any, channels: int, size: int = 1, stride: int = 1, groups: int = 1) -> Any:
         if size > 1:

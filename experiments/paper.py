@@ -27,7 +27,7 @@ class Experiment:
         model: a key of `MODELS`.
         batch_size: images of a step.
         iterations: steps in all.
-        halve_every: steps after which the learning rate is halved, again and again.
+        halve_every: the learning rate is halved each time after this many steps.
     """
 
     data: str

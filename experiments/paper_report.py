@@ -1,4 +1,4 @@
-"""Write the paper's tables and curves from the records; cells of missing runs say so."""
+"""Write the paper's tables and curves from the records; cells of missing runs contain `MISSING`."""
 
 from __future__ import annotations
 

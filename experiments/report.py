@@ -1,4 +1,4 @@
-"""Write the comparison's tables and plots from the records; cells of missing runs say so."""
+"""Write the comparison's tables and plots from the records; cells of missing runs contain `MISSING`."""
 
 from __future__ import annotations
 

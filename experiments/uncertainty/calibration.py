@@ -55,8 +55,8 @@ class Track(NamedTuple):
 
     Attributes:
         coverage: for each step and level, the share of elements whose interval contains the true gradient.
-        noise_ratio: for each step, the mean noise variance of the posterior over the true one.
-        error_ratio: for each step, the mean squared error of the posterior mean over the mean posterior variance.
+        noise_ratio: for each step, the mean noise variance of the posterior divided by the true one.
+        error_ratio: for each step, the mean squared error of the posterior mean divided by the mean posterior variance.
         gain: the median gain at each step.
     """
 

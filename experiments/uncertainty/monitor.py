@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 
 def name_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters with names that say what their layers do."""
+    """Name the parameters after what their layers do."""
     layers = {id(weight): layer for layer, weight in quickstart.layer_weights(model).items()}
     names: list[tuple[str, Tensor]] = []
     layer = ""

@@ -32,11 +32,11 @@ RATES = (0.001, 0.01)
 
 
 class Arm(NamedTuple):
-    """A training.
+    """Settings of a training.
 
     Attributes:
         factor: multiplies the gradients of the corrupted batch.
-        lasting: whether it multiplies all later ones too.
+        lasting: whether the factor also multiplies all later ones.
         threshold: `outlier_threshold`.
     """
 
