@@ -1,1 +1,1 @@
-"""Measure the speed and memory of the optimizers' steps: `python -m benchmarks run SUITE`, then `report`."""
+"""Measure the time and memory of optimizer steps: `python -m benchmarks run SUITE`, then `python -m benchmarks report`."""

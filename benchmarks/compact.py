@@ -1,7 +1,7 @@
-"""Measure what bfloat16 state costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
+"""Measure what state in bfloat16 costs in accuracy: `python -m benchmarks.compact` writes a table and a figure into the page.
 
-The table compares the quickstart's final losses with float32 and bfloat16 state over several seeds. The figure shows how the
-noise estimate follows a tenfold drop of the noise with float32 state and with both ways to round to bfloat16.
+The table has the quickstart's final losses with both states, over seeds. The figure shows how the noise estimate follows a
+tenfold drop of the noise, with state rounded at random, to the nearest, and not at all.
 """
 
 from __future__ import annotations
@@ -11,42 +11,43 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.quickstart import load
-from benchmarks.report import image, replace_section, table
+from reporting.examples import load_example
+from reporting.pages import format_image, format_table, replace_section
 from vsgd.torch import VSGD
 
 _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(VSGD, state_dtype="bfloat16")}
 _STEPS, _DROP = 3000, 1000
 
 
-def measure_losses(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
-    """Train the quickstart with each state and each seed; equal seeds give equal weights and batches.
+def measure_scores(seeds: int, epochs: int) -> dict[str, list[dict[str, float]]]:
+    """Train the quickstart with each state and seed; equal seeds give equal weights and batches.
 
     Args:
-        seeds: number of seeds.
+        seeds: how many, from 0.
         epochs: passes over the training data.
 
     Returns:
-        For each state, the final scores of each seed.
+        The scores at the end, for each state and seed.
     """
-    quickstart = load()
+    quickstart = load_example("quickstart")
     quickstart.OPTIMIZERS.update(_STATES)
     data = quickstart.load_data()
     with quickstart.tqdm(total=len(_STATES) * seeds * epochs * (len(data.train_x) // quickstart.BATCH_SIZE)) as bar:
         return {name: [quickstart.train(name, seed, data, epochs, bar).scores for seed in range(seeds)] for name in _STATES}
 
 
-def format_losses(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Format the scores as mean ± standard deviation over the seeds, and their paired differences.
+def format_scores(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Format the scores, as mean ± standard deviation over the seeds, and their paired differences.
 
     Args:
-        scores: the result of `measure_losses`.
+        scores: of `measure_scores`.
 
     Returns:
-        A table in Markdown.
+        The Markdown table.
     """
     parts = ("train loss", "test loss", "test accuracy")
     rows = [
@@ -54,19 +55,15 @@ def format_losses(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     ]
     pairs = list(zip(scores["bfloat16"], scores["float32"], strict=True))
     rows.append(["difference", *(_format_spread([one[part] - other[part] for one, other in pairs]) for part in parts)])
-    return table([f"{len(pairs)} seeds", *parts], rows)
+    return format_table([f"{len(pairs)} seeds", *parts], rows)
 
 
 def _format_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2g} ± {statistics.stdev(values):.2g}"
 
 
-def record_noise_estimates() -> dict[str, list[float]]:
-    """Record the mean noise variance after each step while the noise's standard deviation drops from 1 to 0.1.
-
-    Returns:
-        For each kind of state, the estimate after each step.
-    """
+def follow_noise() -> dict[str, list[float]]:
+    """Return each state's mean noise variance after each step, while the noise's deviation drops from 1 to 0.1."""
     generator = torch.Generator().manual_seed(0)
     params = {name: torch.nn.Parameter(torch.zeros(4096)) for name in (*_STATES, "to the nearest")}
     optimizers = {name: _STATES.get(name, VSGD)([param], lr=0.0) for name, param in params.items()}
@@ -83,14 +80,14 @@ def record_noise_estimates() -> dict[str, list[float]]:
     return estimates
 
 
-def draw(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the estimates and the true noise variance.
+def draw_estimates(estimates: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the estimates and the true variance.
 
     Args:
-        estimates: the result of `record_noise_estimates`.
-        path: file to write the image to.
+        estimates: of `follow_noise`.
+        path: of the image file.
     """
-    from matplotlib.figure import Figure  # pyplot would keep the figure and choose a backend for the process
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     styles = {"float32": "-", "bfloat16": "--", "to the nearest": ":"}
     labels = {"bfloat16": "bfloat16, rounded at random", "to the nearest": "bfloat16, rounded to the nearest"}
@@ -111,22 +108,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the table and the figure into the page.
 
     Args:
-        arguments: the command line; None reads it from `sys.argv`.
+        arguments: of the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compact", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="at least 2 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
-    options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error(f"--seeds is {options.seeds}, but must be at least 2: one seed has no standard deviation")
-    figure = options.page.with_suffix("") / "compact-state.png"
+    given: Any = parser.parse_args(arguments)
+    if given.seeds < 2:
+        parser.error(f"--seeds is {given.seeds}, but must be at least 2, for a standard deviation")
+    figure = given.page.with_suffix("") / "compact-state.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(record_noise_estimates(), figure)
+    draw_estimates(follow_noise(), figure)
     torch.set_num_threads(1)
     title = "The noise estimate of each state after a drop of the noise"
-    parts = [format_losses(measure_losses(options.seeds, options.epochs)), image(title, figure, options.page)]
-    replace_section(options.page, "compact", parts)
+    parts = [format_scores(measure_scores(given.seeds, given.epochs)), format_image(title, figure, given.page)]
+    replace_section(given.page, "compact", parts)
 
 
 if __name__ == "__main__":

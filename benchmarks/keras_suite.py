@@ -1,4 +1,4 @@
-"""Keras on the backend of this process: an optimizer's `apply` alone, and a model's whole `train_on_batch`."""
+"""Keras on this process's backend: an optimizer's `apply` alone, and a model's whole `train_on_batch`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from benchmarks.shapes import Shape
 from benchmarks.suite import LEARNING_RATE, WEIGHT_DECAY, Arm, Competitor, Suite
 
 BACKEND = keras.backend.backend()
-#: Samples of a train step: few, so that the optimizer's share of it is large.
+#: Samples of a train step: few, so that the optimizer takes a large share of it.
 BATCH = 2
-#: Height and width of the images that a convolution is given first.
+#: Height and width of the images that the first convolution receives.
 SIDE = 8
 
 
 class _KerasProblem:
     def __init__(self, shape: Shape, device: str) -> None:
         if device != "cpu":
-            raise ValueError("the Keras suites run on the CPU alone")
+            raise ValueError(f"device is {device!r}, but must be 'cpu': the Keras suites measure CPUs only")
         self.shape = shape
 
-    def memory(self, size: int) -> machine.Memory:
+    def make_memory(self, size: int) -> machine.Memory:
         return machine.Memory(size)
 
 
 class ApplyProblem(_KerasProblem):
-    """Variables, and gradients of normal noise."""
+    """Variables with gradients of normal noise."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         super().__init__(shape, device)
@@ -43,12 +43,12 @@ class ApplyProblem(_KerasProblem):
         self.grads = [ops.convert_to_tensor(each) for each in noise]
         self.opposite = [ops.convert_to_tensor(-each) for each in noise]
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         self.grads, self.opposite = self.opposite, self.grads
 
 
 class TrainProblem(_KerasProblem):
-    """A network of layers with the shape's tensors, one each, for models that share its weights."""
+    """A network with one layer for each tensor of the shape; each competitor's model shares the weights."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         super().__init__(shape, device)
@@ -62,12 +62,12 @@ class TrainProblem(_KerasProblem):
         self.x = rng.standard_normal((BATCH, *features), np.float32)
         self.y = rng.standard_normal((BATCH, *self.outputs.shape[1:]), np.float32)
 
-    def turn(self) -> None:
-        """The gradients of a training change by themselves."""
+    def flip_gradients(self) -> None:
+        """Do nothing: the gradients of a training change by themselves."""
 
 
 class Weighted(keras.layers.Layer):
-    """A layer with one tensor: a convolution, a matrix product, a scale or a bias, by its rank."""
+    """A layer with one tensor: by its rank a convolution, a matrix product, a scale or a bias."""
 
     def __init__(self, tensor: tuple[int, ...], even: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Weighted(keras.layers.Layer):
 
     def call(self, x: Any) -> Any:
         if len(self.tensor) == 4:
-            # Halve the image where the channels grow.
+            # Halve the image where the number of channels grows.
             stride = 2 if 3 < self.tensor[2] < self.tensor[3] else 1
             return ops.conv(ops.silu(x), self.weight, strides=stride, padding="same", data_format="channels_last")
         if len(self.tensor) == 2:
@@ -101,15 +101,15 @@ class _KerasArm:
     def step(self, count: int) -> None:
         raise NotImplementedError
 
-    def state(self) -> list[tuple[int, int]]:
-        # After the iterations and the learning rate. Of the values: a variable may say another dtype.
-        return [_size(ops.convert_to_tensor(variable)) for variable in self.optimizer.variables[2:]]
+    def measure_state(self) -> list[tuple[int, int]]:
+        # Without the iterations and the learning rate. Converted, since a variable may report another dtype than its value.
+        return [_measure_array(ops.convert_to_tensor(variable)) for variable in self.optimizer.variables[2:]]
 
-    def transient_bytes(self) -> int | None:
-        return machine.peak_growth(lambda: self.step(1))
+    def measure_transient_bytes(self) -> int | None:
+        return machine.measure_peak_growth(lambda: self.step(1))
 
 
-def _size(array: Any) -> tuple[int, int]:
+def _measure_array(array: Any) -> tuple[int, int]:
     elements = math.prod(array.shape)
     bits = int("".join(filter(str.isdigit, keras.backend.standardize_dtype(array.dtype))))
     return elements, elements * bits // 8
@@ -122,13 +122,15 @@ class ApplyArm(_KerasArm):
         super().__init__(optimizer)
         optimizer.build(problem.variables)
         self.problem = problem
-        self.run = {"tensorflow": _tensorflow_apply, "jax": _jax_apply, "torch": _torch_apply}[BACKEND](problem, optimizer)
+        self.run = {"tensorflow": _compile_tensorflow_apply, "jax": _compile_jax_apply, "torch": _make_torch_apply}[BACKEND](
+            problem, optimizer
+        )
 
     def step(self, count: int) -> None:
         self.run(count)
 
 
-def _tensorflow_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
+def _compile_tensorflow_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     import tensorflow as tf
 
     apply = tf.function(lambda grads: optimizer.apply(grads, problem.variables))
@@ -140,7 +142,7 @@ def _tensorflow_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], 
     return run
 
 
-def _jax_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
+def _compile_jax_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     import jax
 
     apply = jax.jit(optimizer.stateless_apply, donate_argnums=(0, 2))
@@ -157,7 +159,7 @@ def _jax_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     return run
 
 
-def _torch_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
+def _make_torch_apply(problem: ApplyProblem, optimizer: Any) -> Callable[[int], None]:
     def run(count: int) -> None:
         for _ in range(count):
             optimizer.apply(problem.grads, problem.variables)
@@ -193,7 +195,7 @@ _OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
+def _make_suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
     def competitor(optimizer: Callable[[], Any]) -> Competitor:
         return Competitor(lambda problem: arm(problem, optimizer()))
 
@@ -201,7 +203,7 @@ def _suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
         title=f"Keras on {BACKEND}, {title}",
         baselines=("keras AdamW",),
         competitors={name: competitor(optimizer) for name, optimizer in _OPTIMIZERS.items()},
-        problem=problem,
+        make_problem=problem,
         packages=("keras", BACKEND, f"{BACKEND}-cpu"),
         imports={"vsgd.keras": ("keras",)},
         memory="growth of the process's resident memory",
@@ -209,6 +211,6 @@ def _suite(title: str, problem: Any, arm: Callable[[Any, Any], Arm]) -> Suite:
 
 
 SUITES = {
-    "apply": _suite("`optimizer.apply` alone", ApplyProblem, ApplyArm),
-    "train": _suite(f"a whole `train_on_batch` of {BATCH} samples", TrainProblem, TrainArm),
+    "apply": _make_suite("`optimizer.apply` alone", ApplyProblem, ApplyArm),
+    "train": _make_suite(f"a whole `train_on_batch` of {BATCH} samples", TrainProblem, TrainArm),
 }

@@ -1,133 +1,93 @@
-"""The machine: what it is, what memory a process uses on it, and how fast it moves memory."""
+"""Measure a process's peak memory, and the machine's memory bandwidth."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from reporting.machine import count_processors
 
 _REPETITIONS = 5
 
 
-def processors() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def environment(packages: Iterable[str], threads: int, gpu: str | None) -> dict[str, Any]:
-    """What must be known of the machine and its software to read a measurement.
-
-    Args:
-        packages: distributions whose versions count, where they are installed.
-        threads: how many the framework uses.
-        gpu: the GPU's name, where the steps run on one.
-    """
-    return {
-        "cpu": _cpu(),
-        "processors": processors(),
-        "threads": threads,
-        "gpu": gpu,
-        "system": platform.system(),
-        "versions": {"python": platform.python_version(), **_versions(packages)},
-    }
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
 def can_measure_peak() -> bool:
-    """Whether the system tells the peak of a process's memory, and lets it start anew."""
+    """Return whether the system reports a process's peak memory and allows resetting it."""
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def peak_growth(action: Callable[[], None]) -> int | None:
-    """By how many bytes this process's resident memory grew, at its highest, while an action ran.
+def measure_peak_growth(action: Callable[[], None]) -> int | None:
+    """Measure how much this process's resident memory grows, at its peak, while an action runs.
 
-    Memory that was freed before must have gone back to the system, or the action could use it unseen; `RETURN_MEMORY` has
-    glibc's allocator do so.
+    Memory freed earlier must be back at the system, or the action could reuse it unnoticed; `RETURN_MEMORY` makes glibc's
+    allocator return it.
+
+    Args:
+        action: what to run.
 
     Returns:
-        The bytes; None on systems that do not tell.
+        The bytes; None on systems that do not report them.
     """
     if not can_measure_peak():
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _read_resident_bytes("VmRSS")
     action()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, _read_resident_bytes("VmHWM") - before)
 
 
-#: An environment in which freed memory of any size that matters goes back to the system at once.
+#: Environment variables that make freed memory of any relevant size go back to the system at once.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def _resident(name: str) -> int:
+def _read_resident_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 class Memory:
-    """Two float32 arrays, one added to the other by one thread or by all, whichever is faster.
+    """Two float32 arrays: adds one to the other with one thread or with all, whichever is faster.
 
-    Each byte is written where one was read, as an optimizer does it: no line of memory is fetched only to be overwritten.
+    The addition reads each byte that it writes, as an optimizer does, so no cache line is fetched only to be overwritten.
 
     Attributes:
-        moved: the bytes that an addition reads or writes.
+        moved: the bytes that an addition reads and writes.
 
     Args:
-        size: bytes of the two arrays together.
+        size: bytes of both arrays together.
     """
 
     def __init__(self, size: int) -> None:
         self._a, self._b = (np.ones(max(1, size // 8), np.float32) for _ in range(2))
         self.moved = 3 * self._a.nbytes
-        bounds = np.linspace(0, self._a.size, processors() + 1, dtype=int)
+        bounds = np.linspace(0, self._a.size, count_processors() + 1, dtype=int)
         self._parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         self._pool = ThreadPoolExecutor(len(self._parts))
-        self._move = min((self._by_one, self._by_all), key=fastest)
+        self._move = min((self._add_by_one_thread, self._add_by_all_threads), key=time_fastest)
 
     def _add(self, part: slice) -> None:
         np.add(self._a[part], self._b[part], out=self._a[part])
 
-    def _by_one(self) -> None:
+    def _add_by_one_thread(self) -> None:
         self._add(slice(None))
 
-    def _by_all(self) -> None:
+    def _add_by_all_threads(self) -> None:
         list(self._pool.map(self._add, self._parts))
 
     def step(self, count: int) -> None:
-        """Add so many times."""
+        """Add `count` times."""
         for _ in range(count):
             self._move()
 
 
-def fastest(action: Callable[[], object]) -> float:
-    """The seconds of the fastest of several runs."""
+def time_fastest(action: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of several runs."""
     action()
     times = []
     for _ in range(_REPETITIONS):

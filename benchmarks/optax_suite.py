@@ -1,4 +1,4 @@
-"""Define JAX's suite: one jitted optax update that donates its state and parameters."""
+"""JAX: one jitted optax update, with donated state and parameters."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from benchmarks.suite import LEARNING_RATE, WEIGHT_DECAY, Competitor, Suite
 
 
 class OptaxProblem:
-    """Parameters, which each step replaces, and gradients of normal noise."""
+    """Parameters that each step replaces, with gradients of normal noise."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         backend = jax.default_backend().replace("gpu", "cuda")
         if device != backend:
-            raise ValueError(f"device is {device!r}, but must be {backend!r}, on which JAX runs")
+            raise ValueError(f"device is {device!r}, but must be JAX's own, {backend!r}")
         keys = jax.random.split(jax.random.key(0), len(shape.tensors))
         self.params = [jnp.ones(tensor) for tensor in shape.tensors]
         self.grads = [1e-2 * jax.random.normal(key, tensor) for key, tensor in zip(keys, shape.tensors, strict=True)]
         self.opposite = [-grad for grad in self.grads]
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         self.grads, self.opposite = self.opposite, self.grads
 
-    def memory(self, size: int) -> machine.Memory:
+    def make_memory(self, size: int) -> machine.Memory:
         return machine.Memory(size)
 
 
 class OptaxArm:
-    """A gradient transformation with its state."""
+    """A gradient transformation."""
 
     def __init__(self, problem: OptaxProblem, transformation: optax.GradientTransformation) -> None:
         self.problem = problem
@@ -55,10 +55,10 @@ class OptaxArm:
         self.problem.params = params
         jax.block_until_ready((params, self.optimizer_state))
 
-    def state(self) -> list[tuple[int, int]]:
+    def measure_state(self) -> list[tuple[int, int]]:
         return [(leaf.size, leaf.nbytes) for leaf in jax.tree.leaves(self.optimizer_state)]
 
-    def transient_bytes(self) -> int | None:
+    def measure_transient_bytes(self) -> int | None:
         compiled = self.update.lower(self.problem.params, self.optimizer_state, self.problem.grads).compile()
         analysis = compiled.memory_analysis()
         return None if analysis is None else int(analysis.temp_size_in_bytes)
@@ -68,7 +68,7 @@ def _make_competitor(transformation: Any, *, plotted: bool = False, **arguments:
     return Competitor(lambda problem: OptaxArm(problem, transformation(LEARNING_RATE, **arguments)), plotted=plotted)
 
 
-def _make_decaying(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
+def _make_decaying_competitor(transformation: Any, *, plotted: bool = False, **arguments: Any) -> Competitor:
     return _make_competitor(transformation, plotted=plotted, weight_decay=WEIGHT_DECAY, **arguments)
 
 
@@ -76,17 +76,17 @@ SUITE = Suite(
     title="JAX, an optax update under `jax.jit`",
     baselines=("optax.adamw",),
     competitors={
-        "optax.adamw": _make_decaying(optax.adamw, plotted=True),
+        "optax.adamw": _make_decaying_competitor(optax.adamw, plotted=True),
         "optax.adabelief": _make_competitor(optax.adabelief),
-        "optax.lion": _make_decaying(optax.lion),
+        "optax.lion": _make_decaying_competitor(optax.lion),
         "optax.sgd(momentum=0.9)": _make_competitor(optax.sgd, momentum=0.9),
-        "vsgd": _make_decaying(vsgd.optax.vsgd, plotted=True),
-        "vsgd, bfloat16 state": _make_decaying(vsgd.optax.vsgd, state_dtype="bfloat16"),
-        "constant_vsgd": _make_decaying(vsgd.optax.constant_vsgd, plotted=True),
+        "vsgd": _make_decaying_competitor(vsgd.optax.vsgd, plotted=True),
+        "vsgd, bfloat16 state": _make_decaying_competitor(vsgd.optax.vsgd, state_dtype="bfloat16"),
+        "constant_vsgd": _make_decaying_competitor(vsgd.optax.constant_vsgd, plotted=True),
     },
-    problem=OptaxProblem,
+    make_problem=OptaxProblem,
     packages=("jax", "jaxlib", "optax"),
     imports={"vsgd.optax": ("jax", "optax")},
     memory="temp_size_in_bytes of jax's compiled.memory_analysis()",
-    gpu=lambda: jax.devices()[0].device_kind,
+    find_gpu=lambda: jax.devices()[0].device_kind,
 )

@@ -1,4 +1,4 @@
-"""Draw a step's time over a sweep of shapes, with the lower bound that the memory's speed sets."""
+"""Plot a step's time over a sweep of shapes, with the lower bound that the memory bandwidth sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import shapes
-from benchmarks.timing import seconds_per_byte, spread, taken
+from benchmarks.timing import compute_seconds_per_byte, compute_spread, select_taken
 
 _AXES = {
     "parameters": ("parameters, in 4 tensors", "parameters"),
@@ -16,45 +16,45 @@ _AXES = {
 
 
 class Plot(NamedTuple):
-    """A plot on disk.
+    """A plot.
 
     Attributes:
-        title: what the plot shows.
-        path: file of the image.
+        title: what it shows.
+        path: of the image file.
     """
 
     title: str
     path: Path
 
 
-def _find_cells(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def _select_sweep(results: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     cells = [cell for key, cell in results["cells"].items() if key.startswith(f"{name}=") and "times" in cell]
     return sorted(cells, key=lambda cell: cell[name])
 
 
-def draw(results: Mapping[str, Any], stem: Path) -> list[Plot]:
+def draw_sweeps(results: Mapping[str, Any], stem: Path) -> list[Plot]:
     """Draw a plot for each sweep in the results.
 
     Args:
-        results: the results of a suite.
-        stem: the images' path without the name of the sweep.
+        results: of a suite.
+        stem: the images' path up to the name of the sweep.
 
     Returns:
         The plots.
     """
-    swept = {name: cells for name in shapes.SWEEPS if len(cells := _find_cells(results, name)) > 1}
+    swept = {name: cells for name in shapes.SWEEPS if len(cells := _select_sweep(results, name)) > 1}
     return [_draw_sweep(results, name, cells, stem.with_name(f"{stem.name}-{name}.png")) for name, cells in swept.items()]
 
 
 def _draw_sweep(results: Mapping[str, Any], name: str, cells: list[Mapping[str, Any]], path: Path) -> Plot:
-    from matplotlib.figure import Figure  # pyplot would keep the figure and choose a backend for the process
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     label, count = _AXES[name]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for competitor in dict.fromkeys(each for cell in cells for each in cell["times"]["competitors"]):
         points = [(cell[count], cell["times"]["competitors"].get(competitor)) for cell in cells]
-        points = [(x, spread(taken(found["seconds"]))) for x, found in points if found is not None]
+        points = [(x, compute_spread(select_taken(found["seconds"]))) for x, found in points if found is not None]
         xs, spreads = zip(*points, strict=True)
         (line,) = axes.plot(xs, [1e3 * each.median for each in spreads], marker="o", markersize=4, label=competitor)
         axes.fill_between(
@@ -71,13 +71,13 @@ def _draw_sweep(results: Mapping[str, Any], name: str, cells: list[Mapping[str, 
 
 
 def compute_floor(times: Mapping[str, Any], competitor: str) -> float:
-    """Compute how long the memory alone takes for a competitor's step.
+    """Compute the seconds that moving a competitor's memory takes, a lower bound on its step.
 
     Args:
-        times: the times on one shape.
+        times: the results on a shape.
         competitor: its name.
 
     Returns:
         The seconds.
     """
-    return float(times["competitors"][competitor]["traffic_bytes"]) * seconds_per_byte(times["memory"])
+    return float(times["competitors"][competitor]["traffic_bytes"]) * compute_seconds_per_byte(times["memory"])

@@ -1,68 +1,45 @@
-"""Markdown tables of results, and the page that holds them."""
+"""Write the results into a page: Markdown tables and plots."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, shapes
-from benchmarks.timing import Spread, paired_ratio, seconds_per_byte, spread, taken
+from benchmarks.timing import Spread, compute_paired_ratio, compute_seconds_per_byte, compute_spread, select_taken
+from reporting.pages import format_image, format_table, replace_section
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned.
-
-    Args:
-        header: the heads of the columns.
-        rows: the cells of each row.
-    """
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = (_row(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join([first, _row("-" * width for width in widths), *others])
-
-
-def _ratio(ratio: Spread) -> str:
+def _format_ratio(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
-def _megabytes(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e6:.3g}"
-
-
-def _cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The part's results for each named shape that has them, in the order of the shapes."""
+def _select_cells(results: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Select the part's results, in the order of the named shapes; of other shapes if no named one has the part."""
     cells = results["cells"]
     found = {name: cells[name][part] for name in shapes.NAMED if part in cells.get(name, {})}
-    # Where only others were measured: those.
     return found or {name: cell[part] for name, cell in cells.items() if part in cell}
 
 
-def _competitors(cells: Mapping[str, Any]) -> list[str]:
+def _list_competitors(cells: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for cell in cells.values() for name in cell["competitors"]))
 
 
-def times(results: Mapping[str, Any], baseline: str) -> str:
-    """The table of times as ratios to a baseline's.
+def format_times(results: Mapping[str, Any], baseline: str) -> str:
+    """Format the table of times, as ratios to a baseline's.
 
     Args:
         results: of a suite.
-        baseline: the competitor that the others are told in ratios to.
+        baseline: the competitor to compare the others with.
+
+    Returns:
+        The Markdown table.
     """
-    cells = _cells(results, "times")
+    cells = _select_cells(results, "times")
     rows = []
-    for name in _competitors(cells):
+    for name in _list_competitors(cells):
         row = [name]
         for cell in cells.values():
             if name not in cell["competitors"]:
@@ -70,32 +47,37 @@ def times(results: Mapping[str, Any], baseline: str) -> str:
                 continue
             found = cell["competitors"][name]
             seconds = found["seconds"]
-            ratio = _ratio(paired_ratio(seconds, found["against"][baseline]))
-            row.append(f"{'1' if name == baseline else ratio}, {_milliseconds(spread(taken(seconds)).median)}")
+            ratio = _format_ratio(compute_paired_ratio(seconds, found["against"][baseline]))
+            median = 1e3 * compute_spread(select_taken(seconds)).median
+            row.append(f"{'1' if name == baseline else ratio}, {median:.3g} ms")
         rows.append(row)
-    return table([f"time / {baseline}", *cells], rows)
+    return format_table([f"time / {baseline}", *cells], rows)
 
 
-def memory(results: Mapping[str, Any]) -> str:
-    """The table of state, transient memory and first steps.
+def format_memory(results: Mapping[str, Any]) -> str:
+    """Format the table of state, transient memory and first steps.
 
     Args:
         results: of a suite, with probes.
+
+    Returns:
+        The Markdown table.
     """
-    timed, probed = _cells(results, "times"), _cells(results, "probes")
+    timed, probed = _select_cells(results, "times"), _select_cells(results, "probes")
     rows = []
-    for name in _competitors(probed):
+    for name in _list_competitors(probed):
         sizes = [cell["competitors"][name] for cell in timed.values() if name in cell["competitors"]]
         row = [name, f"{min(each['state_bytes_per_parameter'] for each in sizes):.1f}" if sizes else ""]
         found = [cell["competitors"].get(name) for cell in probed.values()]
-        row += ["" if each is None else _megabytes(each["transient_bytes"]) for each in found]
+        peaks = [None if each is None else each["transient_bytes"] for each in found]
+        row += ["" if size is None else f"{size / 1e6:.3g}" for size in peaks]
         row += ["" if each is None else f"{each['first_step_seconds']:.2g}" for each in found]
         rows.append(row)
     header = ["", "state, bytes / parameter", *(f"peak of a step, MB: {name}" for name in probed)]
-    return table([*header, *(f"first step, s: {name}" for name in probed)], rows)
+    return format_table([*header, *(f"first step, s: {name}" for name in probed)], rows)
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
+def _describe_machine(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     gpu = "" if environment["gpu"] is None else f" and {environment['gpu']}"
     return (
@@ -104,92 +86,56 @@ def _machine(environment: Mapping[str, Any]) -> str:
     )
 
 
-def _environments(results: Mapping[str, Any]) -> list[str]:
-    """The machine and versions; several, where a file has runs of several."""
+def _list_machines(results: Mapping[str, Any]) -> list[str]:
+    """List the machines and versions of all results, each once."""
     parts = [cell[part] for cell in results["cells"].values() for part in ("times", "probes") if part in cell]
     parts += [results["imports"]] if "imports" in results else []
-    return list(dict.fromkeys(_machine(part["environment"]) for part in parts))
+    return list(dict.fromkeys(_describe_machine(part["environment"]) for part in parts))
 
 
-def _command(results: Mapping[str, Any]) -> str:
-    device = "" if results["device"] == "cpu" else f" --device {results['device']}"
-    return f"python -m benchmarks run {results['suite']}{device}"
-
-
-def tables(results: Mapping[str, Any]) -> str:
-    """All tables of a suite, with what must be known to read them.
+def format_tables(results: Mapping[str, Any]) -> str:
+    """Format all tables of a suite, with the machine and the methods.
 
     Args:
         results: of a suite.
+
+    Returns:
+        Paragraphs of Markdown.
     """
-    parts = [f"`{_command(results)}`, on {'; and on '.join(_environments(results))}."]
-    timed = _cells(results, "times")
+    device = "" if results["device"] == "cpu" else f" --device {results['device']}"
+    parts = [f"`python -m benchmarks run {results['suite']}{device}`, on {'; and on '.join(_list_machines(results))}."]
+    timed = _select_cells(results, "times")
     if timed:
-        speeds = ", ".join(f"{1e-9 / seconds_per_byte(cell['memory']):.3g} GB/s on {name}" for name, cell in timed.items())
+        rates = {name: 1e-9 / compute_seconds_per_byte(cell["memory"]) for name, cell in timed.items()}
+        speeds = ", ".join(f"{rate:.3g} GB/s on {name}" for name, rate in rates.items())
         parts.append(f"Median of paired ratios (quartiles), and median time. Memory moved {speeds}.")
-        parts += [times(results, baseline) for baseline in results["baselines"]]
-    probed = _cells(results, "probes")
+        parts += [format_times(results, baseline) for baseline in results["baselines"]]
+    probed = _select_cells(results, "probes")
     if probed:
         (how,) = {cell["memory"] for cell in probed.values()}
-        parts += [f"Peak memory of a step beyond what lives before it: {how}.", memory(results)]
+        parts += [f"Peak memory that a step adds: {how}.", format_memory(results)]
     if "imports" in results:
         seconds = ", ".join(f"`{module}` {seconds:.2g} s" for module, seconds in results["imports"]["seconds"].items())
         parts.append(f"Import, over the framework's own: {seconds}.")
     return "\n\n".join(parts)
 
 
-def write(folder: Path, page: Path) -> None:
+def write_page(folder: Path, page: Path) -> None:
     """Draw the plots of all results in a folder, and write tables and plots into a page.
 
-    A suite's part of the page stands between `<!-- NAME -->` and `<!-- /NAME -->`, with the name of its file; one that the page
-    lacks is added at its end.
+    A suite's section stays between `<!-- NAME -->` and `<!-- /NAME -->`, named after its file. A missing one is added at the
+    page's end.
 
     Args:
-        folder: that of the JSON files; the plots are written there.
-        page: the Markdown page, which may not exist yet, nor its folder.
+        folder: of the JSON files and of the plots.
+        page: the Markdown page; a missing page is created.
 
     Raises:
         ValueError: a section of the page begins and does not end.
     """
     for file in sorted(folder.glob("*.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
-        parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", tables(results)]
-        drawn = plots.draw(results, folder / file.stem)
-        parts += [image(plot.title, plot.path, page) for plot in drawn]
+        parts = [f"### {results['title']}{'' if results['device'] == 'cpu' else ', on a GPU'}", format_tables(results)]
+        drawn = plots.draw_sweeps(results, folder / file.stem)
+        parts += [format_image(plot.title, plot.path, page) for plot in drawn]
         replace_section(page, file.stem, parts)
-
-
-def image(title: str, path: Path, page: Path) -> str:
-    """An image in Markdown.
-
-    Args:
-        title: what it shows.
-        path: of the image, which may lie anywhere.
-        page: that shows it.
-    """
-    return f"![{title}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
-
-
-def replace_section(page: Path, name: str, parts: Iterable[str]) -> None:
-    """Write paragraphs between `<!-- NAME -->` and `<!-- /NAME -->` of a page, or at its end.
-
-    Args:
-        page: the Markdown page, which may not exist yet, nor its folder.
-        name: of the section.
-        parts: the paragraphs.
-
-    Raises:
-        ValueError: the section begins and does not end.
-    """
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    section = "\n\n".join([begin, *parts, end])
-    if begin in text:
-        before, _, rest = text.partition(begin)
-        if end not in rest:
-            raise ValueError(f"section {name!r} of {page} begins with {begin}, but must end with {end}")
-        text = f"{before}{section}{rest.partition(end)[2]}"
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")

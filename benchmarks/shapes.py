@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """The shapes of all parameters of a problem.
+    """Parameters by the shapes of their tensors.
 
     Attributes:
-        name: the name that `parse` reads.
+        name: a word that `parse` reads.
         tensors: the shape of each tensor.
     """
 
@@ -20,57 +20,46 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Return the number of elements in all tensors."""
+        """The number of elements of all tensors."""
         return sum(math.prod(tensor) for tensor in self.tensors)
 
 
-def _list_convolutions() -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of a residual network: convolutions, each with a norm's scale and bias, and a head."""
+def _make_convolutions() -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a residual network: convolutions, each with its norm's scale and bias, and a head."""
     widths = (3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512)
     stages = [((3, 3, narrow, wide), (wide,), (wide,)) for narrow, wide in itertools.pairwise(widths)]
     return (*(tensor for stage in stages for tensor in stage), (512,), (512,), (512, 10), (10,))
 
 
 NAMED = {
-    "conv": Shape("conv", _list_convolutions()),
+    "conv": Shape("conv", _make_convolutions()),
     "many": Shape("many", ((64,),) * 300),
     "large": Shape("large", ((4096, 4096),) * 4),
 }
 
-#: The sweeps of the plots and their values.
+#: The sweeps of the plots, and their values.
 SWEEPS = {
     "parameters": (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000),
     "tensors": (1, 3, 10, 30, 100, 300, 1000, 3000),
 }
 
 
-#: What `parse` accepts, for the command line's help.
-HELP = (
-    f"{', '.join(NAMED)}; a sweep: {', '.join(SWEEPS)}; or one point of it, such as parameters=1000 (four square matrices of "
-    "about 1000 numbers in all) or tensors=30 (30 vectors of 64)"
-)
-
-
 def parse(text: str) -> list[Shape]:
     """Return the shapes that a word of the command line names.
 
     Args:
-        text: a name ("conv"), a sweep ("parameters", "tensors"), or one point of a sweep: "parameters=1000" is four square
-            matrices of about 1000 numbers in all, "tensors=30" is 30 vectors of 64.
-
-    Returns:
-        One shape, or all shapes of a sweep.
+        text: a name ("conv"), a sweep ("parameters", "tensors"), or one point of it: "parameters=1000" for four square matrices
+            with about 1000 elements in total, "tensors=30" for 30 vectors of 64.
 
     Raises:
-        ValueError: the text names no shape.
+        ValueError: the word is none of these.
     """
     if text in NAMED:
         return [NAMED[text]]
     sweep, equals, number = text.partition("=")
     if sweep not in SWEEPS or (equals and not (number.isdecimal() and int(number))):
-        raise ValueError(
-            f"shape is {text!r}, but must be one of {', '.join((*NAMED, *SWEEPS))} or a point such as parameters=1000"
-        )
+        choices = ", ".join((*NAMED, *SWEEPS))
+        raise ValueError(f"shape is {text!r}, but must be one of {choices}, or a point such as parameters=1000")
     values = (int(number),) if number else SWEEPS[sweep]
     return [_make_point(sweep, value) for value in values]
 

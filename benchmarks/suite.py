@@ -1,23 +1,21 @@
-"""What a suite is: competitors that step the same parameters in one framework, and what is measured of them."""
+"""Define suites: competitors that step the same parameters in one framework."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from benchmarks import machine
 from benchmarks.shapes import Shape
+from reporting.machine import count_processors, describe_environment
 
 LEARNING_RATE = 1e-4
-#: The same for every competitor that decays weights apart from the gradient, for it may cost a pass over them.
+#: Of every competitor with decoupled weight decay, because the decay may need another pass over the parameters.
 WEIGHT_DECAY = 0.01
-#: Stands among a competitor's needs for a C++ compiler.
+#: A competitor's need for a C++ compiler, among its packages.
 COMPILER = "C++ compiler"
 
 
@@ -25,32 +23,32 @@ class Arm(Protocol):
     """An optimizer with its state, on the parameters of a problem."""
 
     def step(self, count: int) -> None:
-        """Take so many steps and wait for their end."""
+        """Take `count` steps and wait until they finish."""
 
-    def state(self) -> list[tuple[int, int]]:
-        """The number of elements and of bytes of each array of state."""
+    def measure_state(self) -> list[tuple[int, int]]:
+        """Return the numbers of elements and bytes of each array of state."""
 
-    def transient_bytes(self) -> int | None:
-        """Memory that a step takes beyond what lives before it; None where it cannot be told."""
+    def measure_transient_bytes(self) -> int | None:
+        """Return the bytes that a step allocates temporarily; None where the system does not report them."""
 
 
 class Memory(Protocol):
-    """What moves memory, to tell how fast that can be."""
+    """Moves memory, to measure the bandwidth."""
 
     moved: int
 
     def step(self, count: int) -> None:
-        """Move `moved` bytes so many times and wait for the end."""
+        """Move `moved` bytes `count` times and wait until that finishes."""
 
 
 class Problem(Protocol):
-    """Parameters of a shape, with gradients, which all competitors step in turn."""
+    """Parameters of a shape with gradients; all competitors step them in turn."""
 
-    def turn(self) -> None:
-        """Change the gradients, all to their opposite: constant ones would leave nothing to filter."""
+    def flip_gradients(self) -> None:
+        """Negate all gradients: with constant ones an optimizer has nothing to filter."""
 
-    def memory(self, size: int) -> Memory:
-        """Arrays of so many bytes together, to be moved where the parameters are."""
+    def make_memory(self, size: int) -> Memory:
+        """Return arrays of `size` bytes in total, on the device of the parameters."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,10 @@ class Competitor:
     """One row of a suite.
 
     Attributes:
-        make: makes the optimizer's arm on a problem.
-        needs: packages without which it sits out, or COMPILER.
-        devices: on which it runs.
-        plotted: whether it is in the plots.
+        make: makes the optimizer's arm for a problem.
+        needs: required packages, or COMPILER; a competitor without them is skipped.
+        devices: the devices that it supports.
+        plotted: whether the plots include it.
     """
 
     make: Callable[[Any], Arm]
@@ -69,13 +67,13 @@ class Competitor:
     devices: tuple[str, ...] = ("cpu", "cuda")
     plotted: bool = False
 
-    def missing(self, device: str) -> list[str]:
-        """What it lacks here."""
-        lacks = [need for need in self.needs if not _has(need)]
+    def find_missing(self, device: str) -> list[str]:
+        """Return the missing needs, and the device if it is not supported."""
+        lacks = [need for need in self.needs if not _is_available(need)]
         return lacks if device in self.devices else [*lacks, f"not on {device}"]
 
 
-def _has(need: str) -> bool:
+def _is_available(need: str) -> bool:
     if need == COMPILER:
         return any(map(shutil.which, ("c++", "g++", "clang++")))
     return find_spec(need) is not None
@@ -83,61 +81,47 @@ def _has(need: str) -> bool:
 
 @dataclass(frozen=True)
 class Suite:
-    """Competitors that are compared with each other.
+    """Competitors to compare with each other.
 
     Attributes:
-        title: what is measured, in a few words.
-        baselines: the competitors that the others are told in ratios to.
-        competitors: all, by name.
-        problem: makes the parameters of a shape on a device.
-        packages: distributions whose versions count, where they are installed.
-        imports: modules whose import is timed, and for each the modules that a user has anyway.
-        memory: how transient memory is measured.
-        threads: tells how many the framework uses.
-        gpu: tells the GPU's name.
+        title: what the suite measures, in a few words.
+        baselines: the competitors that the tables compare the others with.
+        competitors: all competitors, by name.
+        make_problem: makes the parameters of a shape on a device.
+        packages: distributions to report the versions of, where they are installed.
+        imports: modules to time the import of, each with the modules that users import anyway.
+        memory: how the suite measures transient memory.
+        count_threads: returns how many threads the framework uses.
+        find_gpu: returns the GPU's name.
     """
 
     title: str
     baselines: tuple[str, ...]
     competitors: Mapping[str, Competitor]
-    problem: Callable[[Shape, str], Problem]
+    make_problem: Callable[[Shape, str], Problem]
     packages: tuple[str, ...]
     imports: Mapping[str, tuple[str, ...]]
     memory: str
-    threads: Callable[[], int] = machine.processors
-    gpu: Callable[[], str | None] = lambda: None
+    count_threads: Callable[[], int] = count_processors
+    find_gpu: Callable[[], str | None] = lambda: None
 
-    def environment(self, device: str) -> dict[str, Any]:
-        """The machine and the versions."""
-        return machine.environment(self.packages, self.threads(), None if device == "cpu" else self.gpu())
-
-
-_KERAS_BACKENDS = ("tensorflow", "jax", "torch")
-
-#: The names of all suites.
-NAMES = ("torch", "optax", *(f"keras-{task}-{backend}" for task in ("apply", "train") for backend in _KERAS_BACKENDS))
+    def describe_environment(self, device: str) -> dict[str, Any]:
+        """Describe the machine and the versions."""
+        return describe_environment(self.packages, self.count_threads(), None if device == "cpu" else self.find_gpu())
 
 
-def load(name: str) -> Suite:
-    """The suite of a name; imports its framework."""
-    if not name.startswith("keras-"):
-        return importlib.import_module(f"benchmarks.{name}_suite").SUITE
-    _, task, backend = name.split("-")
-    os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return importlib.import_module("benchmarks.keras_suite").SUITES[task]
+def compute_state_bytes(arm: Arm, shape: Shape) -> float:
+    """Compute the bytes of optimizer state per parameter."""
+    return sum(size for _, size in arm.measure_state()) / shape.parameters
 
 
-def state_bytes_per_parameter(arm: Arm, shape: Shape) -> float:
-    """All of an optimizer's state, shared out among the parameters."""
-    return sum(size for _, size in arm.state()) / shape.parameters
+def compute_traffic_bytes(arm: Arm, shape: Shape) -> int:
+    """Compute the bytes that a step on float32 parameters must move: gradient, parameter and state.
 
+    A step reads the gradient, and reads and writes the parameter and its state. Only arrays of state as large as the smallest
+    tensor count: smaller ones, such as a count of steps, stay in the processor's caches.
 
-def traffic_bytes(arm: Arm, shape: Shape) -> int:
-    """The bytes that a step on float32 parameters must move: read the gradient, read and write the parameter and its state.
-
-    Of the state, only arrays as large as a parameter count: a count of steps stays in the processor's caches.
     """
-    least = min(map(math.prod, shape.tensors))
-    state = sum(size for elements, size in arm.state() if elements >= least)
+    smallest = min(map(math.prod, shape.tensors))
+    state = sum(size for elements, size in arm.measure_state() if elements >= smallest)
     return (4 + 2 * 4) * shape.parameters + 2 * state

@@ -1,4 +1,4 @@
-"""Time several competitors in turns, and compare them by ratios of times from the same round."""
+"""Measure the times of several competitors in turns, so that their ratios can be compared."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: Even a slow competitor runs in at least this many rounds.
+#: Even a slow competitor takes part in this many rounds.
 LEAST_ROUNDS = 3
 _WARM_UP_STEPS = 2
-# Another library's idle threads may spin for some milliseconds.
+# Another library's threads may still spin for some milliseconds, waiting for work.
 _PAUSE_SECONDS = 0.005
 
-#: Seconds of a step in each round; None for rounds without the competitor.
+#: Seconds of a step in each round; None where the competitor was skipped.
 Samples = Sequence[float | None]
 
 
@@ -26,9 +26,9 @@ class Limits(NamedTuple):
     """How long to measure.
 
     Attributes:
-        rounds: measurements of each competitor.
-        sample_seconds: least duration of a measurement; short steps are repeated to reach it.
-        competitor_seconds: limit for one competitor in all; one that exceeds it skips the later rounds.
+        rounds: how often to measure each competitor.
+        sample_seconds: short steps are repeated within a measurement until it takes about this long.
+        competitor_seconds: a competitor that has used this much is skipped in later rounds.
     """
 
     rounds: int = 21
@@ -37,37 +37,40 @@ class Limits(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A median with the lower and upper quartile."""
+    """A median and the quartiles around it."""
 
     median: float
     low: float
     high: float
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Return the median and the quartiles of some values."""
+def compute_spread(values: Sequence[float]) -> Spread:
+    """Compute the median and the quartiles."""
     low, median, high = np.quantile(np.asarray(values), [0.25, 0.5, 0.75]).tolist()
     return Spread(median, low, high)
 
 
-def taken(samples: Samples) -> list[float]:
-    """Return the times without the rounds that the competitor skipped."""
+def select_taken(samples: Samples) -> list[float]:
+    """Return the times of the rounds that a competitor took part in."""
     return [seconds for seconds in samples if seconds is not None]
 
 
-def paired_ratio(samples: Samples, baseline: Samples) -> Spread:
-    """Return the spread of the ratios to a baseline in the same rounds, so that a slow moment affects both times."""
+def compute_paired_ratio(samples: Samples, baseline: Samples) -> Spread:
+    """Divide the times by a baseline's in the same rounds, so that a slow moment of the machine affects both."""
     pairs = zip(samples, baseline, strict=True)
-    return spread([seconds / base for seconds, base in pairs if seconds is not None and base is not None])
+    return compute_spread([seconds / base for seconds, base in pairs if seconds is not None and base is not None])
 
 
-def seconds_per_byte(memory: Mapping[str, Any]) -> float:
-    """Return the median time to read or write a byte.
+def compute_seconds_per_byte(memory: Mapping[str, Any]) -> float:
+    """Compute the median time to read or write a byte.
 
     Args:
-        memory: the moved "bytes", and the "seconds" in each round.
+        memory: "bytes" moved, and "seconds" of each round.
+
+    Returns:
+        The seconds.
     """
-    return spread(taken(memory["seconds"])).median / float(memory["bytes"])
+    return compute_spread(select_taken(memory["seconds"])).median / float(memory["bytes"])
 
 
 def interleave(
@@ -79,7 +82,7 @@ def interleave(
     """Measure all competitors in each round, in a new random order.
 
     Args:
-        steps: for each competitor, a function that takes a number of steps and waits for their end.
+        steps: for each competitor, a function that takes `count` steps and waits until they finish.
         limits: how long to measure.
         before_round: called before each round.
         clock: returns the time in seconds.
@@ -90,7 +93,7 @@ def interleave(
     repeats: dict[str, int] = {}
     for name, step in steps.items():
         print(f"warming up {name}", file=sys.stderr)
-        step(_WARM_UP_STEPS)  # creates the state and compiles; some competitors compile again at the second step
+        step(_WARM_UP_STEPS)  # creates the state and compiles; some optimizers compile again at the second step
         repeats[name] = max(1, math.ceil(limits.sample_seconds / max(_time_steps(step, 1, clock), 1e-6)))
     samples: dict[str, list[float | None]] = {name: [] for name in steps}
     spent = dict.fromkeys(steps, 0.0)

@@ -1,4 +1,4 @@
-"""Define PyTorch's suite: one `optimizer.step()`."""
+"""PyTorch: one `optimizer.step()`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TorchProblem:
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
 
-    def turn(self) -> None:
+    def flip_gradients(self) -> None:
         torch._foreach_neg_(self.grads)
         self.wait()
 
@@ -33,12 +33,12 @@ class TorchProblem:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def memory(self, size: int) -> TorchMemory:
+    def make_memory(self, size: int) -> TorchMemory:
         return TorchMemory(self, size)
 
 
 class TorchMemory:
-    """Two float32 tensors of `size` bytes together; a step adds one to the other."""
+    """Two float32 tensors, one of which is added to the other."""
 
     def __init__(self, problem: TorchProblem, size: int) -> None:
         self.problem = problem
@@ -52,7 +52,7 @@ class TorchMemory:
 
 
 class TorchArm:
-    """A `torch.optim.Optimizer`, with a compiled step if `compiled` is set."""
+    """A `torch.optim.Optimizer`, with a compiled step or a plain one."""
 
     def __init__(self, problem: TorchProblem, optimizer: torch.optim.Optimizer, compiled: bool) -> None:
         self.problem = problem
@@ -64,13 +64,13 @@ class TorchArm:
             self.one_step()
         self.problem.wait()
 
-    def state(self) -> list[tuple[int, int]]:
+    def measure_state(self) -> list[tuple[int, int]]:
         values = (value for state in self.optimizer.state.values() for value in state.values())
         return [(value.numel(), value.nbytes) for value in values if isinstance(value, torch.Tensor)]
 
-    def transient_bytes(self) -> int | None:
+    def measure_transient_bytes(self) -> int | None:
         if self.problem.device == "cpu":
-            return machine.peak_growth(lambda: self.step(1))
+            return machine.measure_peak_growth(lambda: self.step(1))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.step(1)
@@ -83,15 +83,15 @@ def _make_arm(
     return lambda problem: TorchArm(problem, optimizer(problem.params, lr=lr, **arguments), compiled)
 
 
-def _make_decaying(optimizer: Callable[..., Any], **arguments: Any) -> Callable[[TorchProblem], Arm]:
+def _make_decaying_arm(optimizer: Callable[..., Any], **arguments: Any) -> Callable[[TorchProblem], Arm]:
     return _make_arm(optimizer, weight_decay=WEIGHT_DECAY, **arguments)
 
 
-def _make_from_pytorch_optimizer(name: str) -> Callable[[TorchProblem], Arm]:
+def _make_pytorch_optimizer_arm(name: str) -> Callable[[TorchProblem], Arm]:
     def make(problem: TorchProblem) -> Arm:
         import pytorch_optimizer
 
-        return _make_decaying(getattr(pytorch_optimizer, name))(problem)
+        return _make_decaying_arm(getattr(pytorch_optimizer, name))(problem)
 
     return make
 
@@ -100,30 +100,30 @@ _VSGD, _CONSTANT, _ADAMW = vsgd.torch.VSGD, vsgd.torch.ConstantVSGD, torch.optim
 _LOOP = {"fused": False, "foreach": False}
 
 COMPETITORS = {
-    "AdamW(fused=True)": Competitor(_make_decaying(_ADAMW, fused=True), plotted=True),
-    "AdamW()": Competitor(_make_decaying(_ADAMW), plotted=True),
-    "AdamW(foreach=True)": Competitor(_make_decaying(_ADAMW, foreach=True)),
+    "AdamW(fused=True)": Competitor(_make_decaying_arm(_ADAMW, fused=True), plotted=True),
+    "AdamW()": Competitor(_make_decaying_arm(_ADAMW), plotted=True),
+    "AdamW(foreach=True)": Competitor(_make_decaying_arm(_ADAMW, foreach=True)),
     "SGD(momentum=0.9)": Competitor(_make_arm(torch.optim.SGD, momentum=0.9)),
-    "pytorch_optimizer AdaBelief": Competitor(_make_from_pytorch_optimizer("AdaBelief"), needs=("pytorch_optimizer",)),
-    "pytorch_optimizer VSGD": Competitor(_make_from_pytorch_optimizer("VSGD"), needs=("pytorch_optimizer",), plotted=True),
-    "VSGD(fused=True)": Competitor(_make_decaying(_VSGD, fused=True), needs=("numba",), devices=("cpu",), plotted=True),
+    "pytorch_optimizer AdaBelief": Competitor(_make_pytorch_optimizer_arm("AdaBelief"), needs=("pytorch_optimizer",)),
+    "pytorch_optimizer VSGD": Competitor(_make_pytorch_optimizer_arm("VSGD"), needs=("pytorch_optimizer",), plotted=True),
+    "VSGD(fused=True)": Competitor(_make_decaying_arm(_VSGD, fused=True), needs=("numba",), devices=("cpu",), plotted=True),
     "VSGD(fused=True), bfloat16 state": Competitor(
-        _make_decaying(_VSGD, fused=True, state_dtype="bfloat16"), needs=("numba",), devices=("cpu",), plotted=True
+        _make_decaying_arm(_VSGD, fused=True, state_dtype="bfloat16"), needs=("numba",), devices=("cpu",), plotted=True
     ),
-    "VSGD(foreach=True)": Competitor(_make_decaying(_VSGD, foreach=True)),
-    "VSGD, loop": Competitor(_make_decaying(_VSGD, **_LOOP), plotted=True),
-    "VSGD, torch.compile": Competitor(_make_decaying(_VSGD, compiled=True), needs=(COMPILER,)),
-    "ConstantVSGD(fused=True)": Competitor(_make_decaying(_CONSTANT, fused=True), needs=("numba",), devices=("cpu",)),
-    "ConstantVSGD(foreach=True)": Competitor(_make_decaying(_CONSTANT, foreach=True)),
-    "ConstantVSGD, loop": Competitor(_make_decaying(_CONSTANT, **_LOOP)),
-    "ConstantVSGD, torch.compile": Competitor(_make_decaying(_CONSTANT, compiled=True), needs=(COMPILER,)),
+    "VSGD(foreach=True)": Competitor(_make_decaying_arm(_VSGD, foreach=True)),
+    "VSGD, loop": Competitor(_make_decaying_arm(_VSGD, **_LOOP), plotted=True),
+    "VSGD, torch.compile": Competitor(_make_decaying_arm(_VSGD, compiled=True), needs=(COMPILER,)),
+    "ConstantVSGD(fused=True)": Competitor(_make_decaying_arm(_CONSTANT, fused=True), needs=("numba",), devices=("cpu",)),
+    "ConstantVSGD(foreach=True)": Competitor(_make_decaying_arm(_CONSTANT, foreach=True)),
+    "ConstantVSGD, loop": Competitor(_make_decaying_arm(_CONSTANT, **_LOOP)),
+    "ConstantVSGD, torch.compile": Competitor(_make_decaying_arm(_CONSTANT, compiled=True), needs=(COMPILER,)),
 }
 
 SUITE = Suite(
     title="PyTorch, `optimizer.step()`",
     baselines=("AdamW(fused=True)", "AdamW()"),
     competitors=COMPETITORS,
-    problem=TorchProblem,
+    make_problem=TorchProblem,
     packages=("torch", "numba", "pytorch_optimizer"),
     imports={
         "vsgd.torch": ("torch",),
@@ -131,6 +131,6 @@ SUITE = Suite(
         **({"vsgd.backends.torch.fused_cpu": ("torch", "vsgd.torch")} if find_spec("numba") else {}),
     },
     memory="on a CPU growth of the process's resident memory, on a GPU torch.cuda.max_memory_allocated",
-    threads=torch.get_num_threads,
-    gpu=torch.cuda.get_device_name,
+    count_threads=torch.get_num_threads,
+    find_gpu=torch.cuda.get_device_name,
 )

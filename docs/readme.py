@@ -1,6 +1,6 @@
 """Write the README's tables, which summarize the pages on agreement, performance and results.
 
-The script reads `docs/agreement.md` and the measurements in `docs/performance` and `docs/results`:
+Reads `docs/agreement.md` and the records in `docs/performance` and `docs/results`, and writes the README's sections:
 
     pip install '.[experiments]'
     python docs/readme.py
@@ -16,17 +16,17 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.report import replace_section, table
-from benchmarks.timing import paired_ratio
+from benchmarks.timing import compute_paired_ratio
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
 from experiments.paper_report import MISSING
-from experiments.report import in_a_word, told
+from experiments.report import find_result, format_verdict
 from experiments.spread import FOLDER, Store
 from experiments.tasks import TASKS
+from reporting.pages import format_table, replace_section
 
 DOCS = Path(__file__).parent
 
-#: Framework of the runners of `tests/matrix`, by the prefix of their names.
+#: The framework of the runners of `tests/matrix`, by how their names begin.
 FRAMEWORKS = {
     "numpy": "NumPy",
     "torch-": "PyTorch",
@@ -36,10 +36,10 @@ FRAMEWORKS = {
     "keras-torch": "Keras on PyTorch",
     "mlx": "MLX",
 }
-#: Columns of the page on agreement that the README shows.
+#: The columns of `docs/agreement.md` that the README's table has.
 COLUMNS = ("golden, float64", "golden, float32", "training, float64", "training, float32")
 
-#: By file: the measurement, its baseline, and the names of VSGD and Constant VSGD in the file.
+#: By file: what the suite measures, its baseline, and the names of VSGD and Constant VSGD in it.
 SUITES = {
     "torch": ("PyTorch, a fused step", "AdamW(fused=True)", ("VSGD(fused=True)", "ConstantVSGD(fused=True)")),
     "optax": ("JAX, a step under `jit`", "optax.adamw", ("vsgd", "constant_vsgd")),
@@ -49,18 +49,18 @@ SUITES = {
 }
 SHAPES = ("conv", "many", "large")
 
-#: Entrants that the README compares with VSGD.
+#: The entrants to compare VSGD with.
 OTHERS = ("adamw", "adamw-warm", "sgd")
 
 
 def read_rows(page: Path) -> list[dict[str, str]]:
-    """Read the rows of a page's first table.
+    """Read the rows of a page's first table, by the heads of its columns.
 
     Args:
-        page: page in Markdown.
+        page: the Markdown page.
 
     Returns:
-        For each row, its cells by the heads of the columns.
+        A dictionary for each row.
     """
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
@@ -68,10 +68,13 @@ def read_rows(page: Path) -> list[dict[str, str]]:
 
 
 def parse_number(cell: str) -> float | None:
-    """Return the number at the start of a table's cell, or None if there is no number.
+    """Parse the number at the beginning of a cell.
 
     Args:
-        cell: the cell's text.
+        cell: of a table.
+
+    Returns:
+        The number; None where the cell does not begin with one.
     """
     try:
         return float(cell.split()[0])
@@ -80,13 +83,13 @@ def parse_number(cell: str) -> float | None:
 
 
 def format_agreement(page: Path) -> str:
-    """Format the largest error of any runner of each framework.
+    """Format the largest relative error of each framework's runners.
 
     Args:
-        page: page that `tests/matrix` wrote.
+        page: the page that `tests/matrix` writes.
 
     Returns:
-        A table in Markdown.
+        The Markdown table.
     """
     found = read_rows(page)
     (bound,) = (row for row in found if row["runner"] == "bound")
@@ -96,72 +99,70 @@ def format_agreement(page: Path) -> str:
         columns = [[value for row in runners if (value := parse_number(row[column])) is not None] for column in COLUMNS]
         if runners:
             rows.append([title, *(f"{max(column):.0e}" if column else "reference" for column in columns)])
-    return table(["", *COLUMNS], rows)
+    return format_table(["", *COLUMNS], rows)
 
 
 def _format_ratio(cell: Mapping[str, Any], name: str, baseline: str) -> str:
     found = cell["times"]["competitors"][name]
-    return f"{paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
+    return f"{compute_paired_ratio(found['seconds'], found['against'][baseline]).median:.2f}"
 
 
 def format_speed(folder: Path) -> str:
-    """Format the ratio of VSGD's and Constant VSGD's step time to AdamW's in the same framework.
+    """Format the ratios of VSGD's and Constant VSGD's times of a step to AdamW's of the same framework.
 
     Args:
-        folder: folder of the measurements.
+        folder: of the records.
 
     Returns:
-        A table in Markdown.
+        The Markdown table.
     """
     rows = []
-    for name, (title, baseline, optimizers) in SUITES.items():
+    for name, (title, baseline, names) in SUITES.items():
         cells = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["cells"]
-        rows.append(
-            [title, *(_format_ratio(cells[shape], optimizer, baseline) for optimizer in optimizers for shape in SHAPES)]
-        )
+        rows.append([title, *(_format_ratio(cells[shape], each, baseline) for each in names for shape in SHAPES)])
     heads = [f"{title}: {shape}" for title in ("VSGD", "Constant VSGD") for shape in SHAPES]
-    return table(["time / AdamW", *heads], rows)
+    return format_table(["time / AdamW", *heads], rows)
 
 
-def _compare_others(comparison: Comparison) -> Iterator[str]:
+def _format_comparisons(comparison: Comparison) -> Iterator[str]:
     metric = comparison.task.metric
-    vsgd = told(comparison, WIDEST, "vsgd")
-    for name in OTHERS:
-        other = told(comparison, WIDEST, name)
-        if vsgd is None or other is None:
+    subject = find_result(comparison, WIDEST, "vsgd")
+    for other in OTHERS:
+        result = find_result(comparison, WIDEST, other)
+        if subject is None or result is None:
             yield MISSING
             continue
-        words = [in_a_word(vsgd, other, *which) for which in (("train", "loss"), ("test", metric))]
-        yield f"{other.mean('test', metric)} ({', '.join(words)})"
+        words = [format_verdict(subject, result, *which) for which in (("train", "loss"), ("test", metric))]
+        yield f"{result.format_mean('test', metric)} ({', '.join(words)})"
 
 
 def format_results(store: Store) -> str:
-    """Format the test metrics of VSGD and others on the small tasks, all tuned by twenty trials.
+    """Format VSGD's results on the small tasks, compared with some others, all tuned by twenty trials.
 
-    Parentheses after another optimizer's metric compare VSGD's train loss and test metric with it.
+    Brackets hold the verdicts on VSGD's train loss and test metric.
 
     Args:
-        store: the comparison's records.
+        store: of the comparison's records.
 
     Returns:
-        A table in Markdown.
+        The Markdown table.
     """
     rows = []
     for task in TASKS.values():
         comparison = Comparison(task, store.find)
-        vsgd = told(comparison, WIDEST, "vsgd")
+        subject = find_result(comparison, WIDEST, "vsgd")
         unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = MISSING if vsgd is None else vsgd.mean("test", task.metric)
-        rows.append([f"{task.title}, {unit}", mean, *_compare_others(comparison)])
-    return table(["test", *(ENTRANTS[name].title for name in ("vsgd", *OTHERS))], rows)
+        mean = MISSING if subject is None else subject.format_mean("test", task.metric)
+        rows.append([f"{task.title}, {unit}", mean, *_format_comparisons(comparison)])
+    return format_table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
 
 
-def write(page: Path, docs: Path = DOCS) -> None:
+def write_tables(page: Path, docs: Path = DOCS) -> None:
     """Write the tables into the page's sections.
 
     Args:
         page: the README.
-        docs: folder of the tables' sources.
+        docs: the folder of the pages and records.
     """
     replace_section(page, "agreement", [format_agreement(docs / "agreement.md")])
     replace_section(page, "speed", [format_speed(docs / "performance")])
@@ -169,4 +170,4 @@ def write(page: Path, docs: Path = DOCS) -> None:
 
 
 if __name__ == "__main__":
-    write(DOCS.parent / "README.md")
+    write_tables(DOCS.parent / "README.md")

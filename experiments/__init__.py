@@ -1,1 +1,1 @@
-"""The evidence: the paper's experiments, and ours. `python -m experiments list` names them."""
+"""The paper's experiments and a comparison on small tasks; `python -m experiments list` names them."""

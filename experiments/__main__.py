@@ -18,9 +18,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    commands.add_parser("list", help="name the experiments and the optimizers")
+    commands.add_parser("list", help="print the experiments and the optimizers")
 
-    run = commands.add_parser("run", help="do one run, or go on with it; one that is finished is not repeated")
+    run = commands.add_parser("run", help="do or resume one run; a finished run is not repeated")
     run.add_argument("experiment", help="see list")
     run.add_argument("--optimizer", required=True, help="see list")
     run.add_argument("--seed", type=int, default=0)
@@ -29,63 +29,61 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--iterations", type=int, help="instead of the paper's")
     run.add_argument("--batch-size", type=int, help="instead of the paper's")
     run.add_argument("--evaluate-every", type=int, help="steps between two tests and two checkpoints; default: the paper's")
-    _add_running(run)
+    _add_run_options(run)
 
-    every = commands.add_parser("paper", help="do all runs of the paper that are missing, then report")
-    every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="these alone", metavar="NAME")
+    every = commands.add_parser("paper", help="do all missing runs of the paper, then report")
+    every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="only these", metavar="NAME")
     every.add_argument("--seeds", type=int, default=paper.SEEDS, help="how many, from 0")
     every.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
-    _add_running(every)
+    _add_run_options(every)
 
-    compare = commands.add_parser("compare", help="do all runs on our small tasks that are missing, tuning first")
+    compare = commands.add_parser("compare", help="do all missing runs on the small tasks, tuning first")
     compare.add_argument(
-        "--tasks", nargs="+", default=list(tasks.TASKS), help="these alone; NAME@4 is 4 times as long", metavar="NAME"
+        "--tasks", nargs="+", default=list(tasks.TASKS), help="only these; NAME@4 is 4 times as long", metavar="NAME"
     )
     compare.add_argument(
         "--entrants",
         nargs="+",
         default=list(comparison.ENTRANTS),
-        help="these alone; NAME:kappa1=0.6,kappa2=0.7 is one with other hyperparameters",
+        help="only these; NAME:kappa1=0.6,kappa2=0.7 has other hyperparameters",
         metavar="NAME",
     )
-    _add_workers(compare)
+    _add_worker_options(compare)
 
-    tell = commands.add_parser("report", help="write tables and curves of all results into a page")
-    tell.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records; plots go there")
-    tell.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    page = commands.add_parser("report", help="write tables and curves of all results into a page")
+    page.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records and of the plots")
+    page.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
 
-    sweep = commands.add_parser(
-        "sweep", help="do all runs of VSGD's grids that are missing, and write their tables into a page"
-    )
-    _add_workers(sweep)
+    sweep = commands.add_parser("sweep", help="do all missing runs of VSGD's grids, and write their tables into a page")
+    _add_worker_options(sweep)
     sweep.add_argument("--page", type=Path, default=_TUNING)
 
-    layers = commands.add_parser("layers", help="train with VSGD, and write what it sees of each tensor into a page")
+    layers = commands.add_parser("layers", help="train with VSGD, and write tables of each tensor's state into a page")
     layers.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
     layers.add_argument("--page", type=Path, default=_TUNING)
     return parser
 
 
-def _add_workers(parser: argparse.ArgumentParser) -> None:
+def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=_BACKENDS, help="of Keras; default: what Keras is set to")
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=_BACKENDS, help="of Keras; default: Keras' own setting")
     parser.add_argument("--data-dir", type=Path, help="a folder with the published archives; default: download them")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records of finished runs")
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="the folder of all runs' own folders")
-    parser.add_argument("--tensorboard", action="store_true", help="write for TensorBoard into the run's folder")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="the folder that gets a folder for each run")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files into the run's folder")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def main(command: Sequence[str] | None = None) -> None:
-    """Do what the command line says.
+    """Run the command line.
 
     Args:
-        command: its words; None: the process's own.
+        command: the arguments; None: the process's own.
     """
     parser = _parser()
     arguments = parser.parse_args(command)
@@ -97,14 +95,14 @@ def main(command: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def _list(arguments: argparse.Namespace) -> None:
-    print(paper.overview())
-    print(comparison.overview())
+def _print_list(arguments: argparse.Namespace) -> None:
+    print(paper.format_overview())
+    print(comparison.format_overview())
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run_one(arguments: argparse.Namespace) -> None:
     hyper = {} if arguments.weight_decay is None else {"weight_decay": arguments.weight_decay}
-    chosen = paper.settings(
+    chosen = paper.make_settings(
         arguments.experiment,
         arguments.optimizer,
         arguments.seed,
@@ -114,80 +112,80 @@ def _run(arguments: argparse.Namespace) -> None:
         evaluate_every=arguments.evaluate_every,
         hyper=hyper,
     )
-    _do([chosen], arguments)
+    _run_all([chosen], arguments)
 
 
-def _paper(arguments: argparse.Namespace) -> None:
-    # All optimizers with one seed first, so that the table fills evenly; the data sets one after the other in memory.
+def _run_paper(arguments: argparse.Namespace) -> None:
+    # All optimizers with one seed first, so that the table fills evenly; one data set after the other, to save memory.
     chosen = [
-        paper.settings(experiment, optimizer, seed)
+        paper.make_settings(experiment, optimizer, seed)
         for seed in range(arguments.seeds)
         for experiment in arguments.experiments
         for optimizer in paper.COMPARED
     ]
-    _do(chosen, arguments)
-    paper_report.write(arguments.results, arguments.page)
+    _run_all(chosen, arguments)
+    paper_report.write_page(arguments.results, arguments.page)
 
 
-def _do(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
-    from experiments import training  # now that the backend is chosen
+def _run_all(every: Sequence[paper.Settings], arguments: argparse.Namespace) -> None:
+    from experiments import training  # late: it imports Keras, whose backend must be chosen first
 
     if arguments.tensorboard and find_spec("tensorflow") is None:
-        raise ValueError("--tensorboard needs TensorFlow, by which Keras writes the files: pip install tensorflow")
+        raise ValueError("--tensorboard is set, but Keras needs TensorFlow to write the files: pip install tensorflow")
     finished = records.Records(arguments.results / paper_report.FILE)
     for data in dict.fromkeys(paper.EXPERIMENTS[chosen.experiment].data for chosen in every):
-        archive = datasets.find(data, arguments.data_dir)
+        archive = datasets.find_archive(data, arguments.data_dir)
         images = None
         for chosen in every:
             if paper.EXPERIMENTS[chosen.experiment].data != data:
                 continue
             what = f"{chosen.experiment}, {chosen.optimizer}, seed {chosen.seed}"
-            if chosen.key(training.BACKEND, archive.digest) in finished:
-                print(f"{what}: is finished")
+            if chosen.make_key(training.BACKEND, archive.digest) in finished:
+                print(f"{what}: already finished")
                 continue
             if images is None:
                 images = archive.read()
             print(what)
             verbose = 0 if arguments.quiet else 1
             options = {"verbose": verbose, "tensorboard": arguments.tensorboard}
-            record = training.run(chosen, images, archive.digest, finished, arguments.output, **options)
+            record = training.run_training(chosen, images, archive.digest, finished, arguments.output, **options)
             print(f"{what}: test accuracy {100 * record['curve']['test_accuracy'][-1]:.2f} %")
 
 
-def _compare(arguments: argparse.Namespace) -> None:
-    from experiments import spread  # late, as it needs more packages than the paper's experiments
+def _run_comparison(arguments: argparse.Namespace) -> None:
+    from experiments import spread  # late: it needs more packages than the paper's experiments
 
     store = spread.Store(arguments.results / spread.FOLDER)
-    spread.run(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
+    spread.run_comparison(arguments.tasks, arguments.entrants, store, arguments.workers, arguments.backend)
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    from experiments import report  # late, likewise
+def _write_report(arguments: argparse.Namespace) -> None:
+    from experiments import report  # likewise
 
-    paper_report.write(arguments.results, arguments.page)
-    report.write(arguments.results, arguments.page)
-
-
-def _sweep(arguments: argparse.Namespace) -> None:
-    from experiments import sweep  # late, likewise
-
-    sweep.run(arguments.results, arguments.page, arguments.workers, arguments.backend)
+    paper_report.write_page(arguments.results, arguments.page)
+    report.write_page(arguments.results, arguments.page)
 
 
-def _layers(arguments: argparse.Namespace) -> None:
-    from experiments import layers  # now that the backend is chosen
+def _run_sweep(arguments: argparse.Namespace) -> None:
+    from experiments import sweep  # likewise
 
-    layers.run(arguments.page, arguments.backend)
+    sweep.run_sweep(arguments.results, arguments.page, arguments.workers, arguments.backend)
+
+
+def _write_layers(arguments: argparse.Namespace) -> None:
+    from experiments import layers  # late: it imports Keras, whose backend must be chosen first
+
+    layers.write_page(arguments.page, arguments.backend)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "list": _list,
-    "run": _run,
-    "paper": _paper,
-    "compare": _compare,
-    "report": _report,
-    "sweep": _sweep,
-    "layers": _layers,
+    "list": _print_list,
+    "run": _run_one,
+    "paper": _run_paper,
+    "compare": _run_comparison,
+    "report": _write_report,
+    "sweep": _run_sweep,
+    "layers": _write_layers,
 }
 
 if __name__ == "__main__":

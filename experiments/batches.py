@@ -1,4 +1,4 @@
-"""Batches that a seed and a step's number decide alone: the same on every backend, and after a restart."""
+"""Make batches that depend only on a seed and a step's number: the same on every backend, and after a restart."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from typing import Any
 import keras
 import numpy as np
 
-#: Pixels by which a crop may be off the image's middle.
+#: The largest offset of a crop from the image's middle, in pixels.
 PADDING = 4
 
-# Streams of random numbers, apart for the same seed.
+# Separate streams of random numbers for each seed.
 _ORDER, _AUGMENTATION = 0, 1
 
 
-def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each image cropped at random from itself with a black border, and every other one, by chance, mirrored.
+def augment_images(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Crop each image at random from itself with a black border, and mirror it with a probability of 1/2.
 
     Args:
-        images: bytes, channels last.
-        rng: what decides.
+        images: as bytes, channels last.
+        rng: the source of randomness.
+
+    Returns:
+        New images of the same shape.
     """
     count, height, width, _ = images.shape
     border = (PADDING, PADDING)
@@ -35,18 +38,18 @@ def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class TrainBatches(keras.utils.PyDataset):
-    """Augmented batches of the steps that are left, each pass over the images in an order of its own.
+    """Augmented batches of the remaining steps, with a new order in each pass over the images.
 
     Args:
-        images: to train on.
+        images: the training images.
         labels: of each.
-        batch_size: images of a batch; what is left at the end of a pass is not used.
+        batch_size: images of a batch; the rest at the end of a pass is not used.
         seed: of orders and augmentation.
-        start: how many steps were taken before.
-        stop: how many there are in all.
+        start: how many steps a run has taken already.
+        stop: how many steps the run takes in all.
 
     Raises:
-        ValueError: there are fewer images than a batch has.
+        ValueError: a batch has more images than there are.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, start: int, stop: int) -> None:
@@ -59,19 +62,19 @@ class TrainBatches(keras.utils.PyDataset):
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
     def __len__(self) -> int:
-        """How many steps are left."""
+        """Return the number of remaining steps."""
         return self.stop - self.start
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of a step, counted from the start."""
+        """Return the batch of a step, counted from the start."""
         step = self.start + index
-        chosen = self._chosen(step)
+        chosen = self._choose_places(step)
         rng = np.random.default_rng((self.seed, _AUGMENTATION, step))
-        return augmented(self.images[chosen], rng), self.labels[chosen]
+        return augment_images(self.images[chosen], rng), self.labels[chosen]
 
-    def _chosen(self, step: int) -> np.ndarray:
+    def _choose_places(self, step: int) -> np.ndarray:
         taken, place = divmod(step, len(self.images) // self.batch_size)
-        # Of one name, for another thread may ask for another pass.
+        # Read the attribute once, because another thread may replace it for another pass.
         order = self._order
         if order[0] != taken:
             rng = np.random.default_rng((self.seed, _ORDER, taken))
@@ -80,25 +83,25 @@ class TrainBatches(keras.utils.PyDataset):
 
 
 class TestBatches(keras.utils.PyDataset):
-    """All images in order, as they are; the last batch may be smaller.
+    """All images in order, unchanged; the last batch may be smaller.
 
     Args:
-        images: to test on.
+        images: the test images.
         labels: of each.
         batch_size: images of a batch.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a test for pytest
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int) -> None:
         super().__init__()
         self.images, self.labels, self.batch_size = images, labels, batch_size
 
     def __len__(self) -> int:
-        """How many batches there are."""
+        """Return the number of batches."""
         return -(-len(self.images) // self.batch_size)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """A batch."""
+        """Return a batch."""
         part = slice(index * self.batch_size, (index + 1) * self.batch_size)
         return self.images[part], self.labels[part]

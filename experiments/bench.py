@@ -1,4 +1,4 @@
-"""Runs of a task with an optimizer, one after the other on one compiled model, each as if it were the first."""
+"""Run a task with an optimizer several times on one compiled model, each run as if it were the first."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from experiments.tasks import Split, Task
 
 
 class Outcome(NamedTuple):
-    """What a run found. A run ends at the first loss that is not finite, and what it then lacks is None.
+    """The results of a run. A run ends at the first loss that is not finite; what is then missing is None.
 
     Attributes:
-        curve: the validation metric before the first step, and every `task.every` steps.
-        losses: mean losses of the mini-batches between those.
-        final: loss, and accuracy if that is the metric, of each split at the end.
+        curve: the validation metric before the first step and every `task.every` steps.
+        losses: mean losses of the mini-batches in between.
+        final: loss, and accuracy if it is the metric, of each split at the end.
     """
 
     curve: list[float | None]
@@ -30,49 +30,52 @@ class Outcome(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def initial_values(task: Task, seed: int) -> list[NDArray[Any]]:
-    """What the variables of the task's model are at first.
+def make_initial_values(task: Task, seed: int) -> list[NDArray[Any]]:
+    """Return the initial values of the variables of a task's model.
 
     Args:
-        task: whose.
-        seed: decides the weights.
+        task: the task.
+        seed: of the weights.
+
+    Returns:
+        The values, which must not be changed.
     """
     keras.utils.set_random_seed(seed)
-    return _values(task.network().variables)
+    return _read_values(task.make_network().variables)
 
 
-def _values(variables: Sequence[Any]) -> list[NDArray[Any]]:
+def _read_values(variables: Sequence[Any]) -> list[NDArray[Any]]:
     return [np.array(keras.ops.convert_to_numpy(each)) for each in variables]
 
 
-def _assign(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
+def _assign_values(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
 
 class Bench:
-    """A task's model compiled with an optimizer once, for compiling takes as long as many a run.
+    """A task's model, compiled with an optimizer once, because compiling takes as long as many runs.
 
     Args:
-        task: the problem.
+        task: the task.
         optimizer: a Keras optimizer with a number for a learning rate.
     """
 
     def __init__(self, task: Task, optimizer: Any) -> None:
         self.task = task
         self.optimizer = optimizer
-        self.data = task.data()  # before anything is seeded, for making data may seed the global generators
-        self.model = task.network()
+        self.data = task.load_data()  # before seeding, because making data may seed the global generators
+        self.model = task.make_network()
         metrics = ["accuracy"] if task.metric == "accuracy" else None
-        self.model.compile(optimizer=optimizer, loss=task.loss(), metrics=metrics)
+        self.model.compile(optimizer=optimizer, loss=task.make_loss(), metrics=metrics)
         optimizer.build(self.model.trainable_variables)
-        self._fresh = _values(optimizer.variables)
+        self._fresh = _read_values(optimizer.variables)
 
     def run(self, seed: int, rates: Sequence[float]) -> Outcome:
-        """Train from the seed's weights on the seed's batches, both the same whatever the optimizer.
+        """Train from the seed's weights on the seed's batches; both are the same for every optimizer.
 
         Args:
-            seed: decides weights and batches.
+            seed: of weights and batches.
             rates: the learning rate of each step.
         """
         batches = self.start(seed)
@@ -83,60 +86,63 @@ class Bench:
             part = rates[start : start + every]
             loss = self.train(part, batches)
             if loss is None:
-                return self._diverged(curve, losses, len(rates))
+                return self._end_diverged(curve, losses, len(rates))
             losses.append(loss)
             curve.append(self.evaluate("validation")[self.task.metric])
         final = {name: self.evaluate(name) for name in self.data.splits}
         if not all(math.isfinite(each["loss"]) for each in final.values()):
-            return self._diverged(curve[:-1], losses, len(rates))
+            return self._end_diverged(curve[:-1], losses, len(rates))
         return Outcome(curve, losses, final)
 
     def start(self, seed: int) -> Iterator[Split]:
-        """Go to where a run begins.
+        """Reset model and optimizer to the beginning of a run.
 
         Args:
-            seed: decides weights and batches.
+            seed: of weights and batches.
 
         Returns:
             The run's batches, endless.
         """
-        _assign(self.model.variables, initial_values(self.task, seed))
-        _assign(self.optimizer.variables, self._fresh)
+        _assign_values(self.model.variables, make_initial_values(self.task, seed))
+        _assign_values(self.optimizer.variables, self._fresh)
         return self.data.batches(np.random.default_rng(seed))
 
     def train(self, rates: Sequence[float], batches: Iterator[Split]) -> float | None:
-        """Take steps, and tell the mean loss of their batches, or None if one was not finite.
+        """Take steps, and return the mean loss of their batches.
 
         Args:
             rates: the learning rate of each step.
-            batches: as many as there are steps are taken of these.
+            batches: the mini-batches; each step takes one.
+
+        Returns:
+            The mean loss; None if a loss was not finite.
         """
         total = 0.0
         for rate, batch in zip(rates, islice(batches, len(rates)), strict=True):
             self.optimizer.learning_rate = rate
-            loss = float(_loss(self.model.train_on_batch(*_inputs(batch))))
+            found = self.model.train_on_batch(*_split_inputs(batch))
+            loss = float(found[0] if isinstance(found, (list, tuple)) else found)  # a list where there are metrics
             if not math.isfinite(loss):
                 return None
             total += loss
         return total / len(rates)
 
-    def _diverged(self, curve: list[float | None], losses: list[float | None], steps: int) -> Outcome:
+    def _end_diverged(self, curve: list[float | None], losses: list[float | None], steps: int) -> Outcome:
         looks = math.ceil(steps / self.task.every)
         return Outcome(curve + [None] * (looks + 1 - len(curve)), losses + [None] * (looks - len(losses)), None)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Loss, and accuracy if that is the metric, of the model as it is.
+        """Compute the loss, and the accuracy if it is the metric, of the current model on a split.
 
         Args:
-            split: its name.
+            split: the split's name.
+
+        Returns:
+            The values by name.
         """
-        found = self.model.test_on_batch(*_inputs(self.data.splits[split]), return_dict=True)
+        found = self.model.test_on_batch(*_split_inputs(self.data.splits[split]), return_dict=True)
         return {name: float(value) for name, value in found.items()}
 
 
-def _inputs(split: Split) -> tuple[Any, Any]:
+def _split_inputs(split: Split) -> tuple[Any, Any]:
     return (list(split.x) if isinstance(split.x, tuple) else split.x), split.y
-
-
-def _loss(found: Any) -> Any:
-    return found[0] if isinstance(found, (list, tuple)) else found

@@ -1,4 +1,4 @@
-"""CIFAR-100 and Tiny ImageNet-200 from their published archives, downloaded and checked, or taken from a folder."""
+"""Load CIFAR-100 and Tiny ImageNet-200 from their published archives, downloaded and checked, or from a folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Images(NamedTuple):
     """A data set in memory.
 
     Attributes:
-        train_x: images as bytes, channels last.
-        train_y: the number of the class of each.
-        test_x: likewise, the part that is only looked at.
+        train_x: training images as bytes, channels last.
+        train_y: the class number of each.
+        test_x: likewise, the test images.
         test_y: likewise.
     """
 
@@ -33,19 +33,19 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, and what must be known of it.
+    """A data set's archive and properties.
 
     Attributes:
-        title: what it is called.
+        title: its name in tables.
         file: the archive's name.
-        url: where it is published.
-        algorithm: of the published digest.
-        digest: the published one.
-        classes: how many.
+        url: of the archive.
+        algorithm: of the digest.
+        digest: the published digest of the archive.
+        classes: the number of classes.
         side: height and width of an image.
         mean: of each channel, where white is 1.
         deviation: likewise the standard deviation.
-        read: what reads the archive.
+        read: reads the archive.
     """
 
     title: str
@@ -61,14 +61,14 @@ class Source:
 
 
 class _ArraysAlone(pickle.Unpickler):
-    """Makes NumPy's arrays and what Python has built in; a pickle could run anything else."""
+    """Unpickles only NumPy's arrays and Python's built-in types; a pickle could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]  # wherever this version of NumPy has it
+            return np.empty(0).__reduce__()[0]  # its module depends on NumPy's version
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, where only NumPy's arrays may be")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, but may contain only NumPy's arrays")
 
 
 def _read_cifar100(path: Path) -> Images:
@@ -77,7 +77,7 @@ def _read_cifar100(path: Path) -> Images:
         for part in ("train", "test"):
             with archive.extractfile(f"cifar-100-python/{part}") as file:  # type: ignore[union-attr]
                 batch = _ArraysAlone(file, encoding="bytes").load()
-            # Stored channel by channel.
+            # The archive stores channel by channel.
             found.append(np.ascontiguousarray(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
             found.append(np.asarray(batch[b"fine_labels"], np.int32))
     return Images(*found)
@@ -94,16 +94,16 @@ def _read_tiny_imagenet(path: Path) -> Images:
             if name.startswith(f"{top}/train/") and name.endswith(".JPEG")
         ]
         lines = archive.read(f"{top}/val/val_annotations.txt").decode().splitlines()
-        # The file, its class, and a box.
+        # Each line has the file, its class, and a box.
         test = [(f"{top}/val/images/{file}", number[wnid]) for file, wnid, *_ in (line.split("\t") for line in lines)]
-        return Images(*_decoded(archive, train), *_decoded(archive, test))
+        return Images(*_decode_images(archive, train), *_decode_images(archive, test))
 
 
-def _decoded(archive: zipfile.ZipFile, labelled: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+def _decode_images(archive: zipfile.ZipFile, labelled: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("Tiny ImageNet's images are JPEG, which Pillow reads: pip install pillow") from error
+        raise ImportError("Tiny ImageNet's images are JPEG files, but Pillow is missing: pip install pillow") from error
     images = np.empty((len(labelled), 64, 64, 3), np.uint8)
     for place, (name, _) in enumerate(labelled):
         with Image.open(io.BytesIO(archive.read(name))) as image:
@@ -128,7 +128,7 @@ SOURCES: dict[str, Source] = {
         title="Tiny ImageNet-200",
         file="tiny-imagenet-200.zip",
         url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-        algorithm="md5",  # there is no other in wide use for this file
+        algorithm="md5",  # the only published digest in wide use
         digest="90528d7ca1a48142e341f4ef8d21d0de",
         classes=200,
         side=64,
@@ -140,12 +140,12 @@ SOURCES: dict[str, Source] = {
 
 
 class Archive(NamedTuple):
-    """An archive that is there.
+    """An archive on the disk.
 
     Attributes:
-        source: what it is.
-        path: where it is.
-        digest: what it is for certain.
+        source: its data set.
+        path: of the file.
+        digest: of the file.
     """
 
     source: Source
@@ -153,10 +153,10 @@ class Archive(NamedTuple):
     digest: str
 
     def read(self) -> Images:
-        """The images.
+        """Read the images.
 
         Raises:
-            ValueError: it is no archive of this data set.
+            ValueError: the file is not an archive of this data set.
         """
         what = f"{self.path} must be {self.source.title}'s archive from {self.source.url}"
         try:
@@ -177,32 +177,35 @@ class Archive(NamedTuple):
         return images
 
 
-def find(name: str, data_dir: Path | None = None) -> Archive:
-    """The archive of a data set, in a folder or, without one, from where it is published.
+def find_archive(name: str, data_dir: Path | None = None) -> Archive:
+    """Find the archive of a data set in a folder, or download it.
 
-    What is downloaded is checked and kept as Keras keeps its data sets: in `~/.keras/datasets`, or under `$KERAS_HOME`.
+    Keras checks a download and keeps it in `~/.keras/datasets`, or under `$KERAS_HOME`.
 
     Args:
         name: a key of `SOURCES`.
-        data_dir: the folder that holds the archive as it was published.
+        data_dir: the folder with the published archive; None: download it.
+
+    Returns:
+        The archive.
 
     Raises:
-        ValueError: it cannot be had; the sentence says what to place where.
+        ValueError: the archive is missing; the message says which file to place where.
     """
     source = SOURCES[name]
-    path = _download(source) if data_dir is None else data_dir / source.file
+    path = _download_archive(source) if data_dir is None else data_dir / source.file
     if not path.is_file():
         raise ValueError(f"--data-dir is {data_dir}, but must be a folder with {source.file}, which {source.url} offers")
     with path.open("rb") as file:
         return Archive(source, path, hashlib.file_digest(file, source.algorithm).hexdigest())
 
 
-def _download(source: Source) -> Path:
+def _download_archive(source: Source) -> Path:
     import keras
 
     what = {"fname": source.file, "origin": source.url, "file_hash": source.digest, "hash_algorithm": source.algorithm}
     try:
         return Path(keras.utils.get_file(**what))
     except Exception as error:  # Keras raises no narrower one
-        where = f"place {source.file} in a folder, and name that folder by --data-dir"
+        where = f"place {source.file} in a folder, and pass that folder as --data-dir"
         raise ValueError(f"{source.title} cannot be downloaded ({error}): {where}") from error

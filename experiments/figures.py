@@ -1,4 +1,4 @@
-"""Plots of the comparison on small tasks: curves of what was tuned, and what each learning rate came to."""
+"""Plot the comparison on small tasks: curves of the tuned entrants, and the metric at each learning rate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
 
 
-def _panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
-    """A panel for each task; one that has nothing to draw says so."""
-    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
+def _draw_panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
+    """Draw a panel for each task; a panel without data gets the text "not run yet"."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     rows = math.ceil(len(found) / 3)
     figure = Figure(figsize=(13, 3.8 * rows + 0.6), layout="constrained")
@@ -34,71 +34,73 @@ def _panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[
     figure.savefig(path, dpi=100)
 
 
-def _scale(comparison: Comparison) -> float:
+def _choose_scale(comparison: Comparison) -> float:
     return 100.0 if comparison.task.metric == "accuracy" else 1.0
 
 
-def _limit(axes: Any, comparison: Comparison, shown: Sequence[float]) -> None:
-    """Show these heights and the target, and what they differ by, which the start and failures would hide."""
-    target = comparison.target()
-    finite = [each for each in (*shown, *([] if target is None else [_scale(comparison) * target])) if math.isfinite(each)]
+def _limit_axis(axes: Any, comparison: Comparison, shown: Sequence[float]) -> None:
+    """Limit the axis to the given heights and the target, because the start and failures would hide their differences."""
+    target = comparison.compute_target()
+    finite = [
+        each for each in (*shown, *([] if target is None else [_choose_scale(comparison) * target])) if math.isfinite(each)
+    ]
     if len(finite) > 1:
         low, high = min(finite), max(finite)
         margin = 0.2 * (high - low) or 1e-3
         axes.set_ylim(low - margin, high + margin)
 
 
-def _curves(axes: Any, comparison: Comparison) -> bool:
+def _draw_task_curves(axes: Any, comparison: Comparison) -> bool:
     ends = []
     for number, (name, entrant) in enumerate(ENTRANTS.items()):
-        trial = comparison.chosen(name, WIDEST)
-        records = None if trial is None else comparison.results(name, trial)
+        trial = comparison.choose_trial(name, WIDEST)
+        records = None if trial is None else comparison.find_results(name, trial)
         if records is None:
             continue
-        curves = _scale(comparison) * np.array([record["curve"] for record in records], dtype=np.float64)
+        curves = _choose_scale(comparison) * np.array([record["curve"] for record in records], dtype=np.float64)
         low, middle, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
         steps = comparison.task.every * np.arange(len(middle))
         axes.plot(steps, middle, color=f"C{number}", label=entrant.title)
         axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
         ends.append(float(middle[-1]))
-    target = comparison.target()
+    target = comparison.compute_target()
     if target is not None:
-        axes.axhline(_scale(comparison) * target, color="black", linestyle=":", label="target")
+        axes.axhline(_choose_scale(comparison) * target, color="black", linestyle=":", label="target")
     axes.set(xlabel="step")
-    _limit(axes, comparison, ends)
+    _limit_axis(axes, comparison, ends)
     return bool(ends)
 
 
 def draw_curves(found: Sequence[Comparison], path: Path) -> None:
-    """Draw the validation metric over the steps, medians and quartiles of the test seeds, everyone tuned by 20 trials.
+    """Draw the validation metric over the steps: medians and quartiles of the test seeds, everyone tuned by 20 trials.
 
     Args:
-        found: the comparisons, a panel each.
-        path: of the image.
+        found: the comparisons; each gets a panel.
+        path: of the image file.
     """
-    _panels(found, path, "Tuned by 20 trials: median and quartiles of 10 fresh seeds", _curves)
+    _draw_panels(found, path, "Tuned by 20 trials: median and quartiles of 10 fresh seeds", _draw_task_curves)
 
 
-def _rates(axes: Any, comparison: Comparison) -> bool:
+def _draw_task_rates(axes: Any, comparison: Comparison) -> bool:
     best = []
     for number, (name, entrant) in enumerate(ENTRANTS.items()):
-        tried = comparison.tried(name)
+        tried = comparison.list_tried(name)
         if tried is None:
             continue
         rates, values = tried
-        heights = _scale(comparison) * comparison.task.sign * np.array(values)
+        heights = _choose_scale(comparison) * comparison.task.sign * np.array(values)
         axes.plot(rates, heights, color=f"C{number}", marker="o", markersize=3, label=entrant.title)
         best += sorted(heights, key=lambda height: comparison.task.sign * height)[:3]
     axes.set(xlabel="learning rate", xscale="log")
-    _limit(axes, comparison, best)
+    _limit_axis(axes, comparison, best)
     return bool(best)
 
 
 def draw_rates(found: Sequence[Comparison], path: Path) -> None:
-    """Draw the validation metric at the end over the learning rate, means of the tuning seeds, with each one's best schedule.
+    """Draw the validation metric at the end over the learning rate: means of the tuning seeds, with the best schedules.
 
     Args:
-        found: the comparisons, a panel each.
-        path: of the image.
+        found: the comparisons; each gets a panel.
+        path: of the image file.
     """
-    _panels(found, path, "What each learning rate comes to: mean of 3 tuning seeds", _rates)
+    _draw_panels(found, path, "Metric at each learning rate: mean of 3 tuning seeds", _draw_task_rates)

@@ -1,4 +1,4 @@
-"""What VSGD sees of each weight tensor as it trains: sizes of gradients, sigma, gains, and of the steps that it takes."""
+"""Report VSGD's estimates for each weight tensor in training: sizes of gradients, sigma, gains, and sizes of steps."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import keras
 import numpy as np
 from keras import ops
 
-from benchmarks.report import replace_section, table
 from experiments import comparison, sweep, tasks
 from experiments.bench import Bench
 from experiments.comparison import Setting, Trial
+from reporting.pages import format_table, replace_section
 
 TASKS = (*sweep.TASKS, "digits-vae")
-#: What of the steps is told, beside the last one.
+#: The steps to report, in addition to the last one.
 STEPS = (1, 10, 100)
-#: Tensors of less elements, such as biases, have no row.
+#: Smaller tensors, such as biases, have no row.
 SMALLEST = 100
-#: A gain below takes more than twenty gradients to follow.
+#: With a gain below this, the mean needs more than twenty gradients to follow.
 STUCK = 0.05
 
 
 class Step(NamedTuple):
-    """A step of a tensor.
+    """Measurements of a step of a tensor.
 
     Attributes:
         gradient: root of the mean square of the mini-batch gradient.
-        sigma: the median standard deviation of the posterior by which the step was divided.
+        sigma: the median standard deviation of the posterior, which divides the step.
         gain: the median gain of the step.
         stuck: the part of the elements whose gain is below `STUCK`.
-        step: root of the mean square of the step, over the learning rate.
+        step: root of the mean square of the step, divided by the learning rate.
     """
 
     gradient: float
@@ -42,35 +42,35 @@ class Step(NamedTuple):
     step: float
 
 
-def _root_mean_square(values: Any) -> float:
+def _compute_root_mean_square(values: Any) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
-def _known(bench: Bench, variable: Any) -> Any:
+def _read_posterior(bench: Bench, variable: Any) -> Any:
     return [ops.convert_to_numpy(each).astype(np.float64) for each in bench.optimizer.posterior(variable)]
 
 
-def _step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
+def _measure_step(before: Sequence[Any], after: Sequence[Any], eps: float) -> Step:
     mean, variance, _, _, gain, _ = before
-    # The update is mu' = mu + gain (ghat - mu): so it tells the gradient.
+    # Solve the update mu' = mu + gain (ghat - mu) for the gradient.
     gradient = mean + (after[0] - mean) / gain
     step = after[0] / (np.sqrt(after[0] ** 2 + variance) + eps)
     return Step(
-        _root_mean_square(gradient),
+        _compute_root_mean_square(gradient),
         float(np.median(np.sqrt(variance))),
         float(np.median(gain)),
         float(np.mean(gain < STUCK)),
-        _root_mean_square(step),
+        _compute_root_mean_square(step),
     )
 
 
 class Tensor(NamedTuple):
-    """What was seen of a tensor.
+    """Measurements of a tensor.
 
     Attributes:
         name: its path in the model.
-        size: how many elements it has.
-        steps: those that were looked at.
+        size: the number of elements.
+        steps: the measured steps.
     """
 
     name: str
@@ -78,56 +78,58 @@ class Tensor(NamedTuple):
     steps: list[Step]
 
 
-def watch(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
-    """What was seen of each tensor, step by step, in a run.
+def watch_tensors(setting: Setting, steps: Sequence[int]) -> list[Tensor]:
+    """Train with VSGD, and measure some steps of each tensor.
 
     Args:
-        setting: which run, of VSGD.
-        steps: which steps, in rising order, counted from 1.
+        setting: a run of VSGD.
+        steps: the steps to measure, in rising order, counted from 1.
+
+    Returns:
+        The measurements of each tensor.
     """
-    keras.utils.clear_session()  # that names of layers do not count on from models made before
-    bench = Bench(tasks.named(setting.task), comparison.named(setting.entrant).make())
+    keras.utils.clear_session()  # so that the names of layers do not continue those of earlier models
+    bench = Bench(tasks.find_task(setting.task), comparison.find_entrant(setting.entrant).make())
     variables = bench.model.trainable_variables
     found = [Tensor(each.path, int(np.prod(each.shape)), []) for each in variables]
     batches, taken = bench.start(setting.seed), 0
     for step in steps:
         if taken < step - 1:
             bench.train(setting.rates[taken : step - 1], batches)
-        before = [_known(bench, each) for each in variables]
+        before = [_read_posterior(bench, each) for each in variables]
         bench.train(setting.rates[step - 1 : step], batches)
-        for tensor, variable, known in zip(found, variables, before, strict=True):
-            tensor.steps.append(_step(known, _known(bench, variable), bench.optimizer.epsilon))
+        for tensor, variable, posterior in zip(found, variables, before, strict=True):
+            tensor.steps.append(_measure_step(posterior, _read_posterior(bench, variable), bench.optimizer.epsilon))
         taken = step
     return found
 
 
-def _rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
+def _format_rows(found: Sequence[Tensor]) -> Iterator[list[str]]:
     for name, size, steps in found:
         if size >= SMALLEST:
             columns = zip(*steps, strict=True)
             yield [f"`{name}`", str(size), *(" ".join(f"{value:.1e}" for value in column) for column in columns)]
 
 
-def _mean_square(found: Sequence[Tensor]) -> float:
-    """Of all elements of the first gradient that was seen."""
-    return sum(size * steps[0].gradient ** 2 for _, size, steps in found) / sum(size for _, size, _ in found)
-
-
-def run(page: Path, backend: str) -> None:
-    """Train on the tasks of the sweep, and write what was seen into the page.
+def write_page(page: Path, backend: str) -> None:
+    """Train on the tasks of the sweep, and write the measurements into the page.
 
     Args:
         page: the Markdown page.
-        backend: of Keras, which is imported with it.
+        backend: of Keras, imported before.
     """
     parts = []
     for name in TASKS:
-        task = tasks.named(name)
+        task = tasks.find_task(name)
         steps = [*STEPS, task.steps]
         setting = Setting(
-            name, sweep.DEFAULT, Trial(comparison.named(sweep.DEFAULT).base.learning_rate, "cosine"), sweep.SEEDS[0], backend
+            name,
+            sweep.DEFAULT,
+            Trial(comparison.find_entrant(sweep.DEFAULT).base.learning_rate, "cosine"),
+            sweep.SEEDS[0],
+            backend,
         )
-        found = watch(setting, steps)
+        found = watch_tensors(setting, steps)
         heads = [
             "tensor",
             "elements",
@@ -137,6 +139,7 @@ def run(page: Path, backend: str) -> None:
             f"part with a gain below {STUCK}",
             "step / lr, root mean square",
         ]
-        told = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {_mean_square(found):.1e}"
-        parts.append(f"{task.title}, {told}:\n\n{table(heads, _rows(found))}")
+        square = sum(size * first.gradient**2 for _, size, (first, *_) in found) / sum(size for _, size, _ in found)
+        note = f"at steps {', '.join(map(str, steps))}; the first gradient's mean square is {square:.1e}"
+        parts.append(f"{task.title}, {note}:\n\n{format_table(heads, _format_rows(found))}")
     replace_section(page, "layers", parts)

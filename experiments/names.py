@@ -1,4 +1,4 @@
-"""Looking things up by their names."""
+"""Look up things by their names."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def look_up(kind: str, name: str, known: Mapping[str, Value]) -> Value:
-    """What has this name.
+def look_up(what: str, name: str, table: Mapping[str, Value]) -> Value:
+    """Return the value with a name.
 
     Args:
-        kind: of thing, as the error calls it.
-        name: of the one that is wanted.
-        known: all of them.
+        what: what the error calls the name.
+        name: the key.
+        table: the values by name.
+
+    Returns:
+        The value.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: the name is unknown.
     """
-    if name not in known:
-        raise ValueError(f"{kind} is {name!r}, but must be one of {', '.join(known)}")
-    return known[name]
+    if name not in table:
+        raise ValueError(f"{what} is {name!r}, but must be one of {', '.join(table)}")
+    return table[name]

@@ -1,4 +1,4 @@
-"""The small models of our tasks, and their losses, in Keras 3."""
+"""Make the models of the small tasks and their losses, in Keras 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CODE = 8
 
 
 class Quadratic(layers.Layer):
-    """Of a point w, the risk 1/2 sum(curvature w^2), and noise . w for each noise that it is given: gradients with known noise.
+    """The risk 1/2 sum(curvature w^2) of a point w, plus noise . w for each noise in the input: gradients with known noise.
 
     Args:
         curvatures: eigenvalues of the Hessian.
@@ -33,17 +33,17 @@ class Quadratic(layers.Layer):
         self.point = self.add_weight((len(self.curvatures),), initializer=keras.initializers.RandomNormal(stddev=1.0))
 
     def call(self, noise: Any) -> Any:
-        """The risk as each noise shows it.
+        """Compute the risk plus the noise's part.
 
         Args:
-            noise: of the gradient, one row for each example.
+            noise: of the gradient, a row for each example.
         """
         risk = 0.5 * ops.sum(ops.multiply(self.curvatures, ops.square(self.point)))
         return risk + ops.matmul(noise, ops.expand_dims(self.point, 1))
 
 
-def quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
-    """A `Quadratic` alone.
+def make_quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
+    """Make a model with only a `Quadratic`.
 
     Args:
         curvatures: eigenvalues of the Hessian.
@@ -52,31 +52,31 @@ def quadratic(curvatures: NDArray[np.float32]) -> keras.Model:
     return keras.Model(inputs, Quadratic(curvatures)(inputs))
 
 
-def itself(target: Any, output: Any) -> Any:
-    """A loss that is the model's output.
+def return_output(target: Any, output: Any) -> Any:
+    """Return the model's output, a loss that the model computes itself.
 
     Args:
-        target: is not used.
+        target: not used.
         output: of the model.
     """
     return output
 
 
-def classification() -> keras.losses.Loss:
-    """Cross-entropy of logits."""
+def make_cross_entropy() -> keras.losses.Loss:
+    """Make the cross-entropy of logits."""
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def mlp() -> keras.Model:
-    """Two hidden layers of 100, for signals of 40 samples in 10 classes."""
+def make_mlp() -> keras.Model:
+    """Make an MLP with two hidden layers of 100, for signals of 40 samples in 10 classes."""
     inputs = keras.Input((40,))
     x = layers.Dense(100, activation="relu")(inputs)
     x = layers.Dense(100, activation="relu")(x)
     return keras.Model(inputs, layers.Dense(10)(x))
 
 
-def cnn() -> keras.Model:
-    """Three convolutions of 25 channels, for signals of 40 samples in 10 classes."""
+def make_cnn() -> keras.Model:
+    """Make a network of three convolutions with 25 channels, for signals of 40 samples in 10 classes."""
     inputs = keras.Input((40,))
     x = layers.Reshape((40, 1))(inputs)
     for size in (5, 3, 3):
@@ -84,28 +84,28 @@ def cnn() -> keras.Model:
     return keras.Model(inputs, layers.Dense(10)(layers.Flatten()(x)))
 
 
-def conv_mixer(width: int = 32, depth: int = 2) -> keras.Model:
-    """A ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels.
+def make_conv_mixer(width: int = 32, depth: int = 2) -> keras.Model:
+    """Make a ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels.
 
     Args:
-        width: the channels.
-        depth: how many times it mixes places, then channels.
+        width: the number of channels.
+        depth: how many times the network mixes places, then channels.
     """
 
-    def activated(x: Any) -> Any:
-        # Keras' momentum of 0.99 is for more steps than a small task takes.
+    def activate(x: Any) -> Any:
+        # Keras' momentum of 0.99 suits more steps than a small task takes.
         return layers.BatchNormalization(momentum=0.9)(layers.Activation("gelu")(x))
 
     inputs = keras.Input((8, 8, 1))
-    x = activated(layers.Conv2D(width, 2, strides=2)(inputs))
+    x = activate(layers.Conv2D(width, 2, strides=2)(inputs))
     for _ in range(depth):
-        x = layers.Add()([x, activated(layers.DepthwiseConv2D(3, padding="same")(x))])
-        x = activated(layers.Conv2D(width, 1)(x))
+        x = layers.Add()([x, activate(layers.DepthwiseConv2D(3, padding="same")(x))])
+        x = activate(layers.Conv2D(width, 1)(x))
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
 class Positions(layers.Layer):
-    """Adds a learned vector for each place."""
+    """Adds a learned vector at each place."""
 
     def build(self, input_shape: Any) -> None:
         """Create the vectors.
@@ -124,15 +124,15 @@ class Positions(layers.Layer):
         return x + self.vectors
 
 
-def transformer(characters: int, context: int, width: int = 64, depth: int = 2, heads: int = 4) -> keras.Model:
-    """A causal transformer, normalized before each sublayer, that tells logits of the next character at each place.
+def make_transformer(characters: int, context: int, width: int = 64, depth: int = 2, heads: int = 4) -> keras.Model:
+    """Make a causal transformer, normalized before each sublayer, that returns logits of the next character at each place.
 
     Args:
-        characters: how many there are.
-        context: how many places it sees.
+        characters: the size of the alphabet.
+        context: the number of places.
         width: of the vectors.
-        depth: how many blocks there are.
-        heads: of each attention.
+        depth: the number of blocks.
+        heads: the number of heads of each attention.
     """
     inputs = keras.Input((context,), dtype="int32")
     initial = keras.initializers.RandomNormal(stddev=0.02)
@@ -145,8 +145,8 @@ def transformer(characters: int, context: int, width: int = 64, depth: int = 2, 
     return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
 
 
-def vae() -> keras.Model:
-    """A variational autoencoder of 64 pixels, that is given pixels and the noise of the code; see `negative_elbo`."""
+def make_vae() -> keras.Model:
+    """Make a variational autoencoder of 64 pixels; its inputs are pixels and the noise of the code."""
     pixels, noise = keras.Input((64,)), keras.Input((CODE,))
     x = layers.Dense(128, activation="relu")(pixels)
     mean, log_variance = layers.Dense(CODE)(x), layers.Dense(CODE)(x)
@@ -156,12 +156,12 @@ def vae() -> keras.Model:
     return keras.Model([pixels, noise], layers.Concatenate()([logits, mean, log_variance]))
 
 
-def negative_elbo(pixels: Any, output: Any) -> Any:
-    """The negative evidence lower bound of each image in nats, of pixels that are probabilities.
+def compute_negative_elbo(pixels: Any, output: Any) -> Any:
+    """Compute the negative evidence lower bound of each image in nats, for pixels that are probabilities.
 
     Args:
         pixels: from 0 to 1.
-        output: of `vae`: logits of the pixels, mean and logarithmic variance of the code.
+        output: of the model of `make_vae`: logits of the pixels, mean and logarithmic variance of the code.
     """
     logits, mean, log_variance = output[:, :64], output[:, 64 : 64 + CODE], output[:, 64 + CODE :]
     distortion = ops.sum(ops.softplus(logits) - pixels * logits, axis=1)

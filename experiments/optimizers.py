@@ -1,4 +1,4 @@
-"""The optimizers that are compared, by name: how each is made, its defaults, its range of learning rates."""
+"""Define the optimizers to compare: how to make each, its defaults, its range of learning rates."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Optimizer:
     """An optimizer of Keras.
 
     Attributes:
-        title: what tables and plots call it.
-        source: where its class is, as "module:class"; imported late, after the backend is chosen.
+        title: its name in tables and plots.
+        source: its class, as "module:class"; imported late, because the Keras backend must be chosen first.
         learning_rate: the default.
-        span: the lowest and the highest learning rate that is tried; all optimizers' spans are as wide.
-        hyper: what it is given unless told otherwise, besides its class's own defaults.
+        span: the lowest and the highest learning rate to try; all spans have the same ratio.
+        hyper: default arguments, in addition to the class's own defaults.
     """
 
     title: str
@@ -29,29 +29,35 @@ class Optimizer:
     hyper: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, learning_rate: Any = None, **hyper: Any) -> Any:
-        """A new `keras.optimizers.Optimizer`.
+        """Make a new `keras.optimizers.Optimizer`.
 
         Args:
             learning_rate: a number or a schedule; None: the default.
-            **hyper: arguments of the class, over the defaults.
+            **hyper: arguments of the class, which override the defaults.
+
+        Returns:
+            The optimizer.
         """
         module, _, name = self.source.partition(":")
         rate = self.learning_rate if learning_rate is None else learning_rate
         return getattr(importlib.import_module(module), name)(learning_rate=rate, **{**self.hyper, **hyper})
 
-    def learning_rates(self, count: int) -> list[float]:
-        """So many learning rates over the span, its ends among them, each the same factor over the one before.
+    def list_learning_rates(self, count: int) -> list[float]:
+        """Return learning rates over the whole span, with a constant ratio between neighbours.
 
         Args:
-            count: at least 2.
+            count: how many, at least 2.
+
+        Returns:
+            The learning rates, in rising order.
 
         Raises:
-            ValueError: `count` is less.
+            ValueError: `count` is less than 2.
         """
         if count < 2:
             raise ValueError(f"count is {count}, but must be at least 2, the ends of the span")
         low, high = self.span
-        # Rounded, so that they can be typed; of three digits, which no spacing in use needs.
+        # Rounded to three digits, so that they can be typed.
         return [float(f"{low * (high / low) ** (place / (count - 1)):.3g}") for place in range(count)]
 
 
@@ -66,13 +72,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
-def named(name: str) -> Optimizer:
-    """The optimizer of this name.
+def find_optimizer(name: str) -> Optimizer:
+    """Return the optimizer with a name.
 
     Args:
         name: a key of `OPTIMIZERS`.
 
+    Returns:
+        The optimizer.
+
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     return look_up("optimizer", name, OPTIMIZERS)

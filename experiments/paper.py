@@ -1,4 +1,4 @@
-"""The paper's experiments as a table of settings: two data sets, four networks, five optimizers."""
+"""Define the paper's experiments as a table of settings: two data sets, four networks, five optimizers."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 from experiments import datasets
 from experiments.names import look_up
-from experiments.optimizers import OPTIMIZERS, named
+from experiments.optimizers import OPTIMIZERS, find_optimizer
 
-#: How many seeds, from 0, the table's means are over.
+#: How many seeds, from 0, the table averages over.
 SEEDS = 3
 
-#: What each network is called; `models.MODELS` makes them.
+#: The title of each network; `models.MODELS` builds them.
 MODELS = {"vgg16": "VGG-16-BN", "vgg19": "VGG-19-BN", "resnext": "ResNeXt-18", "convmixer": "ConvMixer-256/8"}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network on a data set, as the authors' configuration has it.
+    """A network on a data set, as in the authors' configuration.
 
     Attributes:
         data: a key of `datasets.SOURCES`.
         model: a key of `MODELS`.
         batch_size: images of a step.
         iterations: steps in all.
-        halve_every: steps after which the learning rate is halved, again and again.
+        halve_every: the learning rate is halved each time after this many steps.
     """
 
     data: str
@@ -37,7 +37,7 @@ class Experiment:
     halve_every: int
 
 
-def _experiments() -> dict[str, Experiment]:
+def _make_experiments() -> dict[str, Experiment]:
     found = {}
     for data, batch_size, iterations, halve_every in (
         ("cifar100", 256, 30_000, 10_000),
@@ -49,14 +49,14 @@ def _experiments() -> dict[str, Experiment]:
     return found
 
 
-EXPERIMENTS = _experiments()
+EXPERIMENTS = _make_experiments()
 
-#: Steps between two looks at the test images, the authors' too.
+#: Steps between two tests, the authors' number.
 EVALUATE_EVERY = 500
 
-# The learning rate of each optimizer, and hyperparameters besides `OPTIMIZERS`' own. The authors' configuration files name 0.1
-# and no weight decay for all; VSGD and SGD have that here. For Adam, 0.1 can only stand to be replaced, and with no decay AdamW
-# is Adam: both have Keras' defaults.
+# The learning rate of each optimizer, and hyperparameters in addition to those of `OPTIMIZERS`. The authors' configuration
+# files have 0.1 and no weight decay for all; VSGD and SGD have these values here. For Adam, 0.1 must be a placeholder, and
+# AdamW without decay is Adam: both have Keras' defaults.
 _CHOSEN: dict[str, tuple[float, dict[str, Any]]] = {
     "vsgd": (0.1, {}),
     "constant-vsgd": (0.1, {}),
@@ -71,7 +71,7 @@ COMPARED = tuple(_CHOSEN)
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run but its data, the backend, and the machine.
+    """Everything that determines a run, except its data, the backend and the machine.
 
     Attributes:
         experiment: a key of `EXPERIMENTS`.
@@ -80,7 +80,7 @@ class Settings:
         batch_size: images of a step.
         iterations: steps in all.
         halve_every: steps after which the learning rate is halved.
-        evaluate_every: steps between two looks at the test images, and two checkpoints.
+        evaluate_every: steps between two tests, and between two checkpoints.
         seed: of initial weights, order and augmentation.
         hyper: further arguments of the optimizer.
     """
@@ -95,30 +95,36 @@ class Settings:
     seed: int
     hyper: Mapping[str, Any] = field(default_factory=dict)
 
-    def key(self, backend: str, archive_digest: str) -> dict[str, Any]:
-        """What identifies the run.
+    def make_key(self, backend: str, archive_digest: str) -> dict[str, Any]:
+        """Make the key that identifies the run.
 
         Args:
             backend: of Keras.
             archive_digest: of the data.
+
+        Returns:
+            The key, as plain data for JSON.
         """
         return {**asdict(self), "backend": backend, "data": archive_digest}
 
 
-def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Settings:
-    """The paper's settings, but for what is named.
+def make_settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Settings:
+    """Make the paper's settings, with the given changes.
 
     Args:
         experiment: a key of `EXPERIMENTS`.
         optimizer: a key of `OPTIMIZERS`.
         seed: of initial weights, order and augmentation.
-        **other: fields of `Settings` that are not None, instead of the paper's; of `hyper` those that it has.
+        **other: fields of `Settings` to use instead of the paper's, where not None; the items of `hyper` are merged.
+
+    Returns:
+        The settings.
 
     Raises:
-        ValueError: a name is unknown, or a number out of its range.
+        ValueError: a name is unknown or a number is out of its range.
     """
-    setup, known = look_up("experiment", experiment, EXPERIMENTS), named(optimizer)
-    learning_rate, hyper = _CHOSEN.get(optimizer, (known.learning_rate, {}))
+    setup, entry = look_up("experiment", experiment, EXPERIMENTS), find_optimizer(optimizer)
+    learning_rate, hyper = _CHOSEN.get(optimizer, (entry.learning_rate, {}))
     given = {name: value for name, value in other.items() if value is not None}
     iterations = given.get("iterations", setup.iterations)
     chosen = {
@@ -128,7 +134,7 @@ def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Se
         "halve_every": setup.halve_every,
         "evaluate_every": min(EVALUATE_EVERY, iterations),
     }
-    hyper = {**known.hyper, **hyper, **given.pop("hyper", {})}
+    hyper = {**entry.hyper, **hyper, **given.pop("hyper", {})}
     found = Settings(experiment, optimizer, seed=seed, hyper=hyper, **{**chosen, **given})
     at_least = {"seed": 0, "learning_rate": 0, "batch_size": 1, "iterations": 1, "halve_every": 1, "evaluate_every": 1}
     for name, least in at_least.items():
@@ -139,27 +145,27 @@ def settings(experiment: str, optimizer: str, seed: int = 0, **other: Any) -> Se
     return found
 
 
-def is_the_papers(key: Mapping[str, Any]) -> bool:
-    """Whether a run has the paper's settings and data, so that its result stands in the table.
+def has_paper_settings(key: Mapping[str, Any]) -> bool:
+    """Return whether a run has the paper's settings and data, so that the table includes it.
 
     Args:
         key: of the run.
     """
     if key["experiment"] not in EXPERIMENTS or key["optimizer"] not in COMPARED:
         return False
-    wanted = settings(key["experiment"], key["optimizer"], key["seed"])
+    wanted = make_settings(key["experiment"], key["optimizer"], key["seed"])
     source = datasets.SOURCES[EXPERIMENTS[key["experiment"]].data]
-    return key == wanted.key(key["backend"], source.digest)
+    return key == wanted.make_key(key["backend"], source.digest)
 
 
-def overview() -> str:
-    """What `python -m experiments list` prints of these experiments."""
+def format_overview() -> str:
+    """Format the experiments and optimizers for `python -m experiments list`."""
     lines = [
         f"{name:24} {each.iterations} steps of {each.batch_size} images, learning rate halved every {each.halve_every}"
         for name, each in EXPERIMENTS.items()
     ]
     for name in COMPARED:
-        chosen = settings(next(iter(EXPERIMENTS)), name)
+        chosen = make_settings(next(iter(EXPERIMENTS)), name)
         hyper = "".join(f", {argument} {value}" for argument, value in chosen.hyper.items())
         lines.append(f"  --optimizer {name:14} {OPTIMIZERS[name].title}: learning rate {chosen.learning_rate}{hyper}")
     return "\n".join(lines)

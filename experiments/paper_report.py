@@ -1,4 +1,4 @@
-"""The paper's table and curves, from the records of what was run; where nothing was, the table says so."""
+"""Write the paper's tables and curves from the records; cells of missing runs contain `MISSING`."""
 
 from __future__ import annotations
 
@@ -7,40 +7,46 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.report import image, replace_section, table
 from experiments import datasets, paper, records
 from experiments.optimizers import OPTIMIZERS
+from reporting.pages import format_image, format_table, replace_section
 
-#: The records' file, in the folder of results.
+#: The file of the records, in the folder of results.
 FILE = "paper.jsonl"
 
-#: What a cell holds whose runs are all missing.
+#: The text of a cell without runs.
 MISSING = "not run yet"
 
 # The records of each backend, experiment and optimizer, by seed.
 _Runs: TypeAlias = dict[str, dict[tuple[str, str], dict[int, Mapping[str, Any]]]]
 
 
-def grouped(found: Iterable[Mapping[str, Any]]) -> _Runs:
-    """The runs that have the paper's settings and data; others are left out.
+def group_runs(found: Iterable[Mapping[str, Any]]) -> _Runs:
+    """Group the runs that have the paper's settings and data, and leave out the others.
 
     Args:
-        found: records.
+        found: the records.
+
+    Returns:
+        The records by backend, by experiment and optimizer, and by seed.
     """
     runs: _Runs = {}
     for record in found:
         key = record["key"]
-        if paper.is_the_papers(key):
+        if paper.has_paper_settings(key):
             cells = runs.setdefault(key["backend"], {})
             cells.setdefault((key["experiment"], key["optimizer"]), {})[key["seed"]] = record
     return runs
 
 
-def cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
-    """The mean of the last test accuracies, in percent, with the sample standard deviation and the number of seeds.
+def format_cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
+    """Format the mean of the last test accuracies in percent, the sample standard deviation and the number of seeds.
 
     Args:
-        runs: by seed.
+        runs: the records by seed.
+
+    Returns:
+        The text of the cell.
     """
     if not runs:
         return MISSING
@@ -49,8 +55,8 @@ def cell(runs: Mapping[int, Mapping[str, Any]]) -> str:
     return f"{statistics.mean(last):.2f}{spread} ({len(last)} seed{'s' if len(last) > 1 else ''})"
 
 
-def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """A table of test accuracies for each data set.
+def format_tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    """Format a table of test accuracies for each data set.
 
     Args:
         cells: the runs of each experiment and optimizer, by seed.
@@ -59,22 +65,24 @@ def tables(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> 
     for data, source in datasets.SOURCES.items():
         names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data]
         rows = [
-            [OPTIMIZERS[optimizer].title, *(cell(cells.get((name, optimizer), {})) for name in names)]
+            [OPTIMIZERS[optimizer].title, *(format_cell(cells.get((name, optimizer), {})) for name in names)]
             for optimizer in paper.COMPARED
         ]
         parts.append(
-            table([f"{source.title}, test accuracy, %", *(paper.MODELS[paper.EXPERIMENTS[name].model] for name in names)], rows)
+            format_table(
+                [f"{source.title}, test accuracy, %", *(paper.MODELS[paper.EXPERIMENTS[name].model] for name in names)], rows
+            )
         )
     return parts
 
 
-def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data: str, path: Path) -> bool:
-    """Draw training loss and test accuracy over the steps, means over seeds between their lowest and highest.
+def draw_curves(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data: str, path: Path) -> bool:
+    """Draw training loss and test accuracy over the steps: the means over the seeds, and the ranges.
 
     Args:
         cells: the runs of each experiment and optimizer, by seed.
         data: a key of `datasets.SOURCES`.
-        path: of the image.
+        path: of the image file.
 
     Returns:
         Whether there was anything to draw.
@@ -82,7 +90,7 @@ def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data:
     names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data and any(name == run for run, _ in cells)]
     if not names:
         return False
-    from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and choose a backend for the process
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 
     figure = Figure(figsize=(4 * len(names), 7), layout="constrained")
     axes = figure.subplots(2, len(names), squeeze=False)
@@ -104,13 +112,13 @@ def draw(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]], data:
 
 
 def _draw_mean(axes: Any, runs: Sequence[Mapping[str, Any]], metric: str, color: str, label: str) -> None:
-    steps = runs[0]["curve"]["step"]  # the same in all: the settings are
+    steps = runs[0]["curve"]["step"]  # the same in all, like the settings
     at_each = list(zip(*(run["curve"][metric] for run in runs), strict=True))
     axes.plot(steps, [statistics.mean(each) for each in at_each], color=color, label=label)
     axes.fill_between(steps, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.2)
 
 
-def _machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> str:
+def _describe_machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> str:
     found = [record["environment"] for runs in cells.values() for record in runs.values()]
     texts = [
         f"{each['gpu'] or each['cpu']} with {', '.join(f'{name} {number}' for name, number in each['versions'].items())}"
@@ -119,22 +127,19 @@ def _machines(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) 
     return "; ".join(dict.fromkeys(texts))
 
 
-def write(results: Path, page: Path) -> None:
-    """Write tables and curves into the page's section of the paper's experiments.
+def write_page(results: Path, page: Path) -> None:
+    """Write tables and curves into the page's section "paper".
 
     Args:
-        results: the folder of the records; plots go there.
-        page: the Markdown page, which may not exist yet.
+        results: the folder of the records and of the plots.
+        page: the Markdown page; a missing page is created.
     """
-    runs = grouped(records.read(results / FILE))
-    parts = [] if runs else tables({})
+    runs = group_runs(records.read_jsonl(results / FILE))
+    parts = [] if runs else format_tables({})
     for backend, cells in runs.items():
-        parts += [f"On Keras' {backend} backend, {_machines(cells)}:", *tables(cells)]
+        parts += [f"On Keras' {backend} backend, {_describe_machines(cells)}:", *format_tables(cells)]
         for data, source in datasets.SOURCES.items():
             path = results / f"paper-{data}-{backend}.png"
-            if draw(cells, data, path):
-                parts.append(image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
-    if not page.exists():
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text("# Results\n", encoding="utf-8")
+            if draw_curves(cells, data, path):
+                parts.append(format_image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
     replace_section(page, "paper", parts)

@@ -1,4 +1,4 @@
-"""What runs leave: a record of each finished one, and metrics of each step, in files of JSON objects, one a line."""
+"""Store the records of finished runs and the metrics of each step, in files with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -10,68 +10,77 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks import machine
+from reporting.machine import count_processors, describe_environment
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where one process at a time may write
+except ImportError:  # Windows, where only one process at a time may write
     fcntl = None  # type: ignore[assignment]
 
-#: Distributions whose versions a result may depend on; those that are installed are noted.
+#: Distributions whose versions a result may depend on; the environment lists the installed ones.
 PACKAGES = (
     *("vsgd", "numpy", "keras", "jax", "jaxlib", "tensorflow", "tensorflow-cpu", "torch"),
     *("numba", "scikit-learn", "mnist1d", "pillow"),
 )
 
 
-def environment(gpu: str | None = None) -> dict[str, Any]:
-    """The machine and the versions of what runs on it.
+def describe_run_environment(gpu: str | None = None) -> dict[str, Any]:
+    """Describe the machine and the versions of the packages that runs use.
 
     Args:
-        gpu: the GPU's name, where the run uses one.
+        gpu: the GPU's name; None where the run does not use one.
+
+    Returns:
+        The description, as plain data for JSON.
     """
-    return machine.environment(PACKAGES, machine.processors(), gpu)
+    return describe_environment(PACKAGES, count_processors(), gpu)
 
 
-def _canonical(key: Mapping[str, Any]) -> str:
+def _serialize_key(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def name_of(key: Mapping[str, Any], *words: str) -> str:
-    """A name for a run's folder, another for each key.
+def name_folder(key: Mapping[str, Any], *words: str) -> str:
+    """Return a name for a run's folder, different for each key.
 
     Args:
         key: what identifies the run.
-        *words: what a reader should know it by.
+        *words: the beginning of the name, for readers.
+
+    Returns:
+        The name.
     """
-    return "-".join((*words, hashlib.sha256(_canonical(key).encode()).hexdigest()[:8]))
+    return "-".join((*words, hashlib.sha256(_serialize_key(key).encode()).hexdigest()[:8]))
 
 
-def _line(value: Mapping[str, Any]) -> str:
-    # NaN and infinities, which a diverged run has, are told as Python's json does and reads.
+def _format_line(value: Mapping[str, Any]) -> str:
+    # NaN and infinities of diverged runs are written as Python's json writes and reads them.
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, none where there is no file; a last line that was cut off is left out.
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a file; skip a last line that was cut off.
 
     Args:
-        path: of the file.
+        path: of the file, which may be missing.
+
+    Returns:
+        The objects.
     """
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _append(path: Path, line: str) -> None:
-    """Write a line after all whole ones, however many processes do so, and whenever one of them is killed."""
+def _append_line(path: Path, line: str) -> None:
+    """Append a line after the last whole one, safe for several processes and when a process is killed."""
     with path.open("ab+") as file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file unlocks it
         file.seek(0)
         data = file.read()
         if not data.endswith(b"\n"):
-            # One was killed as it wrote.
+            # A process was killed while it wrote.
             file.truncate(data.rfind(b"\n") + 1)
         file.write(line.encode())
         file.flush()
@@ -79,11 +88,11 @@ def _append(path: Path, line: str) -> None:
 
 
 class Records:
-    """The finished runs of a file, by what identifies them.
+    """The finished runs of a file, by key.
 
-    A run's key is a mapping of what makes it another run: its task, optimizer, hyperparameters, seed. Each finished run is one
-    line, so that a killed process leaves whole records, and several processes may append to one file; each sees what the others
-    wrote before it began.
+    A key is a mapping of everything that identifies a run: its task, optimizer, hyperparameters, seed. Each finished run is one
+    line, so a killed process leaves whole records. Several processes may append to one file; each process sees the records
+    written before it started.
 
     Args:
         path: of the file, which may not exist yet.
@@ -91,62 +100,62 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records = {_canonical(record["key"]): record for record in read(path)}
+        self._records = {_serialize_key(record["key"]): record for record in read_jsonl(path)}
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
-        """Whether the run is finished."""
-        return _canonical(key) in self._records
+        """Return whether the run is finished."""
+        return _serialize_key(key) in self._records
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The records, oldest first."""
+        """Iterate over the records, oldest first."""
         return iter(self._records.values())
 
     def __len__(self) -> int:
-        """How many runs are finished."""
+        """Return the number of finished runs."""
         return len(self._records)
 
     def __getitem__(self, key: Mapping[str, Any]) -> dict[str, Any]:
-        """The record of a finished run."""
-        return self._records[_canonical(key)]
+        """Return the record of a finished run."""
+        return self._records[_serialize_key(key)]
 
     def append(self, key: Mapping[str, Any], **found: Any) -> dict[str, Any]:
-        """Write the record of a run that finished.
+        """Append the record of a finished run to the file.
 
         Args:
-            key: what identifies it.
-            **found: whatever is to be kept beside the key.
+            key: identifies the run.
+            **found: the run's results.
 
         Returns:
             The record.
 
         Raises:
-            ValueError: the run has a record.
+            ValueError: the run already has a record.
         """
         if key in self:
             raise ValueError(f"key is {dict(key)}, but must be of a run that has no record in {self.path}")
         record = {"key": dict(key), **found}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _append(self.path, _line(record))
-        self._records[_canonical(key)] = record
+        _append_line(self.path, _format_line(record))
+        self._records[_serialize_key(key)] = record
         return record
 
 
 class Steps:
-    """Metrics by step, written as they come; a resumed run goes on after the steps that it keeps.
+    """Metrics by step, written immediately; a resumed run keeps earlier steps.
 
     Args:
         path: of the file, which may not exist yet.
-        after: the last step that is kept; later ones, which will be taken again, are dropped.
+        after: the last step to keep; later ones are dropped, because the run repeats them.
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
-        kept = [each for each in read(path) if each["step"] <= after]
+        kept = [each for each in read_jsonl(path) if each["step"] <= after]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # By another file, for a process killed here must not lose what was there.
+        # Through another file, so that a process killed here loses nothing.
         written = path.with_suffix(".new")
-        written.write_text("".join(map(_line, kept)), encoding="utf-8")
+        written.write_text("".join(map(_format_line, kept)), encoding="utf-8")
         written.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # each line at once
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # writes each line at once
 
     def write(self, step: int, **metrics: float) -> None:
         """Write the metrics of a step.
@@ -155,7 +164,7 @@ class Steps:
             step: counted from 1.
             **metrics: by name.
         """
-        self._file.write(_line({"step": step, **metrics}))
+        self._file.write(_format_line({"step": step, **metrics}))
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Tables and plots of the comparison on small tasks, from its records; what is not run yet says so."""
+"""Write the comparison's tables and plots from the records; cells of missing runs contain `MISSING`."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import image, replace_section, table
 from experiments import figures, tasks
 from experiments.comparison import ARMS, BASELINE, ENTRANTS, Comparison, Trial
 from experiments.paper_report import MISSING
 from experiments.spread import FOLDER, Store
-from experiments.statistics import Difference, Range, median_steps, paired_difference, steps_to, useful_range
+from experiments.statistics import (
+    Difference,
+    Range,
+    compare_pairs,
+    compute_median_steps,
+    count_steps_to_target,
+    find_useful_range,
+)
+from reporting.pages import format_image, format_table, replace_section
 
-#: Whom the summary is about.
-OURS = "vsgd"
+#: The entrant that the summary compares with the others.
+SUBJECT = "vsgd"
 _WORDS = ("better", "level", "worse")
 
 
-class Told(NamedTuple):
-    """What is told of an entrant in an arm.
+class ArmResult(NamedTuple):
+    """The result of an entrant in an arm.
 
     Attributes:
-        trial: that was chosen.
+        trial: the trial that tuning chose.
         records: of the test seeds.
     """
 
     trial: Trial
     records: Sequence[Mapping[str, Any]]
 
-    def values(self, split: str, metric: str) -> list[float] | None:
-        """The metric of each record, accuracies in percent; None where a run diverged.
+    def list_values(self, split: str, metric: str) -> list[float] | None:
+        """List the metric of each record, accuracies in percent; None where a run diverged.
 
         Args:
-            split: its name.
+            split: the split's name.
             metric: "loss" or "accuracy".
         """
         if self.diverged:
@@ -46,60 +53,62 @@ class Told(NamedTuple):
 
     @property
     def diverged(self) -> str:
-        """How many runs did, or nothing."""
+        """How many runs diverged, as text; empty if none did."""
         count = sum(record["final"] is None for record in self.records)
         return f"{count} of {len(self.records)} diverged" if count else ""
 
-    def mean(self, split: str, metric: str) -> str:
-        """The mean of the metric.
+    def format_mean(self, split: str, metric: str) -> str:
+        """Format the mean of the metric, or how many runs diverged.
 
         Args:
-            split: its name.
+            split: the split's name.
             metric: "loss" or "accuracy".
         """
-        values = self.values(split, metric)
+        values = self.list_values(split, metric)
         return self.diverged if values is None else f"{statistics.fmean(values):.4g}"
 
 
-def told(comparison: Comparison, arm: str, entrant: str) -> Told | None:
-    """What there is to tell; None while runs are missing.
+def find_result(comparison: Comparison, arm: str, entrant: str) -> ArmResult | None:
+    """Find the result of an entrant in an arm; None while runs are missing.
 
     Args:
-        comparison: of a task.
-        arm: by name.
-        entrant: by name.
+        comparison: the comparison on a task.
+        arm: the name of the arm.
+        entrant: the name of the entrant.
     """
-    trial = comparison.chosen(entrant, arm)
-    records = None if trial is None else comparison.results(entrant, trial)
-    return None if trial is None or records is None else Told(trial, records)
+    trial = comparison.choose_trial(entrant, arm)
+    records = None if trial is None else comparison.find_results(entrant, trial)
+    return None if trial is None or records is None else ArmResult(trial, records)
 
 
-def comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
-    """Those of our tasks, "small", and those of tasks run "longer", in which whoever has a record of one takes part.
+def make_comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
+    """Make the comparisons on the "small" tasks and on those that run "longer".
+
+    The longer ones have the entrants with at least one record.
 
     Args:
         store: of the records.
         backend: of Keras.
     """
     files = [path.stem for name in tasks.TASKS for path in sorted(store.folder.glob(f"{name}@*.jsonl"))]
-    longer = [Comparison(tasks.named(name), store.find, backend) for name in files]
-    part = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
+    longer = [Comparison(tasks.find_task(name), store.find, backend) for name in files]
+    entrants = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
     return {
         "small": [Comparison(task, store.find, backend) for task in tasks.TASKS.values()],
-        "longer": [Comparison(each.task, store.find, backend, part) for each in longer],
+        "longer": [Comparison(each.task, store.find, backend, entrants) for each in longer],
     }
 
 
 def _has_runs(comparison: Comparison, entrant: str, store: Store) -> bool:
-    runs = itertools.chain(comparison.tuning(entrant), comparison.tests(entrant))
+    runs = itertools.chain(comparison.list_tuning_settings(entrant), comparison.list_test_settings(entrant))
     return any(store.find(each) is not None for each in runs)
 
 
-def verdict(difference: Difference, metric: str) -> str:
-    """Whether the first of a pair is better, worse, or level: not told apart.
+def judge_difference(difference: Difference, metric: str) -> str:
+    """Return whether the first of a pair is better, worse, or level, which means that the interval contains zero.
 
     Args:
-        difference: the first one's metric less the other's.
+        difference: the first's metric minus the second's.
         metric: "loss" or "accuracy".
     """
     if not difference.excludes_zero:
@@ -107,123 +116,128 @@ def verdict(difference: Difference, metric: str) -> str:
     return "better" if (difference.mean > 0) == (metric == "accuracy") else "worse"
 
 
-def _difference(ours: Told, theirs: Told, split: str, metric: str) -> Difference | str:
-    first, second = ours.values(split, metric), theirs.values(split, metric)
-    if first is None or second is None:
-        return ours.diverged or f"of the other {theirs.diverged}"
-    return paired_difference(first, second)
+def _compare_results(first: ArmResult, second: ArmResult, split: str, metric: str) -> Difference | str:
+    values, others = first.list_values(split, metric), second.list_values(split, metric)
+    if values is None or others is None:
+        return first.diverged or f"of the other {second.diverged}"
+    return compare_pairs(values, others)
 
 
-def _in_full(ours: Told, theirs: Told | None, split: str, metric: str) -> str:
-    found = MISSING if theirs is None else _difference(ours, theirs, split, metric)
+def _format_difference(first: ArmResult, second: ArmResult | None, split: str, metric: str) -> str:
+    found = MISSING if second is None else _compare_results(first, second, split, metric)
     if isinstance(found, str):
         return found
-    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {verdict(found, metric)}"
+    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {judge_difference(found, metric)}"
 
 
-def in_a_word(ours: Told | None, theirs: Told | None, split: str, metric: str) -> str:
-    """Whether the first is better than the other, or why that cannot be told.
+def format_verdict(first: ArmResult | None, second: ArmResult | None, split: str, metric: str) -> str:
+    """Format a verdict in a word, or the reason why there is none.
 
     Args:
-        ours: the first; None while runs are missing.
-        theirs: the other, likewise.
-        split: whose metric.
+        first: a result; None while runs are missing.
+        second: the result to compare it with, likewise.
+        split: the split's name.
         metric: "loss" or "accuracy".
     """
-    found = MISSING if ours is None or theirs is None else _difference(ours, theirs, split, metric)
-    return found if isinstance(found, str) else verdict(found, metric)
+    found = MISSING if first is None or second is None else _compare_results(first, second, split, metric)
+    return found if isinstance(found, str) else judge_difference(found, metric)
 
 
-def _arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    target, task = comparison.target(), comparison.task
+def _format_arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    target, task = comparison.compute_target(), comparison.task
     if target is None:
         return [MISSING, MISSING]
-    steps = [steps_to(record["curve"], task.every, target, task.sign) for record in records]
-    median = median_steps(steps)
+    steps = [count_steps_to_target(record["curve"], task.every, target, task.sign) for record in records]
+    median = compute_median_steps(steps)
     return ["not reached" if median is None else f"{median:g}", f"{sum(each is not None for each in steps)} of {len(steps)}"]
 
 
-def _row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
+def _format_row(comparison: Comparison, arm: str, entrant: str) -> list[str]:
     head, metric = [arm, ENTRANTS[entrant].title], comparison.task.metric
-    ours, theirs = (told(comparison, arm, each) for each in (entrant, BASELINE))
-    if ours is None:
+    result, baseline = (find_result(comparison, arm, each) for each in (entrant, BASELINE))
+    if result is None:
         return [*head, *[MISSING] * 7]
-    rate = f"{ours.trial.learning_rate:g}{' (edge)' if comparison.at_edge(entrant, ours.trial) else ''}, {ours.trial.schedule}"
-    cells = [*head, rate, *_arrivals(comparison, ours.records)]
+    edge = " (edge)" if comparison.is_at_edge(entrant, result.trial) else ""
+    rate = f"{result.trial.learning_rate:g}{edge}, {result.trial.schedule}"
+    cells = [*head, rate, *_format_arrivals(comparison, result.records)]
     for split, name in (("train", "loss"), ("test", metric)):
-        cells += [ours.mean(split, name), "" if entrant == BASELINE else _in_full(ours, theirs, split, name)]
+        difference = "" if entrant == BASELINE else _format_difference(result, baseline, split, name)
+        cells += [result.format_mean(split, name), difference]
     return cells
 
 
-def task_table(comparison: Comparison) -> str:
-    """Everybody's results on a task, arm by arm, with the differences from AdamW's of the same arm.
+def format_task_table(comparison: Comparison) -> str:
+    """Format all results on a task, arm by arm, with the differences from AdamW in the same arm.
 
     Args:
-        comparison: of the task.
+        comparison: the comparison on the task.
     """
     task, minus = comparison.task, f"minus {ENTRANTS[BASELINE].title}'s"
     test = "test accuracy, %" if task.metric == "accuracy" else "test loss"
     header = ["arm", "optimizer", "learning rate", "steps to target", "reached", "train loss", minus, test, minus]
-    return table(header, [_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
+    return format_table(header, [_format_row(comparison, arm, entrant) for arm in ARMS for entrant in comparison.entrants])
 
 
-def task_section(comparison: Comparison) -> str:
-    """A task's heading, what must be known to read its table, and the table.
+def format_task_section(comparison: Comparison) -> str:
+    """Format a task's section: the heading, steps, unit and target, and the table.
 
     Args:
-        comparison: of the task.
+        comparison: the comparison on the task.
     """
-    task, target = comparison.task, comparison.target()
+    task, target = comparison.task, comparison.compute_target()
     reach = MISSING if target is None else f"{100 * target:.4g}%" if task.metric == "accuracy" else f"{target:.4g}"
     how = f"{task.steps} steps; losses in {task.unit}; target: validation {task.metric} {reach}."
-    return "\n\n".join([f"#### {task.title[0].upper()}{task.title[1:]}", how, task_table(comparison)])
+    return "\n\n".join([f"#### {task.title[0].upper()}{task.title[1:]}", how, format_task_table(comparison)])
 
 
-def summary(arm: str, found: Sequence[Comparison]) -> str:
-    """VSGD beside each of the others in a word, train loss first, then the test metric.
+def format_summary(arm: str, found: Sequence[Comparison]) -> str:
+    """Format the verdicts of VSGD compared with each other entrant: train loss first, then the test metric.
 
     Args:
-        arm: by name.
-        found: the comparisons, a row each, of the same entrants.
+        arm: the name of the arm.
+        found: the comparisons, of the same entrants; each gets a row.
     """
-    others = [each for each in found[0].entrants if each != OURS]
+    others = [each for each in found[0].entrants if each != SUBJECT]
     rows, counts = [], {each: (Counter[str](), Counter[str]()) for each in others}
     for comparison in found:
-        ours, cells = told(comparison, arm, OURS), [comparison.task.title]
+        subject, cells = find_result(comparison, arm, SUBJECT), [comparison.task.title]
         for other in others:
-            theirs = told(comparison, arm, other)
-            words = [in_a_word(ours, theirs, *which) for which in (("train", "loss"), ("test", comparison.task.metric))]
+            result = find_result(comparison, arm, other)
+            which = (("train", "loss"), ("test", comparison.task.metric))
+            words = [format_verdict(subject, result, split, metric) for split, metric in which]
             for counter, word in zip(counts[other], words, strict=True):
                 counter[word] += 1
             cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))
         rows.append(cells)
     totals = [" / ".join("-".join(str(each[word]) for word in _WORDS) for each in counts[other]) for other in others]
     header = [f"VSGD, {arm}", *(f"to {ENTRANTS[other].title}" for other in others)]
-    return table(header, [*rows, ["better-level-worse", *totals]])
+    return format_table(header, [*rows, ["better-level-worse", *totals]])
 
 
-def _width(found: Range | None) -> str:
+def _format_width(found: Range | None) -> str:
     if found is None:
         return "all diverged"
     least = "at least " if found.open_below or found.open_above else ""
     return f"{least}{found.factor:.1f}x ({found.low:.2g} to {found.high:.2g})"
 
 
-def sensitivity(found: Sequence[Comparison]) -> str:
-    """How wide the learning rates are whose validation metric is within 1% of the best, with the schedule of the widest arm.
+def format_sensitivity(found: Sequence[Comparison]) -> str:
+    """Format the ranges of learning rates whose validation metric is within 1% of the best, with the tuned schedule.
 
     Args:
-        found: the comparisons, a row each, of the same entrants.
+        found: the comparisons, of the same entrants; each gets a row.
     """
     rows = []
     for comparison in found:
-        tried = [comparison.tried(entrant) for entrant in comparison.entrants]
-        rows.append([comparison.task.title, *(MISSING if each is None else _width(useful_range(*each)) for each in tried)])
-    return table(["", *(ENTRANTS[each].title for each in found[0].entrants)], rows)
+        tried = [comparison.list_tried(entrant) for entrant in comparison.entrants]
+        rows.append(
+            [comparison.task.title, *(MISSING if each is None else _format_width(find_useful_range(*each)) for each in tried)]
+        )
+    return format_table(["", *(ENTRANTS[each].title for each in found[0].entrants)], rows)
 
 
-def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
-    """How many runs there are, and what they ran on.
+def format_facts(store: Store, found: Sequence[Comparison]) -> list[str]:
+    """Format the numbers of finished runs and the machines that they ran on.
 
     Args:
         store: of the records.
@@ -231,28 +245,28 @@ def facts(store: Store, found: Sequence[Comparison]) -> list[str]:
     """
     rows = []
     for comparison in found:
-        parts = (comparison.tuning, comparison.tests)
-        done = [[store.find(each) is not None for who in comparison.entrants for each in part(who)] for part in parts]
+        parts = (comparison.list_tuning_settings, comparison.list_test_settings)
+        done = [[store.find(each) is not None for name in comparison.entrants for each in part(name)] for part in parts]
         rows.append([comparison.task.title, *(f"{sum(each)} of {len(each)}" for each in done)])
-    lines = [table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
-    for record in store.of("environments"):
+    lines = [format_table(["runs", "for tuning", "for the tests of what is chosen so far"], rows)]
+    for record in store.open_records("environments"):
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         lines.append(f"Run on {record['processors']} processors ({record['cpu']}), one thread a run; {versions}.")
     return lines
 
 
-def write(results: Path, page: Path, backend: str = "jax") -> None:
-    """Write tables and plots into the page's sections of our comparison.
+def write_page(results: Path, page: Path, backend: str = "jax") -> None:
+    """Write tables and plots into the page's sections of the comparison.
 
     Args:
-        results: the folder of results, whose `spread.FOLDER` has the records; plots go there.
-        page: the Markdown page, which may not exist yet.
-        backend: of Keras, whose runs are told.
+        results: the folder of results and plots; its folder `spread.FOLDER` has the records.
+        page: the Markdown page; a missing page is created.
+        backend: of Keras; the page reports its runs.
     """
     store = Store(results / FOLDER)
-    groups = comparisons(store, backend)
+    groups = make_comparisons(store, backend)
     results.mkdir(parents=True, exist_ok=True)
-    replace_section(page, "small-runs", facts(store, [*itertools.chain.from_iterable(groups.values())]))
+    replace_section(page, "small-runs", format_facts(store, [*itertools.chain.from_iterable(groups.values())]))
     for group, found in groups.items():
         if found:
             _write_group(group, found, results, page)
@@ -263,13 +277,13 @@ def _write_group(group: str, found: Sequence[Comparison], results: Path, page: P
     figures.draw_curves(found, curves)
     figures.draw_rates(found, rates)
     sections = {
-        "summary": [summary(arm, found) for arm in ARMS],
-        "curves": [image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
+        "summary": [format_summary(arm, found) for arm in ARMS],
+        "curves": [format_image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
         "sensitivity": [
-            sensitivity(found),
-            image("Validation metric at the end over the learning rate, task by task", rates, page),
+            format_sensitivity(found),
+            format_image("Validation metric at the end over the learning rate, task by task", rates, page),
         ],
-        "tables": list(map(task_section, found)),
+        "tables": list(map(format_task_section, found)),
     }
     for name, parts in sections.items():
         replace_section(page, f"{group}-{name}", parts)

@@ -1,4 +1,4 @@
-"""Runs of a comparison spread over processes of one thread each; what is finished is kept, whenever this is stopped."""
+"""Distribute runs over processes of one thread each; interrupted work keeps the finished runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tqdm import tqdm
 from experiments import comparison, records, tasks
 from experiments.comparison import Setting
 
-#: Of the records, in the folder of results.
+#: The folder of the records, in the folder of results.
 FOLDER = "small"
 
-#: One thread each, so that runs side by side do not wait for one another.
+#: Environment variables for one thread in each process, so that parallel runs do not compete.
 THREADS = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
@@ -37,18 +37,18 @@ THREADS = {
 
 
 class Store:
-    """The records of a folder: a file for each task, and one of the environments that runs had.
+    """The records of a folder: a file for each task, and a file of the environments of the runs.
 
     Args:
-        folder: which may not exist yet.
+        folder: of the files; a missing folder is created.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, records.Records] = {}
 
-    def of(self, task: str) -> records.Records:
-        """The records of a task.
+    def open_records(self, task: str) -> records.Records:
+        """Open the records of a task.
 
         Args:
             task: its name.
@@ -58,33 +58,33 @@ class Store:
         return self._files[task]
 
     def find(self, setting: Setting) -> dict[str, Any] | None:
-        """The record of a run, or None.
+        """Find the record of a run; None where the run is not finished.
 
         Args:
-            setting: which run.
+            setting: the run.
         """
-        known, key = self.of(setting.task), setting.key
-        if key not in known:
+        finished, key = self.open_records(setting.task), setting.key
+        if key not in finished:
             return None
-        return known[key]
+        return finished[key]
 
     def add(self, setting: Setting, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Write what a run found.
+        """Append the record of a run.
 
         Args:
-            setting: which run.
-            found: by it.
-            environment: that it had, written once and told by the start of its hash.
+            setting: the run.
+            found: the results of the run.
+            environment: of the run; each environment is written once, and the record has the start of its hash.
         """
         digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
-        known = self.of("environments")
-        if (key := {"environment": digest}) not in known:
-            known.append(key, **environment)
-        self.of(setting.task).append(setting.key, **found, environment=digest)
+        environments = self.open_records("environments")
+        if (key := {"environment": digest}) not in environments:
+            environments.append(key, **environment)
+        self.open_records(setting.task).append(setting.key, **found, environment=digest)
 
 
-def short(value: Any) -> Any:
-    """The same with numbers of four digits, for files that are kept.
+def round_numbers(value: Any) -> Any:
+    """Round numbers to four digits, to keep the files small.
 
     Args:
         value: numbers, in lists and mappings.
@@ -92,37 +92,37 @@ def short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, Mapping):
-        return {name: short(each) for name, each in value.items()}
-    return [short(each) for each in value] if isinstance(value, Sequence) else value
+        return {name: round_numbers(each) for name, each in value.items()}
+    return [round_numbers(each) for each in value] if isinstance(value, Sequence) else value
 
 
 @functools.lru_cache(maxsize=1)
-def _bench(task: str, entrant: str) -> Any:
-    from experiments import bench  # late: it imports Keras, which the first process need not
+def _make_bench(task: str, entrant: str) -> Any:
+    from experiments import bench  # late: it imports Keras, which the first process does not need
 
-    return bench.Bench(tasks.named(task), comparison.named(entrant).make())
+    return bench.Bench(tasks.find_task(task), comparison.find_entrant(entrant).make())
 
 
 @functools.cache
-def _environment() -> dict[str, Any]:
-    return {**records.environment(), "threads": 1}
+def _describe_environment() -> dict[str, Any]:
+    return {**records.describe_run_environment(), "threads": 1}
 
 
-def perform(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run, and tell what was found, and in which environment.
+def perform_run(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Do a run, and return its results and its environment.
 
     Args:
-        setting: which run.
+        setting: the run.
     """
-    bench = _bench(setting.task, setting.entrant)
+    bench = _make_bench(setting.task, setting.entrant)
     start = time.perf_counter()
     outcome = bench.run(setting.seed, setting.rates)
     seconds = time.perf_counter() - start
-    return short({**outcome._asdict(), "seconds": seconds}), _environment()
+    return round_numbers({**outcome._asdict(), "seconds": seconds}), _describe_environment()
 
 
 def _follow_parent() -> None:
-    """Leave interruptions to the first process, and end when it ends, however it does."""
+    """Ignore interruptions, which the first process handles, and exit when that process ends in any way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -134,67 +134,67 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def run(names: Sequence[str], entrants: Sequence[str], store: Store, workers: int, backend: str) -> None:
-    """Make all runs that the comparison still lacks, task by task: those that tuning needs, then the tests.
+def run_comparison(names: Sequence[str], entrants: Sequence[str], store: Store, workers: int, backend: str) -> None:
+    """Do all missing runs of the comparison, task by task: first for tuning, then for the tests.
 
     Args:
-        names: of the tasks.
-        entrants: their names.
-        store: where records are, and go.
+        names: the names of the tasks.
+        entrants: the names of the entrants.
+        store: the records, which the new ones join.
         workers: how many processes run side by side.
         backend: of Keras.
 
     Raises:
-        ValueError: a task or an entrant is not there, or `workers` is less than 1.
+        ValueError: a task or an entrant is unknown, or `workers` is less than 1.
     """
-    chosen = [tasks.named(name) for name in names]
+    chosen = [tasks.find_task(name) for name in names]
     for name in entrants:
-        comparison.named(name)
-    with _processes(workers, backend) as pool:
+        comparison.find_entrant(name)
+    with _start_processes(workers, backend) as pool:
         for task in chosen:
             found = comparison.Comparison(task, store.find, backend)
-            for part in (found.tuning, found.tests):
-                settings = itertools.chain.from_iterable(map(part, entrants))
-                _perform_missing(pool, settings, store, f"{task.name}, {part.__name__}")
+            for title, list_settings in (("tuning", found.list_tuning_settings), ("tests", found.list_test_settings)):
+                settings = itertools.chain.from_iterable(map(list_settings, entrants))
+                _perform_missing(pool, settings, store, f"{task.name}, {title}")
 
 
-def perform_all(settings: Sequence[Setting], store: Store, workers: int, title: str) -> None:
-    """Make all of some runs that there are no records of.
+def perform_runs(settings: Sequence[Setting], store: Store, workers: int, title: str) -> None:
+    """Do all of the given runs that have no records.
 
     Args:
         settings: the runs, all of one Keras backend.
-        store: where records are, and go.
+        store: the records, which the new ones join.
         workers: how many processes run side by side.
         title: of the progress bar.
 
     Raises:
         ValueError: `workers` is less than 1.
     """
-    with _processes(workers, settings[0].backend) as pool:
+    with _start_processes(workers, settings[0].backend) as pool:
         _perform_missing(pool, settings, store, title)
 
 
 @contextlib.contextmanager
-def _processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
+def _start_processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
     if workers < 1:
         raise ValueError(f"workers is {workers}, but must be at least 1")
-    # The only way in: a spawned process inherits them, and libraries read them as they are imported.
-    ours = {**THREADS, "KERAS_BACKEND": backend}
-    before = {name: os.environ[name] for name in ours if name in os.environ}
-    os.environ.update(ours)
+    # A spawned process inherits environment variables, and libraries read them on import: there is no other way to set them.
+    variables = {**THREADS, "KERAS_BACKEND": backend}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
     try:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_follow_parent) as pool:
             yield pool
     finally:
-        for name in ours:
+        for name in variables:
             del os.environ[name]
         os.environ.update(before)
 
 
 def _perform_missing(pool: ProcessPoolExecutor, settings: Iterable[Setting], store: Store, title: str) -> None:
     missing = [each for each in dict.fromkeys(settings) if store.find(each) is None]
-    # In order, so that a process mostly keeps the model that it compiled.
-    futures = {pool.submit(perform, setting): setting for setting in missing}
+    # In order, so that a process mostly keeps its compiled model.
+    futures = {pool.submit(perform_run, setting): setting for setting in missing}
     try:
         for done in tqdm(as_completed(futures), title, len(futures), disable=not futures):
             store.add(futures[done], *done.result())

@@ -1,4 +1,4 @@
-"""Our five small problems, which a CPU trains in seconds: a noisy quadratic, MNIST-1D, digits, characters, a VAE of digits."""
+"""Define small tasks that a CPU trains in seconds: a noisy quadratic, MNIST-1D, digits, characters, a VAE of digits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from experiments.names import look_up
 
-#: How many times a run is looked at on the way.
+#: How many times a run evaluates the validation metric.
 LOOKS = 25
 
 
@@ -23,8 +23,8 @@ class Split(NamedTuple):
     """Examples.
 
     Attributes:
-        x: what the model is given; several arrays are a tuple.
-        y: what the loss is given beside the model's output.
+        x: the model's input; several arrays are a tuple.
+        y: the targets of the loss.
     """
 
     x: Any
@@ -32,11 +32,11 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a model is trained on, and what it is evaluated on.
+    """The data of a task.
 
     Attributes:
-        batches: endless mini-batches, drawn by the generator that it is given.
-        splits: "train", "validation" and "test", each small enough to be evaluated at once.
+        batches: returns endless mini-batches, drawn by a generator.
+        splits: "train", "validation" and "test", each small enough to evaluate in one batch.
     """
 
     batches: Callable[[np.random.Generator], Iterator[Split]]
@@ -45,18 +45,18 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A problem. The models and losses are imported late, after the backend is chosen.
+    """A task. Its models and losses are imported late, because the Keras backend must be chosen first.
 
     Attributes:
-        name: by which it is chosen.
-        title: what tables and plots call it.
-        steps: how many a run takes.
-        metric: what counts: "accuracy", which is to be high, or "loss", to be low.
+        name: the key in `TASKS`.
+        title: its name in tables and plots.
+        steps: the number of steps of a run.
+        metric: "accuracy", where high is better, or "loss", where low is better.
         unit: of the loss.
-        data: loads or makes the data, once.
-        network: makes a model, not compiled, its weights by Keras' global seed.
-        loss: makes what the model is compiled with.
-        edition: tells runs on these data from runs on others.
+        load_data: loads or makes the data; cached.
+        make_network: makes a model, not compiled, with weights by Keras' global seed.
+        make_loss: makes the loss that the model is compiled with.
+        compute_edition: returns an identifier of the data for the records, so that runs on different data do not mix.
     """
 
     name: str
@@ -64,38 +64,38 @@ class Task:
     steps: int
     metric: str
     unit: str
-    data: Callable[[], Data]
-    network: Callable[[], Any]
-    loss: Callable[[], Any]
-    edition: Callable[[], str] = lambda: "1"
+    load_data: Callable[[], Data]
+    make_network: Callable[[], Any]
+    make_loss: Callable[[], Any]
+    compute_edition: Callable[[], str] = lambda: "1"
 
     @property
     def every(self) -> int:
-        """The steps from look to look."""
+        """The steps between looks."""
         return max(1, self.steps // LOOKS)
 
     @property
     def sign(self) -> int:
-        """1 where less of the metric is better, else -1."""
+        """1 where a low metric is better, else -1."""
         return -1 if self.metric == "accuracy" else 1
 
 
-def _networks() -> Any:
+def _import_networks() -> Any:
     return importlib.import_module("experiments.networks")
 
 
-def _in_epochs(examples: int, batch_size: int, generator: np.random.Generator) -> Iterator[NDArray[Any]]:
-    """Places of mini-batches, epoch after epoch in new orders; what fills no batch is left out until the next."""
+def _draw_epochs(examples: int, batch_size: int, generator: np.random.Generator) -> Iterator[NDArray[Any]]:
+    """Yield indices of mini-batches, in a new order in each epoch; drop each epoch's incomplete last batch."""
     while True:
         order = generator.permutation(examples)
         yield from order[: examples // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def _labelled(splits: Mapping[str, Split], batch_size: int) -> Data:
+def _make_labelled_data(splits: Mapping[str, Split], batch_size: int) -> Data:
     train = splits["train"]
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
-        for places in _in_epochs(len(train.y), batch_size, generator):
+        for places in _draw_epochs(len(train.y), batch_size, generator):
             yield Split(train.x[places], train.y[places])
 
     return Data(batches, splits)
@@ -106,8 +106,8 @@ CURVATURES = (1 / np.arange(1, 101)).astype(np.float32)
 
 
 @functools.cache
-def quadratic_noise() -> Data:
-    """Noise for the gradients. Without noise the loss is the risk itself, so that all splits are one."""
+def make_quadratic_data() -> Data:
+    """Make noise for the gradients. All splits are the same, because without noise the loss is the risk itself."""
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
         while True:
@@ -119,24 +119,28 @@ def quadratic_noise() -> Data:
 
 
 @functools.cache
-def mnist_1d() -> Data:
-    """8000 signals of 40 samples (Greydanus, 2020), made on the spot: 4000 to train on, 2000 each to validate and to test."""
+def make_mnist_1d() -> Data:
+    """Make 8000 signals of 40 samples (Greydanus, 2020): 4000 for training, 2000 each for validation and test.
+
+    Raises:
+        ValueError: the package mnist1d is missing.
+    """
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError as error:
-        raise ValueError("MNIST-1D is not there: pip install mnist1d") from error
+        raise ValueError("MNIST-1D needs mnist1d: pip install mnist1d") from error
     arguments = get_dataset_args()
     arguments.num_samples, arguments.train_split = 8000, 0.5
     made = make_dataset(arguments)
     signals = np.concatenate([made["x"], made["x_test"]]).astype(np.float32)
     labels = np.concatenate([made["y"], made["y_test"]]).astype(np.int32)
     parts = {"train": slice(4000), "validation": slice(4000, 6000), "test": slice(6000, None)}
-    return _labelled({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
+    return _make_labelled_data({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
 
 
 @functools.cache
-def _digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """Pixels from 0 to 1, and labels: 1077 to train on, 360 each to validate and to test, a fifth of each class."""
+def _split_digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Load pixels from 0 to 1 and labels: 1077 for training, 360 each for validation and test, a fifth of each class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -148,22 +152,24 @@ def _digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
 
 
 @functools.cache
-def digit_images() -> Data:
-    """scikit-learn's 1797 digits, 8x8 pixels from -1 to 1."""
-    return _labelled({name: Split((2 * x - 1).reshape(-1, 8, 8, 1), y) for name, (x, y) in _digits().items()}, 64)
+def make_digit_images() -> Data:
+    """Load scikit-learn's 1797 digits, 8x8 pixels from -1 to 1."""
+    return _make_labelled_data(
+        {name: Split((2 * x - 1).reshape(-1, 8, 8, 1), y) for name, (x, y) in _split_digits().items()}, 64
+    )
 
 
 @functools.cache
-def digit_codes() -> Data:
-    """The same digits for a VAE: pixels from 0 to 1 beside the noise of their codes, which the evaluation keeps."""
-    size = _networks().CODE
-    pixels = {name: x for name, (x, _) in _digits().items()}
+def make_digit_codes() -> Data:
+    """Load the same digits for a VAE: pixels from 0 to 1, with the noise of their codes, which is fixed in the splits."""
+    size = _import_networks().CODE
+    pixels = {name: x for name, (x, _) in _split_digits().items()}
 
     def with_noise(x: NDArray[Any], generator: np.random.Generator) -> Split:
         return Split((x, generator.standard_normal((len(x), size), np.float32)), x)
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
-        for places in _in_epochs(len(pixels["train"]), 64, generator):
+        for places in _draw_epochs(len(pixels["train"]), 64, generator):
             yield with_noise(pixels["train"][places], generator)
 
     fixed = np.random.default_rng(0)
@@ -171,45 +177,47 @@ def digit_codes() -> Data:
 
 
 CONTEXT = 64
-_BLOCK = 1024  # characters in a row of one split
-_WINDOWS = {"train": 256, "validation": 64, "test": 256}  # that are evaluated; the validation ones often
+_BLOCK = 1024  # consecutive characters in the same split
+_WINDOWS = {"train": 256, "validation": 64, "test": 256}  # to evaluate; few for validation, which is frequent
 
 
 @functools.cache
-def text() -> str:
-    """The topics of Python's own help, which differ between Python's versions.
+def read_text() -> str:
+    """Read the topics of Python's own help, which differ between Python's versions.
 
-    Lines of ten characters and more that come again are left out: topics repeat one another, and what is tested must not have
-    been trained on.
+    Repeated lines of ten or more characters are left out: topics repeat one another, and the test must not contain lines of the
+    training.
     """
     from pydoc_data.topics import topics
 
-    lines, known = [], set[str]()
+    lines, seen = [], set[str]()
     for line in "\n".join(topics[name] for name in sorted(topics)).splitlines():
-        told = line.strip()
-        if len(told) < 10 or told not in known:
+        stripped = line.strip()
+        if len(stripped) < 10 or stripped not in seen:
             lines.append(line)
-        known.add(told)
+        seen.add(stripped)
     return "\n".join(lines)
 
 
 @functools.cache
-def text_hash() -> str:
-    """What tells the text from others: the start of its SHA-256."""
-    return hashlib.sha256(text().encode()).hexdigest()[:12]
+def hash_text() -> str:
+    """Return the start of the text's SHA-256."""
+    return hashlib.sha256(read_text().encode()).hexdigest()[:12]
 
 
 @functools.cache
-def vocabulary() -> str:
-    """The text's characters."""
-    return "".join(sorted(set(text())))
+def list_characters() -> str:
+    """Return the text's characters in order."""
+    return "".join(sorted(set(read_text())))
 
 
 @functools.cache
-def characters() -> Data:
-    """The text in blocks, of which each ninth is to validate and each tenth to test; targets are the next characters."""
-    place = {character: number for number, character in enumerate(vocabulary())}
-    blocks = np.array([place[each] for each in text()], np.int32)[: len(text()) // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+def make_character_data() -> Data:
+    """Split the text into blocks, each ninth for validation and each tenth for test; targets are the next characters."""
+    place = {character: number for number, character in enumerate(list_characters())}
+    blocks = np.array([place[each] for each in read_text()], np.int32)[: len(read_text()) // _BLOCK * _BLOCK].reshape(
+        -1, _BLOCK
+    )
     kind = np.arange(len(blocks)) % 10
     parts = {"train": blocks[kind < 8], "validation": blocks[kind == 8], "test": blocks[kind == 9]}
 
@@ -238,9 +246,9 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="loss",
             unit="risk",
-            data=quadratic_noise,
-            network=lambda: _networks().quadratic(CURVATURES),
-            loss=lambda: _networks().itself,
+            load_data=make_quadratic_data,
+            make_network=lambda: _import_networks().make_quadratic(CURVATURES),
+            make_loss=lambda: _import_networks().return_output,
         ),
         Task(
             name="mnist1d-mlp",
@@ -248,9 +256,9 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="accuracy",
             unit="nats",
-            data=mnist_1d,
-            network=lambda: _networks().mlp(),
-            loss=lambda: _networks().classification(),
+            load_data=make_mnist_1d,
+            make_network=lambda: _import_networks().make_mlp(),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
         ),
         Task(
             name="mnist1d-cnn",
@@ -258,9 +266,9 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="accuracy",
             unit="nats",
-            data=mnist_1d,
-            network=lambda: _networks().cnn(),
-            loss=lambda: _networks().classification(),
+            load_data=make_mnist_1d,
+            make_network=lambda: _import_networks().make_cnn(),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
         ),
         Task(
             name="digits-convmixer",
@@ -268,9 +276,9 @@ TASKS: dict[str, Task] = {
             steps=400,
             metric="accuracy",
             unit="nats",
-            data=digit_images,
-            network=lambda: _networks().conv_mixer(),
-            loss=lambda: _networks().classification(),
+            load_data=make_digit_images,
+            make_network=lambda: _import_networks().make_conv_mixer(),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
         ),
         Task(
             name="characters",
@@ -278,10 +286,10 @@ TASKS: dict[str, Task] = {
             steps=500,
             metric="loss",
             unit="nats a character",
-            data=characters,
-            network=lambda: _networks().transformer(len(vocabulary()), CONTEXT),
-            loss=lambda: _networks().classification(),
-            edition=text_hash,
+            load_data=make_character_data,
+            make_network=lambda: _import_networks().make_transformer(len(list_characters()), CONTEXT),
+            make_loss=lambda: _import_networks().make_cross_entropy(),
+            compute_edition=hash_text,
         ),
         Task(
             name="digits-vae",
@@ -289,27 +297,30 @@ TASKS: dict[str, Task] = {
             steps=2000,
             metric="loss",
             unit="nats an image",
-            data=digit_codes,
-            network=lambda: _networks().vae(),
-            loss=lambda: _networks().negative_elbo,
+            load_data=make_digit_codes,
+            make_network=lambda: _import_networks().make_vae(),
+            make_loss=lambda: _import_networks().compute_negative_elbo,
         ),
     )
 }
 
 
-def named(name: str) -> Task:
-    """The task of this name; NAME@4 is the same one four times as long.
+def find_task(name: str) -> Task:
+    """Return the task with a name; NAME@4 is four times as long.
 
     Args:
-        name: a key of `TASKS`, or one with "@" and a factor.
+        name: a key of `TASKS`, optionally with "@" and a factor.
+
+    Returns:
+        The task.
 
     Raises:
-        ValueError: there is none, or the factor is no positive integer.
+        ValueError: the name is unknown, or the factor is not a positive integer.
     """
     base, at, factor = name.partition("@")
     task = look_up("task", base, TASKS)
     if not at:
         return task
     if not factor.isdecimal() or int(factor) < 1:
-        raise ValueError(f"task is {name!r}, but after @ must come a positive integer")
+        raise ValueError(f"task is {name!r}, but after '@' it must have a positive integer")
     return dataclasses.replace(task, name=name, title=f"{task.title}, {factor} times as long", steps=int(factor) * task.steps)

@@ -1,4 +1,4 @@
-"""One training run on Keras: it is watched step by step, survives being killed, and leaves a record."""
+"""Do one training run on Keras: write the metrics of each step, resume after a kill, and store a record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKEND = keras.backend.backend()
 
 
 class _Last(keras.metrics.Metric):
-    """The mean of the last batch alone, where Keras' own metrics go on averaging to the epoch's end."""
+    """The mean of only the last batch, where Keras' own metrics average until the epoch's end."""
 
     def __init__(self, function: Any, name: str) -> None:
         super().__init__(name=name)
@@ -53,34 +53,34 @@ class _Watch(keras.callbacks.Callback):
 
 
 class _Backup(keras.callbacks.BackupAndRestore):
-    """Keras' own, but that the optimizer's count of steps says where training is."""
+    """Keras' own, except that the optimizer's count of steps determines where training resumes."""
 
     def __init__(self, folder: Path, steps_per_epoch: int) -> None:
-        # The one before, too: a process may be killed while it writes. And kept until the record is written.
+        # Keep the previous checkpoint, since a process may be killed while it writes; keep both until the record exists.
         super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
         self.steps_per_epoch = steps_per_epoch
 
     def on_train_begin(self, logs: Any = None) -> None:
-        # Written after the weights, this file may be older than they are, or cut off.
+        # Keras writes this file after the weights: it may be older than they are, or cut off.
         Path(self.backup_dir, "training_metadata.json").unlink(missing_ok=True)
         try:
             super().on_train_begin(logs)
         except OSError:
-            # Nothing is whole: the process was killed in its first checkpoint. The model is as it was.
+            # No checkpoint is complete: the process was killed during its first one. The model is unchanged.
             shutil.rmtree(self.backup_dir)
-        self.model._initial_epoch = steps_taken(self.model) // self.steps_per_epoch
+        self.model._initial_epoch = count_steps(self.model) // self.steps_per_epoch
 
 
-def steps_taken(model: keras.Model) -> int:
-    """How many steps a model's optimizer took.
+def count_steps(model: keras.Model) -> int:
+    """Count the steps that a model's optimizer took.
 
     Args:
-        model: a compiled one.
+        model: a compiled model.
     """
     return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
 
 
-def fit(
+def fit_model(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     images: datasets.Images,
@@ -93,19 +93,19 @@ def fit(
     verbose: int = 0,
     callbacks: Iterable[keras.callbacks.Callback] = (),
 ) -> None:
-    """Train a model, or go on where an earlier process was killed.
+    """Train a model, or resume where an earlier process was killed.
 
     Args:
         model: from bytes of pixels to logits.
-        optimizer: a new one.
-        images: to train and test on.
-        folder: the run's own: metrics are written to `steps.jsonl`, checkpoints to `backup`.
+        optimizer: a new optimizer.
+        images: the training and test images.
+        folder: of the run: gets the metrics as `steps.jsonl` and the checkpoints as `backup`.
         batch_size: images of a step.
         iterations: steps in all.
-        evaluate_every: steps between two tests, and two checkpoints; the steps in all are a multiple.
+        evaluate_every: steps between two tests, and between two checkpoints; `iterations` is a multiple.
         seed: of order and augmentation.
         verbose: of `keras.Model.fit`: 1 shows progress bars.
-        callbacks: further ones.
+        callbacks: additional ones.
     """
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(
@@ -115,8 +115,8 @@ def fit(
     )
     backup = _Backup(folder / "backup", evaluate_every)
     backup.set_model(model)
-    backup.on_train_begin()  # now, for the batches begin where it ends
-    taken = steps_taken(model)
+    backup.on_train_begin()  # now, because the batches start where it resumes
+    taken = count_steps(model)
     if taken == iterations:
         return
     with records.Steps(folder / "steps.jsonl", after=taken) as steps:
@@ -124,19 +124,22 @@ def fit(
             batches.TrainBatches(images.train_x, images.train_y, batch_size, seed, taken, iterations),
             steps_per_epoch=evaluate_every,
             epochs=iterations // evaluate_every,
-            shuffle=False,  # they are
+            shuffle=False,  # the batches are shuffled already
             validation_data=batches.TestBatches(images.test_x, images.test_y, batch_size),
-            # First the metrics: they must not be older than the checkpoint.
+            # The metrics first: they must not be older than the checkpoint.
             callbacks=[_Watch(steps, taken), backup, *callbacks],
             verbose=verbose,
         )
 
 
-def curve(steps: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
-    """The course of a run: at each test its metrics, and the training's, averaged since the test before.
+def compute_curve(steps: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Compute the curve of a run: the test metrics, and the training metrics averaged since the test before.
 
     Args:
-        steps: what a run wrote to `steps.jsonl`.
+        steps: the lines of `steps.jsonl`.
+
+    Returns:
+        The values at each test, by metric.
     """
     found: dict[str, list[float]] = {name: [] for name in ("step", "loss", "accuracy", "test_loss", "test_accuracy")}
     since: list[Mapping[str, float]] = []
@@ -146,18 +149,18 @@ def curve(steps: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
             continue
         found["step"].append(each["step"])
         for name in ("loss", "accuracy"):
-            found[name].append(_rounded(float(np.mean([step[name] for step in since]))))
-            found[f"test_{name}"].append(_rounded(each[f"test_{name}"]))
+            found[name].append(_round_number(float(np.mean([step[name] for step in since]))))
+            found[f"test_{name}"].append(_round_number(each[f"test_{name}"]))
         since = []
     return found
 
 
-def _rounded(value: float) -> float:
+def _round_number(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _gpu() -> str | None:
-    """The name of the GPU that the backend trains on."""
+def _find_gpu() -> str | None:
+    """Return the name of the GPU that the backend trains on; None without one."""
     if BACKEND == "torch":
         import torch
 
@@ -173,7 +176,7 @@ def _gpu() -> str | None:
     return tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU") if devices else None
 
 
-def run(
+def run_training(
     chosen: Settings,
     images: datasets.Images,
     digest: str,
@@ -183,37 +186,37 @@ def run(
     verbose: int = 0,
     tensorboard: bool = False,
 ) -> dict[str, Any]:
-    """Do a run of the paper's, or finish one, and record it.
+    """Do one of the paper's runs, or resume it, and record it.
 
     Args:
-        chosen: its settings.
-        images: its data.
-        digest: of their archive.
-        finished: where it is recorded; it is not yet there.
-        output: the folder of all runs' folders.
+        chosen: the run's settings.
+        images: the data.
+        digest: of the data's archive.
+        finished: the records that the run's record joins.
+        output: the folder that has a folder for each run.
         verbose: of `keras.Model.fit`.
-        tensorboard: whether Keras writes for TensorBoard into the run's folder.
+        tensorboard: whether Keras also writes TensorBoard files into the run's folder.
 
     Returns:
         The record.
     """
     setup = EXPERIMENTS[chosen.experiment]
     source = datasets.SOURCES[setup.data]
-    key = chosen.key(BACKEND, digest)
-    folder = output / records.name_of(key, chosen.experiment, chosen.optimizer, BACKEND, f"seed{chosen.seed}")
-    keras.backend.clear_session()  # of the run before, in this process
+    key = chosen.make_key(BACKEND, digest)
+    folder = output / records.name_folder(key, chosen.experiment, chosen.optimizer, BACKEND, f"seed{chosen.seed}")
+    keras.backend.clear_session()  # forget the previous run of this process
     keras.utils.set_random_seed(chosen.seed)
-    model = models.build(setup.model, source.side, source.classes, source.mean, source.deviation)
+    model = models.build_model(setup.model, source.side, source.classes, source.mean, source.deviation)
     schedule = keras.optimizers.schedules.ExponentialDecay(chosen.learning_rate, chosen.halve_every, 0.5, staircase=True)
     optimizer = OPTIMIZERS[chosen.optimizer].make(schedule, **chosen.hyper)
     about = {
-        "environment": records.environment(_gpu()),
+        "environment": records.describe_run_environment(_find_gpu()),
         "parameters": sum(int(np.prod(each.shape)) for each in model.trainable_variables),
         "optimizer": keras.optimizers.serialize(optimizer)["config"],
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"key": key, **about}, indent=1) + "\n", encoding="utf-8")
-    fit(
+    fit_model(
         model,
         optimizer,
         images,
@@ -225,7 +228,7 @@ def run(
         verbose=verbose,
         callbacks=[keras.callbacks.TensorBoard(str(folder / "tensorboard"), write_graph=False)] if tensorboard else [],
     )
-    record = finished.append(key, **about, curve=curve(records.read(folder / "steps.jsonl")))
+    record = finished.append(key, **about, curve=compute_curve(records.read_jsonl(folder / "steps.jsonl")))
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder / "backup")
     return record

@@ -1,13 +1,17 @@
-"""What the tests need of the machine."""
+"""What the tests need: packages, a C++ compiler, a GPU, and the research packages, which are not installed."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+# Last, so that an installed vsgd comes before the checkout's.
+sys.path.append(str(Path(__file__).parents[1]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

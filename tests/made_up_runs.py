@@ -25,7 +25,7 @@ def record(task: str, validation: float, train: float = 0.5, test: float = 0.5, 
         test: the test metric.
         loss: of the validation split, where it is not the metric.
     """
-    metric = tasks.named(task).metric
+    metric = tasks.find_task(task).metric
     first = 0.0 if metric == "accuracy" else 10.0
     ends = {"train": (1.0, train), "validation": (validation, loss), "test": (test, 1.0)}
     final = {name: {"loss": other, "accuracy": main} for name, (main, other) in ends.items()}

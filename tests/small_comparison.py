@@ -22,4 +22,4 @@ def shrink() -> None:
 
 if __name__ == "__main__":
     shrink()
-    spread.run(["quadratic"], ["adamw"], spread.Store(Path(sys.argv[1])), workers=1, backend=sys.argv[2])
+    spread.run_comparison(["quadratic"], ["adamw"], spread.Store(Path(sys.argv[1])), workers=1, backend=sys.argv[2])

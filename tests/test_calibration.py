@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from scripts import loaded
 
 import vsgd.numpy
 from vsgd import core
 
 LEVELS = (0.5, 0.9, 0.99)
-SCRIPT = Path(__file__).parents[1] / "docs" / "uncertainty" / "calibration.py"
+ROOT = Path(__file__).parents[1]
 
 
 class Found(NamedTuple):
@@ -128,8 +127,9 @@ def test_where_the_model_holds_the_mean_field_covers_too_little() -> None:
 
 def test_the_command_writes_its_table_and_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(SCRIPT), "--steps", "50", "--elements", "20", "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    given = ("--steps", "50", "--elements", "20", "--output", str(tmp_path))
+    command = [sys.executable, "-m", "experiments.uncertainty.calibration", *given]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "calibration.txt").read_text(encoding="utf-8") == result.stdout
     assert len(result.stdout.splitlines()) == 2 + 10
@@ -138,8 +138,9 @@ def test_the_command_writes_its_table_and_figure(tmp_path: Path) -> None:
 
 def test_the_script_measures_coverage() -> None:
     pytest.importorskip("matplotlib")
-    with loaded(SCRIPT) as script:
-        track = script.follow("Constant VSGD", script.REGIMES["fast drift"], steps=300, elements=2000)
+    from experiments.uncertainty import calibration
+
+    track = calibration.follow("Constant VSGD", calibration.REGIMES["fast drift"], steps=300, elements=2000)
     gain = 1 / 4
     ratio = ((1 - gain) ** 2 + gain**2) / (gain * (1 - gain) * (1 + 2 * gain))
     np.testing.assert_allclose(track.coverage[:, -100:].mean(axis=1), covered(ratio), atol=0.03)

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-FOLDER = Path(__file__).parents[1] / "docs" / "tuning"
+ROOT = Path(__file__).parents[1]
 
 
 def cells(text: str) -> list[list[str]]:
@@ -24,9 +24,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]
     """What `prior.py` prints, and writes, by the names of its files."""
     folder = tmp_path_factory.mktemp("tuning")
     given = ("--steps", "100", "--seeds", "1", "--rates", "0.003", "0.01", "--data", "digits", "--output", str(folder))
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "prior.py"), *given], capture_output=True, encoding="utf-8", timeout=300
-    )
+    command = [sys.executable, "-m", "experiments.tuning.prior", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     texts = {name: (folder / f"prior_{name}.txt").read_text(encoding="utf-8") for name in ("scale", "run_away", "rates")}
     assert done.stdout == "\n".join(texts.values())

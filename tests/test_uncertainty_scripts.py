@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,19 +14,20 @@ torch = pytest.importorskip("torch")
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
-from scripts import loaded  # noqa: E402
+from experiments import torch_mlp  # noqa: E402
+from experiments.uncertainty import noise_scale  # noqa: E402
 
-FOLDER = Path(__file__).parents[1] / "docs" / "uncertainty"
+ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, output: Path, *arguments: str) -> list[list[str]]:
-    """The rows of the table that a script prints, and writes beside its figures, by cells."""
+    """Run a script, and return the cells of the table that it prints and writes."""
     from matplotlib.image import imread
 
-    command = [sys.executable, str(FOLDER / script), *arguments, "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    command = [sys.executable, "-m", f"experiments.uncertainty.{script}", *arguments, "--output", str(output)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stderr
-    assert (output / script).with_suffix(".txt").read_text(encoding="utf-8") == result.stdout
+    assert (output / f"{script}.txt").read_text(encoding="utf-8") == result.stdout
     for figure in output.glob("*.png"):
         height, width, _ = imread(figure).shape
         assert 500 <= min(height, width) <= max(height, width) <= 2000
@@ -34,7 +35,7 @@ def run(script: str, output: Path, *arguments: str) -> list[list[str]]:
 
 
 def test_the_monitors_plots(tmp_path: Path) -> None:
-    rows = run("monitor.py", tmp_path, "--epochs", "1", "--probes", "0")
+    rows = run("monitor", tmp_path, "--epochs", "1", "--probes", "0")
     assert {each.name for each in tmp_path.glob("*.png")} == {f"monitor{part}.png" for part in ("", "_noise_scale", "_momenta")}
     gains = {row[0]: [float(cell) for cell in row[3:5]] for row in rows}
     # The prior's start is above nearly all squared gradients here, or far below.
@@ -47,7 +48,7 @@ def test_the_monitors_plots(tmp_path: Path) -> None:
 
 
 def test_outliers(tmp_path: Path) -> None:
-    rows = run("outliers.py", tmp_path, "--rates", "0.001", "--later", "1", "5")
+    rows = run("outliers", tmp_path, "--rates", "0.001", "--later", "1", "5")
     assert [each.name for each in tmp_path.glob("*.png")] == ["outliers.png"]
     noise = {row[1]: float(row[3]) for row in rows}
     assert noise["undisturbed"] == 1
@@ -57,40 +58,44 @@ def test_outliers(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def script() -> Iterator[ModuleType]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with loaded(FOLDER / "noise_scale.py") as module:
-        yield module
+    yield
     torch.set_num_threads(threads)
 
 
-def test_the_noise_scale_of_gradients_that_are_known(script: ModuleType) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_the_noise_scale_of_gradients_that_are_known() -> None:
     generator = torch.Generator().manual_seed(0)
     grads = torch.randn(200, 40, generator=generator)
     grads += 0.25 - grads.mean(0)
     trace, squared_norm = grads.numpy().var(axis=0).sum(), 40 * 0.25**2
-    exact, pairs = script.truth(grads), script.two_batch_sizes(grads, generator)
+    exact, pairs = noise_scale.compute_noise_scale(grads), noise_scale.estimate_from_two_batch_sizes(grads, generator)
     assert exact.trace.item() == pytest.approx(trace, rel=1e-5)
     assert exact.squared_norm.item() == pytest.approx(squared_norm, rel=1e-5)
     assert pairs.trace.item() == pytest.approx(trace, rel=0.1)
     assert pairs.squared_norm.item() == pytest.approx(squared_norm, rel=0.1)
 
 
-def test_noise_scales_are_set_beside_the_truth(script: ModuleType) -> None:
-    data = script.digits()
-    (row,) = script.follow("Constant VSGD", *data, probes=(20,))
+@pytest.mark.usefixtures("one_thread")
+def test_noise_scales_are_set_beside_the_truth() -> None:
+    data = torch_mlp.load_digits()
+    (row,) = noise_scale.follow("Constant VSGD", *data, probes=(20,))
     truth, pairs, held = row.truth.scale.item(), row.pairs.scale.item(), row.held.scale.item()
     assert pairs == pytest.approx(truth, rel=0.15)
     assert held == pytest.approx(row.last_truth.scale.item(), rel=0.15)
-    cells = [cell.strip() for cell in script.table({("digits", "Constant VSGD"): [row]}).splitlines()[-1].split("|")[1:-1]]
+    text = noise_scale.format_rows({("digits", "Constant VSGD"): [row]})
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
     assert cells[:3] == ["digits", "Constant VSGD", "20"]
     assert float(cells[4]) == pytest.approx(truth, rel=0.01)
 
 
-def test_clipping_lowers_the_trace_and_the_squared_norm_alike(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "CLIPS", (script.math.inf, 0.1))
-    rows = [line.split("|")[3:-1] for line in script.clipped_table({"digits": script.digits()}, (20,)).splitlines()[2:]]
+@pytest.mark.usefixtures("one_thread")
+def test_clipping_lowers_the_trace_and_the_squared_norm_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_scale, "CLIPS", (math.inf, 0.1))
+    text = noise_scale.format_clipped_rows({"digits": torch_mlp.load_digits()}, (20,))
+    rows = [line.split("|")[3:-1] for line in text.splitlines()[2:]]
     (whole, *free), (clip, *cut) = ([cell.strip() for cell in row] for row in rows)
     assert (whole, clip) == ("not", "0.1")
     assert [float(cell) for cell in free] == pytest.approx([1, 1, 1], abs=0.1)
@@ -100,16 +105,16 @@ def test_clipping_lowers_the_trace_and_the_squared_norm_alike(script: ModuleType
     assert scale == pytest.approx(1, abs=0.15)
 
 
-def test_mnist_1d_is_made_on_the_spot(script: ModuleType) -> None:
+def test_mnist_1d_is_made_on_the_spot() -> None:
     pytest.importorskip("mnist1d")
-    x, y = script.DATA["MNIST-1D"]()
+    x, y = torch_mlp.DATA["MNIST-1D"]()
     assert x.shape == (4000, 40)
     assert torch.equal(y.unique(), torch.arange(10))
-    assert torch.equal(x, script.DATA["MNIST-1D"]()[0])
+    assert torch.equal(x, torch_mlp.DATA["MNIST-1D"]()[0])
 
 
-def test_without_its_package_mnist_1d_says_what_to_install(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_mnist_1d_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mnist1d", None)
     monkeypatch.setitem(sys.modules, "mnist1d.data", None)
     with pytest.raises(SystemExit, match=r"^MNIST-1D needs mnist1d: pip install '\.\[examples\]', or choose --data digits$"):
-        script.DATA["MNIST-1D"]()
+        torch_mlp.DATA["MNIST-1D"]()

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from reporting.examples import load_example
+from reporting.pages import format_table, replace_section
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,7 +51,7 @@ def test_the_tables(module: Callable[[str], Any]) -> None:
     }
     told = results({"many": measured, "conv": cell([0.002] * 4)})
     told["imports"] = {"environment": environment(torch="2"), "seconds": {"vsgd.torch": 0.01}}
-    text = module("report").tables(told)
+    text = module("report").format_tables(told)
     assert text.startswith("`python -m benchmarks run torch`, on 2 processors (C), Linux, 2 threads; torch 2.\n")
     assert "Memory moved 50 GB/s on conv, 50 GB/s on many." in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
@@ -68,7 +71,7 @@ def test_the_page_keeps_what_stands_about_the_tables(module: Callable[[str], Any
     (folder / "torch.json").write_text(json.dumps(results({"many": cell(SLOW)})))
     (folder / "optax.json").write_text(json.dumps(results({"many": cell(SLOW)})))
     for _ in range(2):
-        module("report").write(folder, page)
+        module("report").write_page(folder, page)
         text = page.read_text()
         assert text.startswith("# Performance\n\nBefore.\n\n<!-- torch -->\n\n### PyTorch\n")
         assert "\n<!-- /torch -->\n\nAfter.\n\n<!-- optax -->\n" in text
@@ -83,7 +86,7 @@ def test_sweeps_are_drawn(module: Callable[[str], Any], tmp_path: Path) -> None:
 
     swept = {f"tensors={number}": cell(SLOW, tensors=number) for number in (10, 1, 3)}
     (tmp_path / "torch.json").write_text(json.dumps(results({**swept, "parameters=100": cell(SLOW)})))
-    module("report").write(tmp_path, tmp_path / "page.md")
+    module("report").write_page(tmp_path, tmp_path / "page.md")
     # One point is no curve.
     assert [path.name for path in tmp_path.glob("*.png")] == ["torch-tensors.png"]
     assert "](torch-tensors.png)" in (tmp_path / "page.md").read_text()
@@ -96,17 +99,31 @@ def test_the_page_and_its_images_may_lie_apart(module: Callable[[str], Any], tmp
     folder.mkdir()
     swept = {f"tensors={number}": cell(SLOW, tensors=number) for number in (1, 3)}
     (folder / "torch.json").write_text(json.dumps(results(swept)))
-    module("report").write(folder, page)
+    module("report").write_page(folder, page)
     assert "](../../results/torch-tensors.png)" in page.read_text()
 
 
-def test_a_section_that_does_not_end_is_refused(module: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_section_that_does_not_end_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     text = "<!-- /torch -->\n\n<!-- torch -->\nold\n\nAfter.\n"
     page.write_text(text)
     with pytest.raises(ValueError, match=r"^section 'torch' of .*page\.md begins with <!-- torch -->, but must end with <"):
-        module("report").replace_section(page, "torch", ["new"])
+        replace_section(page, "torch", ["new"])
     assert page.read_text() == text
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    rows = [["a", "1.5"], ["long name", "10"]]
+    left = ["| name      | x   |", "| --------- | --- |", "| a         | 1.5 |", "| long name | 10  |"]
+    right = ["| name      |   x |", "| --------- | --: |", "| a         | 1.5 |", "| long name |  10 |"]
+    assert format_table(["name", "x"], rows).splitlines() == left
+    assert format_table(["name", "x"], rows, left=1).splitlines() == right
+
+
+def test_a_new_page_is_titled_after_its_file(tmp_path: Path) -> None:
+    page = tmp_path / "new" / "performance.md"
+    replace_section(page, "torch", ["Text."])
+    assert page.read_text() == "# Performance\n\n<!-- torch -->\n\nText.\n\n<!-- /torch -->\n"
 
 
 def test_the_floor_is_traffic_over_bandwidth(module: Callable[[str], Any]) -> None:
@@ -115,7 +132,7 @@ def test_the_floor_is_traffic_over_bandwidth(module: Callable[[str], Any]) -> No
 
 
 def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) -> None:
-    merge = module("measure").merge
+    merge = module("measure").merge_results
     old = {"environment": environment(torch="2"), "competitors": {"a": 1, "b": 1}}
     same = {"environment": environment(torch="2"), "competitors": {"b": 2, "c": 2}}
     other = {"environment": environment(torch="3"), "competitors": {"b": 2, "c": 2}}
@@ -124,10 +141,10 @@ def test_results_of_another_machine_are_not_mixed(module: Callable[[str], Any]) 
     assert merge(old, other) == other
 
 
-def test_the_quickstart_is_loaded_and_leaves_no_module(module: Callable[[str], Any]) -> None:
+def test_the_quickstart_is_loaded_and_leaves_no_module() -> None:
     for package in ("torch", "sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(package)
-    assert "VSGD" in module("quickstart").load().OPTIMIZERS
+    assert "VSGD" in load_example("quickstart").OPTIMIZERS
     assert "quickstart" not in sys.modules
 
 
@@ -136,7 +153,7 @@ def test_noise_estimates_are_drawn(module: Callable[[str], Any], tmp_path: Path)
     for package in ("torch", "matplotlib"):
         pytest.importorskip(package)
     estimates = {name: [1.0, 0.5, 0.2] for name in ("float32", "bfloat16", "to the nearest")}
-    module("compact").draw(estimates, tmp_path / "estimates.png")
+    module("compact").draw_estimates(estimates, tmp_path / "estimates.png")
     assert (tmp_path / "estimates.png").stat().st_size > 10_000
 
 

@@ -77,9 +77,9 @@ def moved(problem: Any, read: Callable[[], list[np.ndarray]], competitor: Any) -
 
 def test_torch_competitors_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("torch")
-    loaded, (shape,) = module("suite").load("torch"), module("shapes").parse("tensors=2")
-    problem = loaded.problem(shape, "cpu")
-    names = [name for name in module("measure").select_competitors(loaded, None, "cpu") if "compile" not in name]
+    loaded, (shape,) = module("catalogue").load_suite("torch"), module("shapes").parse("tensors=2")
+    problem = loaded.make_problem(shape, "cpu")
+    names = [name for name in module("measure").choose_competitors(loaded, None, "cpu") if "compile" not in name]
     assert len(names) >= 8
     for name in names:
         competitor = loaded.competitors[name]
@@ -89,8 +89,8 @@ def test_torch_competitors_step(module: Callable[[str], Any]) -> None:
 def test_optax_competitors_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("jax")
     pytest.importorskip("optax")
-    loaded, (shape,) = module("suite").load("optax"), module("shapes").parse("tensors=2")
-    problem = loaded.problem(shape, module("optax_suite").jax.default_backend().replace("gpu", "cuda"))
+    loaded, (shape,) = module("catalogue").load_suite("optax"), module("shapes").parse("tensors=2")
+    problem = loaded.make_problem(shape, module("optax_suite").jax.default_backend().replace("gpu", "cuda"))
     for name, competitor in loaded.competitors.items():
         assert moved(problem, lambda: [np.array(param) for param in problem.params], competitor), name
 
@@ -99,7 +99,7 @@ def test_optax_competitors_step(module: Callable[[str], Any]) -> None:
 def test_keras_competitors_step(module: Callable[[str], Any], task: str) -> None:
     keras = pytest.importorskip("keras")
     loaded, (shape,) = module("keras_suite").SUITES[task], module("shapes").parse("tensors=3")
-    problem = loaded.problem(shape, "cpu")
+    problem = loaded.make_problem(shape, "cpu")
     variables = problem.variables if task == "apply" else keras.Model(problem.inputs, problem.outputs).trainable_variables
     assert [tuple(variable.shape) for variable in variables] == list(shape.tensors)
     for name, competitor in loaded.competitors.items():
@@ -191,9 +191,9 @@ def test_temporaries_of_the_parameters_size_show(module: Callable[[str], Any]) -
 def test_jax_tells_the_memory_of_a_step(module: Callable[[str], Any]) -> None:
     pytest.importorskip("optax")
     (shape,) = module("shapes").parse("parameters=40000")
-    loaded = module("suite").load("optax")
-    problem = loaded.problem(shape, module("optax_suite").jax.default_backend().replace("gpu", "cuda"))
-    assert loaded.competitors["optax.adamw"].make(problem).transient_bytes() < 4 * shape.parameters
+    loaded = module("catalogue").load_suite("optax")
+    problem = loaded.make_problem(shape, module("optax_suite").jax.default_backend().replace("gpu", "cuda"))
+    assert loaded.competitors["optax.adamw"].make(problem).measure_transient_bytes() < 4 * shape.parameters
 
 
 @pytest.mark.compiler

@@ -1,15 +1,11 @@
-"""The experiments are no installed package: they are found beside the tests, after all that is installed."""
+"""One thread and one Keras backend for the tests of the experiments."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 
 @pytest.fixture(autouse=True)

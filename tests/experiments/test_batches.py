@@ -34,7 +34,7 @@ def views(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
 def test_every_shift_and_mirroring_comes_equally_often() -> None:
     known = [views(image) for image in IMAGES]
     rng = np.random.default_rng(0)
-    seen = [known[i][each.tobytes()] for _ in range(300) for i, each in enumerate(batches.augmented(IMAGES, rng))]
+    seen = [known[i][each.tobytes()] for _ in range(300) for i, each in enumerate(batches.augment_images(IMAGES, rng))]
     counts = np.array([seen.count(how) for how in known[0].values()])
     # 3000 draws of 162: binomial, of mean 18.5 and deviation 4.3; five deviations.
     assert counts.min() > 0

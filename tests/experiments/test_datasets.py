@@ -25,7 +25,7 @@ def batch_of(archive: Path, part: str) -> dict[bytes, object]:
 @pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")  # the plain unpickler takes NumPy's old name
 def test_cifar100_is_read_as_its_page_says(tmp_path: Path) -> None:
     path = paper_archives.cifar100(tmp_path)
-    found = datasets.find("cifar100", tmp_path)
+    found = datasets.find_archive("cifar100", tmp_path)
     assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     images = found.read()
     for part, x, y in (("train", images.train_x, images.train_y), ("test", images.test_x, images.test_y)):
@@ -46,8 +46,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
     harmful = pickle.dumps({b"data": Harm()})
     paper_archives.write_tar(tmp_path / "cifar-100-python.tar.gz", {"cifar-100-python/train": harmful})
-    with pytest.raises(ValueError, match=r"cannot be read: it holds [\w.]+, where only NumPy's arrays may be"):
-        datasets.find("cifar100", tmp_path).read()
+    with pytest.raises(ValueError, match=r"cannot be read: it contains [\w.]+, but may contain only NumPy's arrays"):
+        datasets.find_archive("cifar100", tmp_path).read()
     assert not (tmp_path / "harm").exists()
     pickle.loads(harmful)
     assert (tmp_path / "harm").exists()
@@ -56,7 +56,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def test_tiny_imagenet_is_read_with_its_labels(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     path = paper_archives.tiny_imagenet(tmp_path)
-    found = datasets.find("tiny-imagenet", tmp_path)
+    found = datasets.find_archive("tiny-imagenet", tmp_path)
     assert found.digest == hashlib.md5(path.read_bytes()).hexdigest()
     images = found.read()
     wnids = sorted(paper_archives.COLOURS)
@@ -80,7 +80,7 @@ def test_tiny_imagenet_is_read_with_its_labels(tmp_path: Path) -> None:
 def test_a_folder_without_the_archive_is_said(tmp_path: Path, name: str) -> None:
     source = datasets.SOURCES[name]
     with pytest.raises(ValueError) as error:
-        datasets.find(name, tmp_path)
+        datasets.find_archive(name, tmp_path)
     assert str(error.value) == f"--data-dir is {tmp_path}, but must be a folder with {source.file}, which {source.url} offers"
 
 
@@ -90,20 +90,20 @@ def test_a_damaged_archive_is_said(tmp_path: Path, name: str, damage: bytes) -> 
     path = tmp_path / datasets.SOURCES[name].file
     path.write_bytes(damage)
     with pytest.raises(ValueError, match=f"{path.name} must be .*'s archive from .*, but cannot be read: "):
-        datasets.find(name, tmp_path).read()
+        datasets.find_archive(name, tmp_path).read()
 
 
 def test_archives_of_other_data_are_said(tmp_path: Path) -> None:
     path = tmp_path / "cifar-100-python.tar.gz"
     paper_archives.write_tar(path, {"cifar-10-batches-py/data_batch_1": b""})
     with pytest.raises(ValueError, match=r"cannot be read: .*cifar-100-python/train"):
-        datasets.find("cifar100", tmp_path).read()
+        datasets.find_archive("cifar100", tmp_path).read()
     paper_archives.cifar100(tmp_path, train=120, classes=101)
     with pytest.raises(ValueError, match="lacks images of classes 0 to 99 or has others"):
-        datasets.find("cifar100", tmp_path).read()
+        datasets.find_archive("cifar100", tmp_path).read()
     paper_archives.cifar100(tmp_path, test=0)
     with pytest.raises(ValueError, match="lacks images of classes 0 to 99 or has others"):
-        datasets.find("cifar100", tmp_path).read()
+        datasets.find_archive("cifar100", tmp_path).read()
 
 
 @pytest.fixture
@@ -120,24 +120,24 @@ def test_what_is_published_is_downloaded_once(published: Path, tmp_path: Path, m
     digest = hashlib.sha256(published.read_bytes()).hexdigest()
     source = dataclasses.replace(datasets.SOURCES["cifar100"], url=published.as_uri(), digest=digest)
     monkeypatch.setitem(datasets.SOURCES, "cifar100", source)
-    found = datasets.find("cifar100")
+    found = datasets.find_archive("cifar100")
     assert found.path == tmp_path / "home" / "datasets" / published.name
     assert found.digest == digest
     published.unlink()
-    assert datasets.find("cifar100").read().train_x.shape == (12, 32, 32, 3)
+    assert datasets.find_archive("cifar100").read().train_x.shape == (12, 32, 32, 3)
 
 
 def test_what_is_not_the_published_file_is_refused(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = dataclasses.replace(datasets.SOURCES["cifar100"], url=published.as_uri())
     monkeypatch.setitem(datasets.SOURCES, "cifar100", source)
     with pytest.raises(ValueError, match=r"CIFAR-100 cannot be downloaded \(.*hash does not match.*85cd44d0"):
-        datasets.find("cifar100")
+        datasets.find_archive("cifar100")
 
 
 def test_without_a_network_it_says_what_to_place_where(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in list(datasets.SOURCES.items()):
         absent = dataclasses.replace(source, url=(published.parent / "absent" / source.file).as_uri())
         monkeypatch.setitem(datasets.SOURCES, name, absent)
-        what = f"{source.title} cannot be downloaded .*: place {source.file} in a folder, and name that folder by --data-dir"
+        what = f"{source.title} cannot be downloaded .*: place {source.file} in a folder, and pass that folder as --data-dir"
         with pytest.raises(ValueError, match=what):
-            datasets.find(name)
+            datasets.find_archive(name)

@@ -31,7 +31,7 @@ def root_mean_square(array: np.ndarray) -> float:
 
 
 def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
-    found = layers.watch(SETTING, [1])
+    found = layers.watch_tensors(SETTING, [1])
     # At a learning rate of 1 SGD moves by the gradient.
     plain = bench.Bench(tasks.TASKS[TASK], keras.optimizers.SGD(1.0))
     batches = plain.start(200)
@@ -50,7 +50,7 @@ def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
 
 
 def test_later_steps_are_of_the_same_run() -> None:
-    once, twice = layers.watch(SETTING, [7]), layers.watch(SETTING, [2, 5, 7])
+    once, twice = layers.watch_tensors(SETTING, [7]), layers.watch_tensors(SETTING, [2, 5, 7])
     for one, two in zip(once, twice, strict=True):
         assert two.steps[2] == pytest.approx(one.steps[0], rel=1e-6)
         assert two.steps[1] != two.steps[2]
@@ -64,7 +64,7 @@ def test_the_command_writes_a_row_for_each_large_tensor(tmp_path: Path, monkeypa
     page.write_text("# Tuning\n", encoding="utf-8")
     main(["layers", "--backend", keras.backend.backend(), "--page", str(page)])
     text = page.read_text(encoding="utf-8")
-    first = layers.watch(SETTING, [1])
+    first = layers.watch_tensors(SETTING, [1])
     square = sum(size * steps[0].gradient ** 2 for _, size, steps in first) / sum(size for _, size, _ in first)
     assert f"at steps 1, 3, 5; the first gradient's mean square is {square:.1e}:" in text
     # Of three layers, one has a bias of ten.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,22 +14,14 @@ keras = pytest.importorskip("keras")
 for package in ("scipy", "sklearn", "tqdm"):
     pytest.importorskip(package)
 
-from scripts import loaded  # noqa: E402
-
 from experiments import bench, comparison, tasks  # noqa: E402
+from experiments.tuning import long_run  # noqa: E402
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "tuning" / "long_run.py"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    with loaded(SCRIPT) as module:
-        monkeypatch.setattr(module, "EVERY", 5)
-        yield module
+ROOT = Path(__file__).parents[2]
 
 
-def test_gains_are_set_where_they_are_to_be_and_the_sum_of_rates_stays(script: ModuleType) -> None:
-    run = bench.Bench(tasks.named("digits-vae"), comparison.named("vsgd").make())
+def test_gains_are_set_where_they_are_to_be_and_the_sum_of_rates_stays() -> None:
+    run = bench.Bench(tasks.find_task("digits-vae"), comparison.find_entrant("vsgd").make())
     run.train([0.01] * 5, run.start(0))
     optimizer, variable = run.optimizer, run.model.trainable_variables[0]
 
@@ -42,7 +32,7 @@ def test_gains_are_set_where_they_are_to_be_and_the_sum_of_rates_stays(script: M
 
     (before, total), where = seen(), np.zeros(variable.shape, bool)
     where[::2] = True
-    assert script.set_gains(optimizer, variable, where) == where.sum()
+    assert long_run.set_gains(optimizer, variable, where) == where.sum()
     after, new_total = seen()
     np.testing.assert_allclose(after[where], 0.3, rtol=1e-5)
     np.testing.assert_array_equal(after[~where], before[~where])
@@ -50,24 +40,25 @@ def test_gains_are_set_where_they_are_to_be_and_the_sum_of_rates_stays(script: M
     assert np.median(np.abs(before - 0.3)) > 0.1
 
 
-def test_the_command_needs_nothing_but_its_path(tmp_path: Path) -> None:
+def test_the_command_needs_no_path_of_imports() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(SCRIPT), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    command = [sys.executable, "-m", "experiments.tuning.long_run", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "--looks" in done.stdout
 
 
 def test_the_command_makes_a_row_for_each_run(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--steps", "10", "--looks", "5", "10", "--seeds", "0", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["long_run.py", *given])
-    monkeypatch.setattr(script, "HIGH", 0.45)
+    monkeypatch.setattr(long_run, "EVERY", 5)
+    monkeypatch.setattr(long_run, "HIGH", 0.45)
     monkeypatch.setattr(
-        script, "RUNS", [run._replace(reset=lambda gain: gain > 0.45) for run in script.RUNS[:1]] + [*script.RUNS]
+        long_run, "RUNS", [run._replace(reset=lambda gain: gain > 0.45) for run in long_run.RUNS[:1]] + [*long_run.RUNS]
     )
-    script.main()
+    long_run.main()
     text = (tmp_path / "long_run.txt").read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
@@ -84,4 +75,4 @@ def test_the_command_makes_a_row_for_each_run(
     assert held[5] != default[5]
     assert 0 < float(held[4]) < 100
     assert int(held[6]) > 0 == len(default[6])
-    assert [row[0] for row in others] == [run.title for run in script.RUNS[2:]]
+    assert [row[0] for row in others] == [run.title for run in long_run.RUNS[2:]]

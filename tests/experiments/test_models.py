@@ -66,7 +66,7 @@ def test_the_formulas_give_known_numbers() -> None:
 def build(name: str, data: str) -> Any:
     keras.utils.set_random_seed(0)
     source = datasets.SOURCES[data]
-    return models.build(name, source.side, source.classes, source.mean, source.deviation)
+    return models.build_model(name, source.side, source.classes, source.mean, source.deviation)
 
 
 @pytest.mark.parametrize("data", datasets.SOURCES)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from experiments.optimizers import OPTIMIZERS, named
+from experiments.optimizers import OPTIMIZERS, find_optimizer
 
 CLASSES = {
     "vsgd": "VSGD",
@@ -26,14 +26,14 @@ def test_all_learning_rates_span_the_same_number_of_decades() -> None:
 
 
 def test_learning_rates_go_from_end_to_end_by_equal_factors() -> None:
-    assert OPTIMIZERS["adam"].learning_rates(4) == [1e-4, 1e-3, 1e-2, 0.1]
-    rates = OPTIMIZERS["sgd"].learning_rates(20)
+    assert OPTIMIZERS["adam"].list_learning_rates(4) == [1e-4, 1e-3, 1e-2, 0.1]
+    rates = OPTIMIZERS["sgd"].list_learning_rates(20)
     assert (rates[0], rates[-1], len(rates)) == (1e-3, 1.0, 20)
     factor = 1000 ** (1 / 19)
     for low, high in itertools.pairwise(rates):
         assert high / low == pytest.approx(factor, rel=1e-2)  # of three digits each
     with pytest.raises(ValueError, match="count is 1, but must be at least 2"):
-        OPTIMIZERS["sgd"].learning_rates(1)
+        OPTIMIZERS["sgd"].list_learning_rates(1)
 
 
 def test_each_is_made_with_its_defaults_or_what_it_is_told() -> None:
@@ -55,4 +55,4 @@ def test_each_is_made_with_its_defaults_or_what_it_is_told() -> None:
 
 def test_an_unknown_name_is_said() -> None:
     with pytest.raises(ValueError, match=r"optimizer is 'adm', but must be one of vsgd, constant-vsgd, adam, "):
-        named("adm")
+        find_optimizer("adm")

@@ -25,23 +25,23 @@ def test_the_settings() -> None:
         "tiny-imagenet-convmixer": tiny,
         "tiny-imagenet-resnext": (60_000, 64, 20_000),
     }
-    assert {name: paper.settings(VGG16, name).learning_rate for name in ("vsgd", "adam", "adamw", "sgd")} == {
+    assert {name: paper.make_settings(VGG16, name).learning_rate for name in ("vsgd", "adam", "adamw", "sgd")} == {
         "vsgd": 0.1,
         "adam": 0.001,
         "adamw": 0.001,
         "sgd": 0.1,
     }
-    assert paper.settings(VGG16, "sgd").hyper == {"momentum": 0.9}
+    assert paper.make_settings(VGG16, "sgd").hyper == {"momentum": 0.9}
     assert set(paper.COMPARED) == {"vsgd", "constant-vsgd", "adam", "adamw", "sgd"}
 
 
 def test_what_is_named_stands_in_for_the_papers() -> None:
-    found = paper.settings(VGG16, "sgd", 7, iterations=20, learning_rate=None, batch_size=4, hyper={"weight_decay": 0.1})
+    found = paper.make_settings(VGG16, "sgd", 7, iterations=20, learning_rate=None, batch_size=4, hyper={"weight_decay": 0.1})
     assert (found.iterations, found.evaluate_every, found.batch_size) == (20, 20, 4)
     assert (found.learning_rate, found.seed, found.halve_every) == (0.1, 7, 10_000)
     assert found.hyper == {"momentum": 0.9, "weight_decay": 0.1}
     # One that the paper does not compare runs at its own default.
-    assert paper.settings(VGG16, "lion").learning_rate == 0.001
+    assert paper.make_settings(VGG16, "lion").learning_rate == 0.001
 
 
 @pytest.mark.parametrize(
@@ -60,28 +60,28 @@ def test_what_is_named_stands_in_for_the_papers() -> None:
 )
 def test_wrong_settings_are_said(experiment: str, optimizer: str, other: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        paper.settings(experiment, optimizer, **other)
+        paper.make_settings(experiment, optimizer, **other)
 
 
 def key(experiment: str = VGG16, optimizer: str = "vsgd", digest: str | None = None, **other: Any) -> dict[str, Any]:
     source = datasets.SOURCES[paper.EXPERIMENTS[experiment].data]
-    chosen = paper.settings(experiment, optimizer, **other)
-    return json.loads(json.dumps(chosen.key("jax", source.digest if digest is None else digest)))
+    chosen = paper.make_settings(experiment, optimizer, **other)
+    return json.loads(json.dumps(chosen.make_key("jax", source.digest if digest is None else digest)))
 
 
 def test_the_papers_runs_are_those_with_its_settings_and_data() -> None:
     for experiment in paper.EXPERIMENTS:
         for optimizer in paper.COMPARED:
-            assert paper.is_the_papers(key(experiment, optimizer, seed=5))
-    assert not paper.is_the_papers(key(digest="other"))
-    assert not paper.is_the_papers(key(RESNEXT, digest=key(VGG16)["data"]))
-    assert not paper.is_the_papers(key(optimizer="lion"))
+            assert paper.has_paper_settings(key(experiment, optimizer, seed=5))
+    assert not paper.has_paper_settings(key(digest="other"))
+    assert not paper.has_paper_settings(key(RESNEXT, digest=key(VGG16)["data"]))
+    assert not paper.has_paper_settings(key(optimizer="lion"))
     for other in ({"iterations": 500}, {"learning_rate": 0.01}, {"batch_size": 128}, {"hyper": {"weight_decay": 0.1}}):
-        assert not paper.is_the_papers(key(**other)), other
+        assert not paper.has_paper_settings(key(**other)), other
 
 
 def test_all_is_listed() -> None:
-    listed = paper.overview()
+    listed = paper.format_overview()
     for name in (*paper.EXPERIMENTS, *paper.COMPARED):
         assert f"{name} " in listed
     assert "60000 steps of 64 images, learning rate halved every 20000" in listed

@@ -25,7 +25,7 @@ def record(experiment: str, optimizer: str, seed: int, accuracy: float, backend:
     }
     environment = {"cpu": "C", "gpu": "a GPU", "versions": {"keras": "3"}}
     return {
-        "key": paper.settings(experiment, optimizer, seed, **other).key(backend, digest),
+        "key": paper.make_settings(experiment, optimizer, seed, **other).make_key(backend, digest),
         "environment": environment,
         "curve": curve,
     }
@@ -34,7 +34,7 @@ def record(experiment: str, optimizer: str, seed: int, accuracy: float, backend:
 def page_of(folder: Path, *every: dict[str, Any]) -> str:
     (folder / "results").mkdir(exist_ok=True)
     (folder / "results" / "paper.jsonl").write_text("".join(json.dumps(each) + "\n" for each in every))
-    paper_report.write(folder / "results", folder / "results.md")
+    paper_report.write_page(folder / "results", folder / "results.md")
     return (folder / "results.md").read_text(encoding="utf-8")
 
 
@@ -52,7 +52,7 @@ def rows_of(page: str) -> dict[tuple[str, str], list[str]]:
 
 
 def test_without_runs_every_cell_says_so(tmp_path: Path) -> None:
-    paper_report.write(tmp_path / "results", tmp_path / "docs" / "results.md")
+    paper_report.write_page(tmp_path / "results", tmp_path / "docs" / "results.md")
     page = (tmp_path / "docs" / "results.md").read_text()
     assert page.startswith("# Results\n")
     rows = rows_of(page)

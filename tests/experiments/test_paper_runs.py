@@ -70,12 +70,12 @@ def test_two_steps_of_each_and_once_only(
     assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {"config.json", "steps.jsonl"}
     events = {path.parent.name for path in folder.rglob("events.out.tfevents.*")}
     assert events == ({"train", "validation"} if BACKEND == "tensorflow" else set())
-    steps = records.read(folder / "steps.jsonl")
+    steps = records.read_jsonl(folder / "steps.jsonl")
     assert [sorted(each) for each in steps] == [["accuracy", "loss", "step"]] * 2 + [["step", "test_accuracy", "test_loss"]]
     # As good as guessing, to begin with.
     classes = 100 if experiment.startswith("cifar") else 200
     assert 0.7 * math.log(classes) < steps[0]["loss"] < 2 * math.log(classes)
-    (record,) = records.read(tmp_path / "results" / "paper.jsonl")
+    (record,) = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
     config = json.loads((folder / "config.json").read_text())
     assert {name: record[name] for name in config} == config
     assert record["parameters"] == PARAMETERS[experiment]
@@ -88,7 +88,7 @@ def test_two_steps_of_each_and_once_only(
     assert capsys.readouterr().out == f"{what}\n{what}: test accuracy {100 * steps[2]['test_accuracy']:.2f} %\n"
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     main(command)
-    assert capsys.readouterr().out == f"{what}: is finished\n"
+    assert capsys.readouterr().out == f"{what}: already finished\n"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
 
 
@@ -120,12 +120,12 @@ def test_a_killed_process_is_gone_on_from(archives: Path, tmp_path: Path) -> Non
     main(run_of(archives, whole, "cifar100-convmixer", "vsgd", *steps))
     assert taken(killed) == taken(whole)
     assert before == taken(whole)[: len(before)]
-    one, other = (records.read(each / "results" / "paper.jsonl") for each in (killed, whole))
+    one, other = (records.read_jsonl(each / "results" / "paper.jsonl") for each in (killed, whole))
     assert one == other
 
 
 def taken(folder: Path) -> list[dict[str, float]]:
-    return [step for path in folder.glob("runs/*/steps.jsonl") for step in records.read(path)]
+    return [step for path in folder.glob("runs/*/steps.jsonl") for step in records.read_jsonl(path)]
 
 
 def test_the_table_has_no_number_of_tiny_archives(
@@ -151,8 +151,8 @@ def test_the_table_has_no_number_of_tiny_archives(
     capsys.readouterr()
     main(command)
     said = capsys.readouterr().out
-    assert "cifar100-convmixer, adamw, seed 0: is finished" in said
-    found = records.read(tmp_path / "results" / "paper.jsonl")
+    assert "cifar100-convmixer, adamw, seed 0: already finished" in said
+    found = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
     assert sorted(each["key"]["optimizer"] for each in found) == sorted(paper.COMPARED)
     assert page.read_text().count(paper_report.MISSING) == len(paper.EXPERIMENTS) * len(paper.COMPARED)
     assert "%" not in page.read_text().replace("test accuracy, %", "")

@@ -57,7 +57,7 @@ def test_several_processes_write_to_one_file(tmp_path: Path) -> None:
     )
     every = [subprocess.Popen([sys.executable, "-c", script, str(path), name], cwd=ROOT) for name in ("a", "b")]
     assert [process.wait(timeout=120) for process in every] == [0, 0]
-    found = {(each["key"]["by"], each["key"]["seed"]) for each in records.read(path)}
+    found = {(each["key"]["by"], each["key"]["seed"]) for each in records.read_jsonl(path)}
     assert found == {(name, seed) for name in ("a", "b") for seed in range(50)}
 
 
@@ -66,26 +66,26 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path) -> None:
     with records.Steps(path) as steps:
         for step in range(1, 8):
             steps.write(step, loss=step / 3)
-            assert records.read(path)[-1] == {"step": step, "loss": step / 3}  # at once, not when the file is closed
+            assert records.read_jsonl(path)[-1] == {"step": step, "loss": step / 3}  # at once, not when the file is closed
     with path.open("a") as file:
         file.write('{"step":8,"lo')
     with records.Steps(path, after=5) as steps:
         steps.write(6, loss=0.5)
-    assert [each["step"] for each in records.read(path)] == [1, 2, 3, 4, 5, 6]
-    assert records.read(path)[-1]["loss"] == 0.5
+    assert [each["step"] for each in records.read_jsonl(path)] == [1, 2, 3, 4, 5, 6]
+    assert records.read_jsonl(path)[-1]["loss"] == 0.5
 
 
 def test_a_folders_name_is_of_the_key() -> None:
-    name = records.name_of(KEY, "digits", "vsgd")
+    name = records.name_folder(KEY, "digits", "vsgd")
     assert name.startswith("digits-vsgd-")
-    assert name == records.name_of(dict(reversed(KEY.items())), "digits", "vsgd")
-    assert name != records.name_of({**KEY, "learning_rate": 0.2}, "digits", "vsgd")
+    assert name == records.name_folder(dict(reversed(KEY.items())), "digits", "vsgd")
+    assert name != records.name_folder({**KEY, "learning_rate": 0.2}, "digits", "vsgd")
 
 
 def test_the_machine_and_the_versions_are_told() -> None:
     import numpy as np
 
-    told = records.environment("a GPU")
+    told = records.describe_run_environment("a GPU")
     assert told["gpu"] == "a GPU"
     assert told["processors"] >= 1
     assert told["versions"]["numpy"] == np.__version__

@@ -51,7 +51,7 @@ def section(text: str, name: str) -> str:
 
 
 def task_rows(comparison: Comparison) -> dict[tuple[str, str], list[str]]:
-    _, *rows = rows_of(report.task_table(comparison))
+    _, *rows = rows_of(report.format_task_table(comparison))
     return {(arm, optimizer): cells for arm, optimizer, *cells in rows}
 
 
@@ -61,10 +61,10 @@ def test_without_runs_every_cell_says_so() -> None:
     assert len(rows) == len(ARMS) * len(ENTRANTS)
     assert {cell for cells in rows.values() for cell in cells} == {report.MISSING}
     for arm in ARMS:
-        _, row, totals = rows_of(report.summary(arm, [nothing]))
+        _, row, totals = rows_of(report.format_summary(arm, [nothing]))
         assert set(row[1:]) == {report.MISSING}
         assert set(totals[1:]) == {"0-0-0 / 0-0-0"}
-    assert set(rows_of(report.sensitivity([nothing]))[1][1:]) == {report.MISSING}
+    assert set(rows_of(report.format_sensitivity([nothing]))[1][1:]) == {report.MISSING}
 
 
 def test_losing_rows_stay_in_and_nothing_is_better_that_may_be_chance() -> None:
@@ -87,7 +87,7 @@ def test_losing_rows_stay_in_and_nothing_is_better_that_may_be_chance() -> None:
 
 
 def test_the_summary_counts_vsgd_beside_each_other_one() -> None:
-    header, digits, vae, totals = rows_of(report.summary("20 trials", [on(ACCURACY), on(LOSS)]))
+    header, digits, vae, totals = rows_of(report.format_summary("20 trials", [on(ACCURACY), on(LOSS)]))
     found = {name: cells for name, *cells in zip(header, digits, vae, totals, strict=True)}
     assert len(found) == len(ENTRANTS)
     # Train loss, then the test metric: more accuracy is better, more loss is worse.
@@ -108,7 +108,7 @@ def test_the_summary_counts_vsgd_beside_each_other_one() -> None:
     ],
 )
 def test_verdicts(difference: Difference, metric: str, word: str) -> None:
-    assert report.verdict(difference, metric) == word
+    assert report.judge_difference(difference, metric) == word
 
 
 def test_plots_show_where_everyone_ends_losing_ones_too() -> None:
@@ -116,7 +116,7 @@ def test_plots_show_where_everyone_ends_losing_ones_too() -> None:
 
     found = on(LOSS, lambda setting: record(LOSS, 9.0) if setting.entrant == "sgd" else run(setting))
     figure, axes = plt.subplots()
-    assert figures._curves(axes, found)
+    assert figures._draw_task_curves(axes, found)
     ends = [line.get_ydata()[-1] for line in axes.get_lines()]
     plt.close(figure)
     # Everyone's line, and the target's.
@@ -134,13 +134,13 @@ def test_steps_are_to_the_target_and_runs_that_never_arrive_count() -> None:
         return record(setting.task, 0.5 if late else 0.9)
 
     comparison = on(ACCURACY, quick)
-    target = comparison.target()
+    target = comparison.compute_target()
     # The best of ten rates is a tenth of 0.145 decades off: 0.8 - 0.0145.
     assert target == pytest.approx(0.98 * 0.7855, abs=1e-3)
     rows = task_rows(comparison)
     assert rows["20 trials", "VSGD"][1:3] == [f"{22 * 80}", "6 of 10"]
     assert rows["20 trials", "Lion"][1:3] == ["not reached", "0 of 10"]
-    assert f"target: validation accuracy {100 * target:.4g}%." in report.task_section(comparison)
+    assert f"target: validation accuracy {100 * target:.4g}%." in report.format_task_section(comparison)
 
 
 def test_runs_that_diverge_are_told_and_not_averaged() -> None:
@@ -164,7 +164,7 @@ def test_a_choice_at_the_edge_is_marked() -> None:
     rows = task_rows(on(LOSS, steep))
     assert rows["20 trials", "VSGD"][0] == "0.3 (edge), constant"
     assert rows["defaults", "VSGD"][0] == "0.01, constant"
-    (cell,) = {row[1] for row in rows_of(report.sensitivity([on(LOSS, steep)]))[1:]}
+    (cell,) = {row[1] for row in rows_of(report.format_sensitivity([on(LOSS, steep)]))[1:]}
     # Within 1% of 1 / 1.3, from a line between 0.139 and 0.3 in the logarithm.
     assert re.fullmatch(r"at least 1\.\dx \(0\.2\d to 0\.3\)", cell)
 
@@ -172,7 +172,7 @@ def test_a_choice_at_the_edge_is_marked() -> None:
 def test_widths_are_those_of_the_surface() -> None:
     # A third of a decade apart, the two best rates are 0.145 and 0.188 decades from the best one, where accuracy falls by 0.1 a
     # decade from 0.8. So 1% of the best, 0.0079, leads over the second one, and 0.079 and 0.035 decades further.
-    _, row = rows_of(report.sensitivity([on(ACCURACY)]))
+    _, row = rows_of(report.format_sensitivity([on(ACCURACY)]))
     assert row[1 + list(ENTRANTS).index("adamw")].startswith(f"{10 ** (1 / 3 + 0.079 + 0.035):.1f}x (")
 
 
@@ -183,7 +183,7 @@ def test_the_page_has_all_sections_and_is_the_same_when_written_again(tmp_path: 
     store = spread.Store(results / spread.FOLDER)
     environment = {"processors": 2, "cpu": "a CPU", "versions": {"python": "3"}}
     for entrant in ("vsgd", "adamw"):
-        for setting in Comparison(tasks.TASKS[LOSS], lambda setting: None).tests(entrant):
+        for setting in Comparison(tasks.TASKS[LOSS], lambda setting: None).list_test_settings(entrant):
             store.add(setting, run(setting), environment)
     main(["report", "--results", str(results), "--page", str(page)])
     text = page.read_text()
@@ -204,7 +204,7 @@ def test_longer_tasks_stand_apart_and_tell_of_those_who_ran_one(tmp_path: Path) 
     store = spread.Store(results / spread.FOLDER)
     for name, entrants in ((f"{LOSS}@4", ("vsgd", "adamw")), (f"{ACCURACY}@4", ("lion",))):
         for entrant in entrants:
-            for setting in Comparison(tasks.named(name), lambda setting: None).tests(entrant):
+            for setting in Comparison(tasks.find_task(name), lambda setting: None).list_test_settings(entrant):
                 store.add(setting, run(setting), {"processors": 2, "cpu": "a CPU", "versions": {}})
     main(["report", "--results", str(results), "--page", str(page)])
     text = page.read_text()

@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
 def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -> None:
     path = tmp_path / "quadratic.jsonl"
     process = start(tmp_path)
-    wait_until(lambda: len(records.read(path)) >= 2)
+    wait_until(lambda: len(records.read_jsonl(path)) >= 2)
     workers = children(process.pid)
     process.kill()
     process.wait()
@@ -66,7 +66,7 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
             os.kill(worker, signal.SIGKILL)
         process.communicate()
     kept = path.read_bytes()
-    before = records.read(path)
+    before = records.read_jsonl(path)
     assert 2 <= len(before) < RUNS
     path.write_bytes(kept + kept[:50])  # as if one had been killed as it wrote
 
@@ -74,7 +74,7 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     assert path.read_bytes().startswith(kept)
-    after = records.read(path)
+    after = records.read_jsonl(path)
     assert len(after) == len({json.dumps(each["key"]) for each in after}) == RUNS
     # Nothing is left to do: no process is started, and nothing written.
     whole = path.read_bytes()
@@ -82,7 +82,7 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 0, output
     assert path.read_bytes() == whole
-    environments = records.read(tmp_path / "environments.jsonl")
+    environments = records.read_jsonl(tmp_path / "environments.jsonl")
     assert {each["environment"] for each in after} == {each["key"]["environment"] for each in environments}
     assert environments[0]["versions"]["keras"] == keras.__version__
 
@@ -91,7 +91,7 @@ def test_records_are_short(tmp_path: Path) -> None:
     store = spread.Store(tmp_path)
     setting = Setting("quadratic", "vsgd", Trial(0.01, "cosine"), 0, "jax")
     found = {"curve": [1 / 3, None, 2.0], "losses": [123456.789], "final": {"test": {"loss": 1e-9 / 3}}, "seconds": 2 / 3}
-    store.add(setting, spread.short(found), {"cpu": "a CPU"})
+    store.add(setting, spread.round_numbers(found), {"cpu": "a CPU"})
     assert store.find(setting) == spread.Store(tmp_path).find(setting)
     record = store.find(setting)
     assert record["curve"] == [0.3333, None, 2.0]
@@ -110,5 +110,5 @@ def test_records_are_short(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named_before_anything_runs(arguments: tuple, message: str, tmp_path: Path) -> None:
     names, entrants, workers = arguments
     with pytest.raises(ValueError, match=message):
-        spread.run(names, entrants, spread.Store(tmp_path), workers, "jax")
+        spread.run_comparison(names, entrants, spread.Store(tmp_path), workers, "jax")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from made_up_runs import diverged, record  # noqa: E402
 
 from experiments import spread, sweep, tasks  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
-from experiments.comparison import ENTRANTS, Setting, Trial, named  # noqa: E402
+from experiments.comparison import ENTRANTS, Setting, Trial, find_entrant  # noqa: E402
 from experiments.paper_report import MISSING  # noqa: E402
 
 PRIOR, KAPPAS, *LONG = sweep.GRIDS
@@ -32,7 +32,7 @@ def rows_of(table: str) -> list[list[str]]:
 def bowl(setting: Setting) -> dict[str, Any]:
     """Best at the second rate; hyperparameters add to the loss, and each seed to all of its runs."""
     place = sweep.RATES.index(setting.trial.learning_rate)
-    shift = sum(named(setting.entrant).hyper.values()) + 0.1 * (setting.seed - 200)
+    shift = sum(find_entrant(setting.entrant).hyper.values()) + 0.1 * (setting.seed - 200)
     return record(TASK.name, 0.9 - 0.01 * abs(place - 1) - 0.1 * shift, train=1 + abs(place - 1) + shift)
 
 
@@ -45,15 +45,15 @@ def test_grids_hold_the_default_and_what_the_optimizer_takes() -> None:
         assert values == [tuple(getattr(defaults, head) for head in grid.heads)]
         for each, entrant in grid.entrants.items():
             if entrant != sweep.DEFAULT:
-                assert named(entrant).hyper == dict(zip(grid.heads, each, strict=True))
-                named(entrant).make()
+                assert find_entrant(entrant).hyper == dict(zip(grid.heads, each, strict=True))
+                find_entrant(entrant).make()
     assert {1e-14, 1e-2} <= {value for (value,) in PRIOR.entrants}
     tried = {trial.learning_rate for grid in sweep.GRIDS for trial in grid.trials}
-    assert set(sweep.RATES) < tried < set(ENTRANTS["vsgd"].base.learning_rates(10))
+    assert set(sweep.RATES) < tried < set(ENTRANTS["vsgd"].base.list_learning_rates(10))
 
 
 def test_the_best_rate_is_marked_and_differences_are_seed_by_seed() -> None:
-    rows = rows_of(sweep.grid_table(TASK, KAPPAS, bowl, "jax"))
+    rows = rows_of(sweep.format_grid_table(TASK, KAPPAS, bowl, "jax"))
     assert len(rows) == len(KAPPAS.entrants)
     for (values, entrant), (one, two, *cells) in zip(KAPPAS.entrants.items(), rows, strict=True):
         assert (float(one), float(two)) == values
@@ -79,9 +79,9 @@ def test_differences_have_the_least_and_the_most() -> None:
     ours = sweep.Scores([[3.0, 9.0, 9.0], [1.0, 2.0, 6.0]], 1)
     other = sweep.Scores([None, [1.5, 1.0, 1.0]], 1)
     assert (ours.best, other.best) == (1, 1)
-    assert ours.minus(other) == f"{statistics.fmean([-0.5, 1.0, 5.0]):+.2g} (-0.5 to +5)"
+    assert ours.format_difference(other) == f"{statistics.fmean([-0.5, 1.0, 5.0]):+.2g} (-0.5 to +5)"
     assert sweep.Scores([[3.0], [1.0]], -1).best == 0
-    assert sweep.Scores([None], 1).minus(other) == ""
+    assert sweep.Scores([None], 1).format_difference(other) == ""
 
 
 def test_what_is_missing_or_diverged_says_so() -> None:
@@ -92,7 +92,7 @@ def test_what_is_missing_or_diverged_says_so() -> None:
             return None
         return diverged() if setting.trial == PRIOR.trials[-1] and setting.seed == 201 else bowl(setting)
 
-    rows = {float(row[0]): row[1:] for row in rows_of(sweep.grid_table(TASK, PRIOR, some, "jax"))}
+    rows = {float(row[0]): row[1:] for row in rows_of(sweep.format_grid_table(TASK, PRIOR, some, "jax"))}
     assert rows[1e-2] == [*[MISSING] * 4, "", *[MISSING] * 4, ""]
     assert rows[1e-8][3] == rows[1e-8][8] == "diverged"
     assert rows[1e-8][1].startswith("**")
@@ -106,7 +106,7 @@ def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, mo
     monkeypatch.setattr(sweep, "GRIDS", (*small, *long))
     monkeypatch.setattr(sweep, "SEEDS", (200,))
     store = spread.Store(tmp_path / sweep.FOLDER)
-    missing, *others = dict.fromkeys(sweep.every_setting(backend))
+    missing, *others = dict.fromkeys(sweep.list_all_settings(backend))
     for setting in others:
         store.add(setting, record(setting.task, 0.5), {})
     page = tmp_path / "page.md"

@@ -19,7 +19,7 @@ from scipy import integrate, stats  # noqa: E402
 
 from experiments import bench, networks, tasks  # noqa: E402
 from experiments.comparison import ENTRANTS, SCHEDULES  # noqa: E402
-from experiments.statistics import steps_to  # noqa: E402
+from experiments.statistics import count_steps_to_target  # noqa: E402
 
 STEPS = 100
 
@@ -63,9 +63,9 @@ def test_the_quadratics_mean_risk_is_that_of_the_closed_form() -> None:
 def test_each_step_has_its_learning_rate_and_its_batch() -> None:
     task, rates = short("quadratic", 3), [0.5, 0.0, 1.5]
     found = bench.Bench(task, keras.optimizers.SGD(0.1)).run(7, rates)
-    (point,) = (each.astype(np.float64) for each in bench.initial_values(task, 7))
+    (point,) = (each.astype(np.float64) for each in bench.make_initial_values(task, 7))
     losses = []
-    for rate, batch in zip(rates, task.data().batches(np.random.default_rng(7)), strict=False):
+    for rate, batch in zip(rates, task.load_data().batches(np.random.default_rng(7)), strict=False):
         losses.append(np.sum(tasks.CURVATURES * point**2) / 2 + batch.x[0] @ point)
         point -= rate * (tasks.CURVATURES * point + batch.x[0])
     # In float32, of sums of 100 numbers.
@@ -122,7 +122,7 @@ def test_a_run_that_diverges_has_no_final_metrics() -> None:
 
 @pytest.mark.parametrize("name", ["digits-convmixer", "digits-vae", "mnist1d-cnn"])
 def test_no_example_is_in_two_splits(name: str) -> None:
-    splits = tasks.TASKS[name].data().splits
+    splits = tasks.TASKS[name].load_data().splits
     rows = [split.x[0] if isinstance(split.x, tuple) else split.x for split in splits.values()]
     flat = np.concatenate([each.reshape(len(each), -1) for each in rows])
     assert len(np.unique(flat, axis=0)) == len(flat)
@@ -131,7 +131,7 @@ def test_no_example_is_in_two_splits(name: str) -> None:
 
 
 def test_an_epoch_has_each_example_at_most_once_and_the_next_another_order() -> None:
-    data = tasks.TASKS["digits-convmixer"].data()
+    data = tasks.TASKS["digits-convmixer"].load_data()
     batches = data.batches(np.random.default_rng(0))
     epochs = [np.concatenate([next(batches).x for _ in range(1077 // 64)]).reshape(-1, 64) for _ in range(2)]
     for epoch in epochs:
@@ -141,18 +141,18 @@ def test_an_epoch_has_each_example_at_most_once_and_the_next_another_order() -> 
 
 def windows(split: tasks.Split) -> Iterator[str]:
     for x, y in zip(split.x, split.y, strict=True):
-        yield "".join(tasks.vocabulary()[place] for place in [*x, y[-1]])
+        yield "".join(tasks.list_characters()[place] for place in [*x, y[-1]])
 
 
 def test_characters_are_windows_of_the_text_whose_targets_are_the_next_ones() -> None:
-    data, text = tasks.characters(), tasks.text()
+    data, text = tasks.make_character_data(), tasks.read_text()
     for split in (*data.splits.values(), next(data.batches(np.random.default_rng(0)))):
         np.testing.assert_array_equal(split.x[:, 1:], split.y[:, :-1])
         assert all(window in text for window in windows(split))
 
 
 def test_no_part_of_the_text_is_trained_on_and_tested() -> None:
-    data, text = tasks.characters(), tasks.text()
+    data, text = tasks.make_character_data(), tasks.read_text()
     # Of ten blocks of 1024 characters, one goes to each of the last two.
     blocks = [text[start : start + 1024] for start in range(0, len(text) - 1023, 1024)]
     parts = {"train": [each for number, each in enumerate(blocks) if number % 10 < 8], "validation": blocks[8::10]}
@@ -165,7 +165,7 @@ def test_no_part_of_the_text_is_trained_on_and_tested() -> None:
 
 
 def test_the_transformer_sees_no_later_character() -> None:
-    model = networks.transformer(10, context=8, width=16, depth=1, heads=2)
+    model = networks.make_transformer(10, context=8, width=16, depth=1, heads=2)
     x = np.random.default_rng(0).integers(10, size=(1, 8)).astype(np.int32)
     changed = x.copy()
     changed[0, 5] = (x[0, 5] + 1) % 10
@@ -178,7 +178,7 @@ def test_the_negative_elbo_is_that_of_the_distributions() -> None:
     rng = np.random.default_rng(0)
     pixels, logits = (rng.random((3, 64)) > 0.5).astype(np.float32), rng.standard_normal((3, 64)).astype(np.float32)
     mean, log_variance = rng.standard_normal((2, 3, networks.CODE)).astype(np.float32)
-    found = networks.negative_elbo(*map(keras.ops.convert_to_tensor, (pixels, np.hstack([logits, mean, log_variance]))))
+    found = networks.compute_negative_elbo(*map(keras.ops.convert_to_tensor, (pixels, np.hstack([logits, mean, log_variance]))))
     distortion = -stats.bernoulli.logpmf(pixels, 1 / (1 + np.exp(-logits))).sum(axis=1)
     # The divergence of the code from the standard normal, by integration.
     codes = np.linspace(-15, 15, 20_001)[:, None, None]
@@ -191,19 +191,19 @@ def test_the_negative_elbo_is_that_of_the_distributions() -> None:
     ("name", "message"),
     [
         ("digits", "^task is 'digits', but must be one of quadratic, mnist1d-mlp, "),
-        ("quadratic@0", "^task is 'quadratic@0', but after @ must come a positive integer$"),
-        ("quadratic@x", "^task is 'quadratic@x', but after @ must come a positive integer$"),
+        ("quadratic@0", "^task is 'quadratic@0', but after '@' it must have a positive integer$"),
+        ("quadratic@x", "^task is 'quadratic@x', but after '@' it must have a positive integer$"),
     ],
 )
 def test_a_task_that_is_not_there_is_named(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tasks.named(name)
+        tasks.find_task(name)
 
 
 def test_a_longer_task_differs_in_its_length_alone() -> None:
-    task = tasks.named("quadratic@4")
+    task = tasks.find_task("quadratic@4")
     assert (task.steps, task.every, task.name) == (8000, 320, "quadratic@4")
-    assert task.data is tasks.TASKS["quadratic"].data
+    assert task.load_data is tasks.TASKS["quadratic"].load_data
 
 
 @pytest.mark.parametrize("entrant", ENTRANTS)
@@ -219,7 +219,7 @@ def test_vsgd_is_at_90_percent_on_digits_before_sgd() -> None:
         name: bench_of("digits-convmixer", name).run(0, [ENTRANTS[name].base.learning_rate] * STEPS).curve
         for name in ("vsgd", "sgd")
     }
-    ours, theirs = (steps_to(curve, 4, 0.9, sign=-1) for curve in curves.values())
+    ours, theirs = (count_steps_to_target(curve, 4, 0.9, sign=-1) for curve in curves.values())
     assert ours is not None
     assert theirs is None or ours < theirs
 

@@ -64,7 +64,7 @@ def fitted(folder: Path, seed: int = 0, callbacks: Iterable[keras.callbacks.Call
     model = new_model(seed)
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5, staircase=True)
     optimizer = OPTIMIZERS["vsgd"].make(schedule)
-    training.fit(model, optimizer, IMAGES, folder, callbacks=callbacks, **SETTINGS)
+    training.fit_model(model, optimizer, IMAGES, folder, callbacks=callbacks, **SETTINGS)
     return [np.array(keras.ops.convert_to_numpy(each)) for each in (*model.variables, *optimizer.variables)]
 
 
@@ -80,7 +80,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(InterruptionError):
         fitted(folder, callbacks=[Interrupting(10)])
-    assert [each["step"] for each in records.read(folder / "steps.jsonl")] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10]
+    assert [each["step"] for each in records.read_jsonl(folder / "steps.jsonl")] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10]
     return folder
 
 
@@ -156,8 +156,8 @@ def test_metrics_are_of_each_batch_alone(tmp_path: Path) -> None:
     model = new_model(0)
     first, labels = batches.TrainBatches(IMAGES.train_x, IMAGES.train_y, 4, 0, 0, 12)[0]
     logits = keras.ops.convert_to_numpy(model(first, training=True))
-    training.fit(model, OPTIMIZERS["sgd"].make(0.0), IMAGES, tmp_path, **{**SETTINGS, "iterations": 3})
-    steps = records.read(tmp_path / "steps.jsonl")
+    training.fit_model(model, OPTIMIZERS["sgd"].make(0.0), IMAGES, tmp_path, **{**SETTINGS, "iterations": 3})
+    steps = records.read_jsonl(tmp_path / "steps.jsonl")
     expected = cross_entropy(logits, labels)
     assert steps[0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert steps[0]["accuracy"] == np.mean(logits.argmax(1) == labels)
@@ -185,11 +185,11 @@ def test_the_course_of_a_run() -> None:
         {"step": 4, "loss": 0.0, "accuracy": 0.0},
         {"step": 4, "test_loss": 2.0, "test_accuracy": 0.2},
     ]
-    assert training.curve(steps) == {
+    assert training.compute_curve(steps) == {
         "step": [2, 4],
         "loss": [3.0, 0.5],
         "accuracy": [0.25, 0.5],
         "test_loss": [3.0, 2.0],
         "test_accuracy": [0.1, 0.2],
     }
-    assert json.loads(json.dumps(training.curve(steps))) == training.curve(steps)
+    assert json.loads(json.dumps(training.compute_curve(steps))) == training.compute_curve(steps)

@@ -1,15 +1,14 @@
-"""Why VSGD's defaults diverge in a long run at a constant learning rate: what becomes of the gains, and what if they are held.
+"""Show why VSGD's defaults diverge in a long run at a constant learning rate: follow the gains, and reset some of them.
 
 Trains the VAE of the comparison on small tasks, four times as long, and writes the table `long_run.txt` for `docs/tuning.md`:
 
     pip install '.[experiments]' jax
-    KERAS_BACKEND=jax python docs/tuning/long_run.py
+    KERAS_BACKEND=jax python -m experiments.tuning.long_run
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,30 +17,29 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.append(str(Path(__file__).parents[2]))
-
-from benchmarks.report import table
 from experiments import comparison, tasks
 from experiments.bench import Bench
+from reporting.pages import format_table
 
+OUTPUT = Path("docs/tuning")
 RATE = 0.01
 EVERY = 500  # steps
 HIGH, LOW = 0.8, 0.05
-MIDDLE = 0.3  # where most gains are
+MIDDLE = 0.3  # near most gains
 
 
 class Run(NamedTuple):
-    """What is run.
+    """Settings of a run.
 
     Attributes:
-        title: of its row.
-        entrant: by name, with hyperparameters.
-        reset: which gains are set to `MIDDLE`, every `EVERY` steps.
+        title: of the run's row.
+        entrant: the name of an entrant, with hyperparameters.
+        reset: returns which gains to set to `MIDDLE`, every `EVERY` steps.
     """
 
     title: str
     entrant: str
-    reset: Callable[[NDArray[Any]], NDArray[Any]] = lambda gain: gain > 1  # none is
+    reset: Callable[[NDArray[Any]], NDArray[Any]] = lambda gain: gain > 1  # none
 
 
 RUNS = (
@@ -56,12 +54,12 @@ RUNS = (
 
 
 class Look(NamedTuple):
-    """What is seen of a run every `EVERY` steps.
+    """Measurements of a run, every `EVERY` steps.
 
     Attributes:
-        loss: the mean over the mini-batches since the last look; None where one was not finite.
-        gains: of all elements, before any is set.
-        reset: how many were set.
+        loss: the mean over the mini-batches since the last look; None where one loss was not finite.
+        gains: of all elements, before any gain is reset.
+        reset: how many gains were reset.
     """
 
     loss: float | None
@@ -69,15 +67,18 @@ class Look(NamedTuple):
     reset: int
 
 
-def watch(run: Run, steps: int, seed: int) -> Iterator[Look]:
-    """Train, until the loss is not finite.
+def follow_run(run: Run, steps: int, seed: int) -> Iterator[Look]:
+    """Train until the last step or until the loss is not finite.
 
     Args:
-        run: which.
+        run: the run.
         steps: a multiple of `EVERY`.
-        seed: decides weights and batches.
+        seed: of weights and batches.
+
+    Yields:
+        A look after every `EVERY` steps.
     """
-    bench = Bench(tasks.named("digits-vae"), comparison.named(run.entrant).make())
+    bench = Bench(tasks.find_task("digits-vae"), comparison.find_entrant(run.entrant).make())
     batches = bench.start(seed)
     for _ in range(steps // EVERY):
         loss = bench.train([RATE] * EVERY, batches)
@@ -92,15 +93,15 @@ def watch(run: Run, steps: int, seed: int) -> Iterator[Look]:
 
 
 def set_gains(optimizer: Any, variable: Any, where: NDArray[Any]) -> int:
-    """Set the gain of some elements to `MIDDLE`, as if b_g and b_ghat had met so: their sum stays.
+    """Set the gain of some elements to `MIDDLE`, and keep the sum of b_g and b_ghat.
 
     Args:
-        optimizer: VSGD.
-        variable: whose gains.
-        where: of which elements.
+        optimizer: a VSGD optimizer of Keras.
+        variable: the parameter whose gains change.
+        where: marks the elements to change.
 
     Returns:
-        How many these are.
+        The number of changed elements.
     """
     label = variable.path.replace("/", "_")
     state = {each.path.rpartition("/")[2]: each for each in optimizer.variables}
@@ -112,35 +113,35 @@ def set_gains(optimizer: Any, variable: Any, where: NDArray[Any]) -> int:
     return int(where.sum())
 
 
-def rows(steps: int, looks: Sequence[int], seeds: Sequence[int]) -> Iterator[list[str]]:
-    """A row for each run and seed.
+def make_rows(steps: int, looks: Sequence[int], seeds: Sequence[int]) -> Iterator[list[str]]:
+    """Yield a table row for each run and seed.
 
     Args:
         steps: of each run.
-        looks: the steps that are told of, multiples of `EVERY`.
+        looks: the steps to report, multiples of `EVERY`.
         seeds: of the runs.
     """
     for run in RUNS:
         for seed in seeds:
-            found = list(watch(run, steps, seed))
-            told = [found[look // EVERY - 1] if look // EVERY <= len(found) else None for look in looks]
-            losses = ["diverged" if each is None or each.loss is None else f"{each.loss:.4g}" for each in told]
-            parts = ["" if each is None else f"{100 * np.mean(each.gains > HIGH):.2g}" for each in told]
+            found = list(follow_run(run, steps, seed))
+            reported = [found[look // EVERY - 1] if look // EVERY <= len(found) else None for look in looks]
+            losses = ["diverged" if each is None or each.loss is None else f"{each.loss:.4g}" for each in reported]
+            parts = ["" if each is None else f"{100 * np.mean(each.gains > HIGH):.2g}" for each in reported]
             count = sum(each.reset for each in found)
             yield [run.title, str(seed), *losses, *parts, str(count) if count else ""]
 
 
 def main() -> None:
-    """Make the table from the command line."""
-    parser = argparse.ArgumentParser(description="What becomes of VSGD's gains in a long run.")
+    """Write the table as the command line says."""
+    parser = argparse.ArgumentParser(description="Follow VSGD's gains in a long run.")
     parser.add_argument("--steps", type=int, default=8000, help="of each run (default: %(default)s)")
-    parser.add_argument("--looks", type=int, nargs="+", default=[1000, 2000, 4000, 8000], help="steps that are told of")
+    parser.add_argument("--looks", type=int, nargs="+", default=[1000, 2000, 4000, 8000], help="steps to report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201], help="of the runs (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder (default: this file's)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     heads = ["VSGD", "seed"]
     heads += [f"{what}, step {look}" for what in ("train loss", f"% of gains above {HIGH:g}") for look in arguments.looks]
-    text = table([*heads, "gains set"], rows(arguments.steps, arguments.looks, arguments.seeds)) + "\n"
+    text = format_table([*heads, "gains set"], make_rows(arguments.steps, arguments.looks, arguments.seeds)) + "\n"
     (arguments.output / "long_run.txt").write_text(text, encoding="utf-8")
     print(text, end="")
 

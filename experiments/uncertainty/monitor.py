@@ -1,41 +1,37 @@
-"""What the monitor's plots show of a training on real data: the quickstart's model, on its digits.
+"""Draw the monitor's plots for a training on real data: the quickstart's model on its digits.
 
 Draws `monitor.png`, `monitor_noise_scale.png` and `monitor_momenta.png` and writes the table `monitor.txt`, all for
 `docs/uncertainty.md`:
 
     pip install '.[examples]'
-    python docs/uncertainty/monitor.py
+    python -m experiments.uncertainty.monitor
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "examples")]
-
-from noise_scale import held_still
-from quickstart import BATCH_SIZE, Digits, batches, conv_mixer, layer_weights, load_data
-
+from experiments.uncertainty.noise_scale import estimate_at_fixed_weights
+from reporting.examples import load_example
+from reporting.pages import format_table
 from vsgd.monitor import Look, Monitor
 from vsgd.monitor.plots import draw_heat_map, draw_momenta, draw_noise_scale
 from vsgd.torch import VSGD, ConstantVSGD
 from vsgd.torch.monitor import watch
 
+quickstart = load_example("quickstart")
+
+OUTPUT = Path("docs/uncertainty")
 EVERY = 5  # steps between two looks
 
 DEFAULT, WEAK_PRIOR, CONSTANT = "VSGD", "VSGD, prior_strength 1e-12", "Constant VSGD, lr 0.0003"
@@ -47,14 +43,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Run(NamedTuple):
-    """What a training left behind.
+    """Measurements of a training.
 
     Attributes:
         looks: of the monitor.
-        held: pairs of a step and the noise scale measured there, the weights held still.
+        held: pairs of a step and the noise scale at that step's weights, held fixed.
         gains: of each layer's weights, at the end.
-        first_square: of the elements of the first step's gradient, squared, the median.
-        loss: of the last epoch, the mean over its batches.
+        first_square: the median squared element of the first step's gradient.
+        loss: the mean over the last epoch's batches.
     """
 
     looks: list[Look]
@@ -64,9 +60,9 @@ class Run(NamedTuple):
     loss: float
 
 
-def named(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters, called by what their layers do."""
-    layers = {id(weight): layer for layer, weight in layer_weights(model).items()}
+def name_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Name the parameters after what their layers do."""
+    layers = {id(weight): layer for layer, weight in quickstart.layer_weights(model).items()}
     names: list[tuple[str, Tensor]] = []
     layer = ""
     for module in model.modules():
@@ -78,18 +74,18 @@ def named(model: nn.Module) -> list[tuple[str, Tensor]]:
     return names
 
 
-def train(name: str, data: Digits, epochs: int, probes: int) -> Run:
-    """Train the quickstart's model, watched, and hold its weights still so often on the way."""
+def train(name: str, data: Any, epochs: int, probes: int) -> Run:
+    """Train the quickstart's model with a monitor, and measure the noise scale at fixed weights `probes` times."""
     torch.manual_seed(0)
-    model = conv_mixer()
+    model = quickstart.conv_mixer()
     optimizer = OPTIMIZERS[name](model.parameters())
     generator = torch.Generator().manual_seed(1)
-    order = list(batches(len(data.train_x), epochs, seed=0))
+    order = list(quickstart.batches(len(data.train_x), epochs, seed=0))
     probed = {len(order) * (probe + 1) // probes for probe in range(probes)}
     looks: list[Look] = []
     held: list[tuple[int, float]] = []
     losses = []
-    with watch(optimizer, Monitor(looks, every=EVERY), named(model), batch_size=BATCH_SIZE):
+    with watch(optimizer, Monitor(looks, every=EVERY), name_parameters(model), batch_size=quickstart.BATCH_SIZE):
         for step, batch in enumerate(order, start=1):
             optimizer.zero_grad()
             loss = functional.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
@@ -99,88 +95,84 @@ def train(name: str, data: Digits, epochs: int, probes: int) -> Run:
             optimizer.step()
             losses.append(loss.item())
             if step in probed:
-                scale = held_still(model, data.train_x, data.train_y, generator, BATCH_SIZE).scale.item()
-                held.append((step, scale))
-    gains = {layer: optimizer.posterior(weight).gain for layer, weight in layer_weights(model).items()}
+                scale = estimate_at_fixed_weights(model, data.train_x, data.train_y, generator, quickstart.BATCH_SIZE)
+                held.append((step, scale.scale.item()))
+    gains = {layer: optimizer.posterior(weight).gain for layer, weight in quickstart.layer_weights(model).items()}
     return Run(looks, held, gains, first_square, fmean(losses[-(len(order) // epochs) :]))
 
 
-def table(runs: Mapping[str, Run]) -> str:
-    """What the looks tell of all tensors together, in Markdown."""
-    lines = [
-        "| optimizer | loss, last epoch | squared gradient, median at the first step | median gain, first look | last look "
-        "| surprise, first half of the looks | second half | looks that found no gradient |",
-        "|---|" + "---:|" * 7,
-    ]
+def format_rows(runs: Mapping[str, Run]) -> str:
+    """Format a Markdown table of what the looks report for all tensors together."""
+    rows = []
     for name, run in runs.items():
         seen = [look.overall for look in run.looks]
         halves = (seen[: len(seen) // 2], seen[len(seen) // 2 :])
         surprises = (fmean(each.surprise for each in half) for half in halves)
         cells = [run.loss, run.first_square, seen[0].gain, seen[-1].gain, *surprises]
         lost = sum(each.noise_squared_norm <= 0 for each in seen) / len(seen)
-        lines.append(f"| {name} | {' | '.join(f'{cell:.2g}' for cell in cells)} | {lost:.0%} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(f"{cell:.2g}" for cell in cells), f"{lost:.0%}"])
+    heads = ["optimizer", "loss, last epoch", "squared gradient, median at the first step"]
+    heads += ["median gain, first look", "last look", "surprise, first half of the looks", "second half"]
+    return format_table([*heads, "looks that found no gradient"], rows, left=1) + "\n"
 
 
 def draw_heat_maps(runs: Mapping[str, Run], output: Path) -> None:
-    """Gain and signal to noise of each tensor, one row for each way to set the prior."""
+    """Draw gain and signal-to-noise ratio of each tensor, one row for each prior."""
     names = (DEFAULT, WEAK_PRIOR)
-    figure, axes = plt.subplots(len(names), 2, figsize=(10, 13), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 13), layout="constrained")
+    axes = figure.subplots(len(names), 2, sharey=True)
     for row, name in zip(axes, names, strict=True):
         for panel, quantity in zip(row, ("gain", "snr_50"), strict=True):
             draw_heat_map(panel, runs[name].looks, quantity)
             panel.set_title(name)
             panel.label_outer()
-    save(figure, output)
+    figure.savefig(output, dpi=120)
 
 
 def draw_noise_scales(runs: Mapping[str, Run], output: Path) -> None:
-    """The noise scale while the weights train, beside what is measured where they are held still."""
+    """Draw the noise scale during training, and the measurements at fixed weights."""
     names = (DEFAULT, CONSTANT)
-    figure, axes = plt.subplots(1, len(names), figsize=(10, 4.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(names), sharey=True)
     for panel, name in zip(axes, names, strict=True):
-        draw_noise_scale(panel, runs[name].looks, BATCH_SIZE)
+        draw_noise_scale(panel, runs[name].looks, quickstart.BATCH_SIZE)
         found = [(step, scale) for step, scale in runs[name].held if scale > 0]
         label = f"weights held still: found at {len(found)} of {len(runs[name].held)} steps"
         panel.plot(*zip(*found, strict=True) if found else ([], []), "ko", label=label)
         panel.set(title=name, xlim=(0, 1.02 * max(look.step + EVERY for look in runs[name].looks)))
         panel.label_outer()
         panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.15))
-    save(figure, output)
+    figure.savefig(output, dpi=120)
 
 
 def draw_histograms(runs: Mapping[str, Run], output: Path) -> None:
-    """The momenta at the end, in the first layers and the last."""
+    """Draw the momenta at the end, in the first layers and the last."""
     names = (DEFAULT, WEAK_PRIOR)
     layers = ("patches", "depthwise 1", "pointwise 3", "head")
-    figure, axes = plt.subplots(1, len(names), figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(names))
     for panel, name in zip(axes, names, strict=True):
         draw_momenta(panel, {layer: runs[name].gains[layer] for layer in layers}, bins=40)
         panel.set_title(name)
-    save(figure, output)
-
-
-def save(figure: plt.Figure, output: Path) -> None:
-    """Write a figure."""
     figure.savefig(output, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
-    """Make the figures and the table from the command line."""
-    parser = argparse.ArgumentParser(description="What the monitor's plots show of the quickstart's training.")
+    """Write the figures and the table as the command line says."""
+    parser = argparse.ArgumentParser(description="Draw the monitor's plots for the quickstart's training.")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
-    parser.add_argument("--probes", type=int, default=8, help="how often the weights are held still (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder (default: this file's)")
+    parser.add_argument("--probes", type=int, default=8, help="how often to measure at fixed weights (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second thread gains little on so small a model
-    data = load_data()
+    data = quickstart.load_data()
     runs = {name: train(name, data, arguments.epochs, 0 if name == WEAK_PRIOR else arguments.probes) for name in OPTIMIZERS}
     draw_heat_maps(runs, arguments.output / "monitor.png")
     draw_noise_scales(runs, arguments.output / "monitor_noise_scale.png")
     draw_histograms(runs, arguments.output / "monitor_momenta.png")
-    (arguments.output / "monitor.txt").write_text(table(runs), encoding="utf-8")
-    print(table(runs), end="")
+    text = format_rows(runs)
+    (arguments.output / "monitor.txt").write_text(text, encoding="utf-8")
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -1,48 +1,42 @@
-"""One corrupted batch, with and without `outlier_threshold`: surprise, noise estimate and loss, on real data.
+"""Train on one corrupted batch, with and without `outlier_threshold`: surprise, noise estimate and loss, on real data.
 
 Trains an MLP on scikit-learn's digits, at one step with gradients 10,000 times as large. Draws `outliers.png` and writes the
 table `outliers.txt`, both for `docs/uncertainty.md`:
 
     pip install '.[examples]'
-    python docs/uncertainty/outliers.py
+    python -m experiments.uncertainty.outliers
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 from torch.nn import functional
 
-sys.path.append(str(Path(__file__).parent))
-
-from noise_scale import BATCH_SIZE, batches, digits, make_model
-
+from experiments.torch_mlp import BATCH_SIZE, draw_batches, load_digits, make_model
+from reporting.pages import format_table
 from vsgd.monitor import Look, Monitor
 from vsgd.torch import VSGD
 from vsgd.torch.monitor import watch
 
+OUTPUT = Path("docs/uncertainty")
 AT = 200  # the step whose batch is corrupted
-LATER = (1, 100, 1000)  # so many steps after it, what the table tells
+LATER = (1, 100, 1000)  # how many steps after it the table reports
 RATES = (0.001, 0.01)
 
 
 class Arm(NamedTuple):
-    """A training.
+    """Settings of a training.
 
     Attributes:
-        factor: what multiplies the gradients of the corrupted batch.
-        lasting: whether it multiplies all later ones too.
+        factor: multiplies the gradients of the corrupted batch.
+        lasting: whether the factor also multiplies all later ones.
         threshold: `outlier_threshold`.
     """
 
@@ -63,7 +57,7 @@ ARMS = {
 
 
 class Run(NamedTuple):
-    """What was seen, step by step.
+    """Measurements of a training, step by step.
 
     Attributes:
         looks: before each step but the first.
@@ -74,17 +68,17 @@ class Run(NamedTuple):
     losses: list[float]
 
     def trace(self, step: int) -> float:
-        """The noise that the state told after a step."""
+        """Return the noise estimate in the optimizer's state after a step."""
         return self.looks[step - 1].overall.noise_trace
 
 
 def train(arm: Arm, lr: float, steps: int) -> Run:
-    """Train, watched at every step."""
-    x, y = digits()
+    """Train, with a monitor that looks at every step."""
+    x, y = load_digits()
     torch.manual_seed(0)
     model = make_model(x.shape[1])
     optimizer = VSGD(model.parameters(), lr=lr, outlier_threshold=arm.threshold)
-    order = islice(batches(len(x), torch.Generator().manual_seed(0)), steps + 1)
+    order = islice(draw_batches(len(x), torch.Generator().manual_seed(0)), steps + 1)
     run = Run([], [])
     with watch(optimizer, Monitor(run.looks, every=1, smoothing=0), batch_size=BATCH_SIZE):
         for step, batch in enumerate(order, start=1):
@@ -98,26 +92,31 @@ def train(arm: Arm, lr: float, steps: int) -> Run:
     return run
 
 
-def table(runs: Mapping[tuple[float, str], Run], later: tuple[int, ...]) -> str:
-    """Noise and loss, some steps after the corrupted one, in Markdown."""
+def format_rows(runs: Mapping[tuple[float, str], Run], later: Sequence[int]) -> str:
+    """Format a Markdown table of noise and loss, some steps after the corrupted one."""
     heads = [f"{what}, {count} step{'s' * (count > 1)} later" for what in ("noise / undisturbed", "loss") for count in later]
-    lines = [f"| lr | training | {' | '.join(heads)} |", "|---:|---|" + "---:|" * len(heads)]
+    rows = []
     for (lr, name), run in runs.items():
         steps = [AT + count for count in later]
         noise = [run.trace(step) / runs[lr, UNDISTURBED].trace(step) for step in steps]
         cells = noise + [run.losses[step - 1] for step in steps]
-        lines.append(f"| {lr} | {name} | {' | '.join(f'{cell:.2g}' for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([str(lr), name, *(f"{cell:.2g}" for cell in cells)])
+    return format_table(["lr", "training", *heads], rows, left=2) + "\n"
 
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-STYLES = ({"color": "#BBBBBB", "linewidth": 4}, {"color": "#D55E00", "linewidth": 1}, {"color": "#0072B2", "linewidth": 1})
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#BBBBBB", "linewidth": 4},
+    {"color": "#D55E00", "linewidth": 1},
+    {"color": "#0072B2", "linewidth": 1},
+)
 
 
-def draw(runs: Mapping[tuple[float, str], Run], output: Path) -> None:
-    """Surprise, noise and loss over the steps, of the first arms at the first learning rate."""
+def draw_runs(runs: Mapping[tuple[float, str], Run], output: Path) -> None:
+    """Draw surprise, noise and loss over the steps, for the first arms at the first learning rate."""
     lr, _ = next(iter(runs))
-    figure, axes = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
     for name, style in zip(ARMS, STYLES, strict=False):
         run = runs[lr, name]
         steps = [look.step for look in run.looks]
@@ -125,7 +124,7 @@ def draw(runs: Mapping[tuple[float, str], Run], output: Path) -> None:
         for panel, values in zip(axes, columns, strict=True):
             panel.plot(steps, values, label=name, **style)
     axes[0].axhline(1, color="grey", linestyle=":", linewidth=1)
-    labels = ("surprise before the step\n(dotted: 1, where the model fits)", "noise that the state tells,\ntrace per example")
+    labels = ("surprise before the step\n(dotted: 1, where the model fits)", "noise estimate,\ntrace per example")
     for panel, label in zip(axes, (*labels, "loss on all the data"), strict=True):
         panel.set(yscale="log", ylabel=label, xlim=(0, steps[-1]))
         panel.spines[["top", "right"]].set_visible(False)
@@ -134,22 +133,21 @@ def draw(runs: Mapping[tuple[float, str], Run], output: Path) -> None:
     axes[0].legend(frameon=False)
     axes[-1].set_xlabel("step")
     figure.savefig(output, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
-    """Make the figure and the table from the command line."""
-    parser = argparse.ArgumentParser(description="One corrupted batch, with and without outlier_threshold.")
+    """Write the figure and the table as the command line says."""
+    parser = argparse.ArgumentParser(description="Train on one corrupted batch, with and without outlier_threshold.")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates (default: %(default)s)")
     parser.add_argument("--later", type=int, nargs="+", default=LATER, help="steps after it (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder (default: this file's)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second thread gains nothing on so small a model
-    later = tuple(arguments.later)
-    runs = {(lr, name): train(arm, lr, AT + max(later)) for lr in arguments.rates for name, arm in ARMS.items()}
-    draw(runs, arguments.output / "outliers.png")
-    (arguments.output / "outliers.txt").write_text(table(runs, later), encoding="utf-8")
-    print(table(runs, later), end="")
+    runs = {(lr, name): train(arm, lr, AT + max(arguments.later)) for lr in arguments.rates for name, arm in ARMS.items()}
+    draw_runs(runs, arguments.output / "outliers.png")
+    text = format_rows(runs, arguments.later)
+    (arguments.output / "outliers.txt").write_text(text, encoding="utf-8")
+    print(text, end="")
 
 
 if __name__ == "__main__":

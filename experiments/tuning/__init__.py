@@ -1,0 +1,1 @@
+"""Hyperparameters: the scripts behind `docs/tuning.md`."""

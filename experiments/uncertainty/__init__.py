@@ -1,0 +1,1 @@
+"""How far the posterior can be trusted: the scripts behind `docs/uncertainty.md`."""
