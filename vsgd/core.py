@@ -173,7 +173,7 @@ def _make_update(xp: ArrayOps) -> Update:
     return update
 
 
-#: The rule of VSGD: it learns both noise levels and has three state arrays.
+#: The rule of VSGD, which learns both noise levels and has three state arrays.
 VSGD = Rule(
     Hyperparameters,
     ("mu_g", "b_g", "b_ghat"),
@@ -266,7 +266,7 @@ def _make_constant_update(xp: ArrayOps) -> Update:
     return update
 
 
-#: The rule of Constant VSGD: it learns one noise level, its gain is fixed, and it has two state arrays.
+#: The rule of Constant VSGD, which learns one noise level, has a fixed gain and two state arrays.
 CONSTANT_VSGD = Rule(
     ConstantHyperparameters,
     ("mu_g", "b"),
