@@ -20,7 +20,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure a suite, and merge the results into a JSON file")
     run.add_argument("suite", choices=catalogue.SUITES)
-    run.add_argument("--shapes", nargs="*", default=list(shapes.NAMED), metavar="SHAPE", help="names (conv, many, large), sweeps (parameters, tensors) or points of a sweep (tensors=30)")
+    words = f"{', '.join(shapes.NAMED)}, a sweep ({', '.join(shapes.SWEEPS)}) or a point of one (tensors=30)"
+    run.add_argument("--shapes", nargs="*", default=list(shapes.NAMED), metavar="SHAPE", help=words)
     run.add_argument("--parts", nargs="+", default=_PARTS, choices=_PARTS)
     run.add_argument("--competitors", nargs="+", metavar="NAME", help="run these and the baselines; default: all")
     run.add_argument("--rounds", type=int, default=defaults.rounds)
