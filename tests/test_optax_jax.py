@@ -131,6 +131,18 @@ def test_donated_buffers_are_used(make: Callable[..., Any]) -> None:
     assert_same((params, state), train(solver, jnp.ones(3), grads), rtol=1e-6)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_state_keeps_its_types_where_64_bits_are_switched(before: bool) -> None:
+    solver = vsgd(0.1)
+    with x64(before):
+        params = jnp.ones(3, jnp.float32)
+        state = solver.init(params)
+    with x64(not before):
+        grads = jnp.ones((2, 3), jnp.float32)
+        new_state, _ = jax.lax.scan(lambda state, grad: solver.update(grad, state, params)[::-1], state, grads)
+        assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
+
+
 def test_a_description_of_parameters_is_enough_for_init() -> None:
     state, *_ = vsgd(0.1).init(jax.ShapeDtypeStruct((2, 8), jnp.bfloat16))
     assert (state.b_g.shape, state.b_g.dtype) == ((2, 8), jnp.float32)

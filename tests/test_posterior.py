@@ -260,6 +260,23 @@ def test_torch_says_what_it_has_no_posterior_of() -> None:
     assert not optimizer.state  # looking makes none
 
 
+def test_torch_keys_by_index_where_names_repeat_or_lack() -> None:
+    torch = pytest.importorskip("torch")
+    from vsgd.torch import VSGD
+
+    layers = [torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)]
+    optimizer = VSGD([{"params": layer.named_parameters()} for layer in layers])
+    params = [param for layer in layers for param in layer.parameters()]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    scales = optimizer.noise_scale(batch_size=8)
+    assert list(scales.tensors) == list(optimizer.surprise()) == [0, 1, 2, 3]
+    assert scales.overall.trace.item() == pytest.approx(sum(each.trace.item() for each in scales.tensors.values()))
+    optimizer.param_groups[1]["params"].pop()  # as a user may do
+    assert list(optimizer.surprise()) == [0, 1, 2]
+
+
 def test_optax_says_what_it_finds_no_state_in() -> None:
     optax = pytest.importorskip("optax")
     import vsgd.optax
@@ -351,6 +368,41 @@ def test_optax_has_no_surprise_of_what_is_masked_out() -> None:
     alone = vsgd.optax.surprise({"a": jnp.ones(3)}, vsgd.optax.scale_by_vsgd().init({"a": params["a"]}))
     assert told["a"] == alone["a"]
     assert isinstance(told["b"], optax.MaskedNode)
+
+    nothing = vsgd.optax.surprise({"a": None, "b": None}, state)
+    assert nothing["a"] is None
+    assert isinstance(nothing["b"], optax.MaskedNode)
+
+
+def test_optax_states_under_vmap_have_the_posterior_of_each_member() -> None:
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    import jax.numpy as jnp
+
+    import vsgd.optax
+    from vsgd.optax.monitor import summarize
+
+    # As many members as elements, where scales in a wrong shape would broadcast.
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 4)), jnp.float32)
+    ratios = jnp.array([1.0, 3.0, 10.0, 100.0])
+
+    def run(ratio: Any, grads: Any) -> Any:
+        solver = vsgd.optax.scale_by_constant_vsgd(ratio)
+        state = solver.init(grads[0])
+        for grad in grads:
+            _, state = solver.update(grad, state)
+        return state
+
+    together = jax.vmap(run, in_axes=(0, 1))(ratios, grads)
+    alone = [run(float(ratio), grads[:, member]) for member, ratio in enumerate(ratios)]
+    known, surprises = vsgd.optax.posterior(together), vsgd.optax.surprise(grads[0], together)
+    for member, state in enumerate(alone):
+        for ours, expected in zip(known, vsgd.optax.posterior(state), strict=True):
+            np.testing.assert_allclose(ours[member], expected, rtol=1e-5)
+    expected = np.mean([float(vsgd.optax.surprise(grads[0, member], state)) for member, state in enumerate(alone)])
+    assert float(surprises) == pytest.approx(expected, rel=1e-5)
+    gains = [float(vsgd.optax.posterior(state).gain[0]) for state in alone]
+    assert summarize(3, together).overall.gain == pytest.approx(np.median(np.repeat(gains, 4)), rel=1e-5)
 
 
 def test_mlx_takes_the_state_of_one_parameter() -> None:

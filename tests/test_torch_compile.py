@@ -154,3 +154,12 @@ def test_the_eager_step_is_not_disturbed_by_a_compiled_one() -> None:
         eager.step()
     assert_close(params, others)
     assert optimizer.state[params[0]]["step"] == 5
+
+
+def test_a_compiled_step_refuses_a_sparse_gradient_and_makes_no_state() -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3).to_sparse()
+    optimizer = VSGD([param])
+    with pytest.raises(Exception, match="VSGD does not support sparse gradients"):
+        torch.compile(optimizer.step, backend="eager")()
+    assert not optimizer.state[param]

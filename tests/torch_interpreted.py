@@ -33,10 +33,6 @@ DECAY = 1 - 0.01 * 0.1
 ENGINE = fused_cuda.FusedCuda()
 
 
-def accepts(leaf: Leaf) -> bool:
-    return ENGINE.accepts(leaf, options(core.VSGD))
-
-
 def options(rule: core.Rule, lr: float = 0.01, weight_decay: float = 0.1, **others: Any) -> StepOptions:
     return StepOptions(rule, rule.hyperparameters(), lr, weight_decay, **others)
 
@@ -89,7 +85,7 @@ def bits() -> None:
                 arrays = [param.numpy().copy() for param in params]
                 reference = getattr(vsgd.numpy, kind)(arrays, weight_decay=0.1)
                 leaves = leaves_of(rule, params)
-                assert all(map(accepts, leaves))
+                assert all(map(ENGINE.accepts, leaves))
                 for count in (1, 2, 3):
                     feed(leaves, rng)
                     reference.step([(-leaf.grad if maximize else leaf.grad).numpy() for leaf in leaves])
@@ -152,7 +148,7 @@ def rounded() -> None:
                     else Noise(rounding.base_key(0, number), number - (0, 0, 777, 2**31 - 1000)[number], of_param)
                 )
                 leaves.append(Leaf(leaf.param, leaf.grad, tuple(state), noise))
-        assert all(map(accepts, leaves))
+        assert all(map(ENGINE.accepts, leaves))
         for count in (1, 2, 3):
             feed(leaves, rng)
             expected = [numpy_step(rule, leaf, count) for leaf in leaves]

@@ -40,8 +40,7 @@ class Rule:
         state_names: the names of a parameter's state arrays, which all have the parameter's shape.
         initial_state: `initial_state(hyper)` returns the number that fills each state array.
         coefficients: `coefficients(step, hyper)` returns the scalars of step `step`, 1 for the first. It uses operators only,
-        so
-            a step may be a number, a 0-d array or a list of 0-d arrays.
+            so a step may be a number, a 0-d array or a list of 0-d arrays.
         make_update: `make_update(xp)` returns `update(grad, state, coefficients) -> (direction, new_state)`.
         variance_scales: `variance_scales(hyper)` returns two factors: the state's first rate times the first factor is the
             variance of the drift, the last rate times the second one is the variance of the mini-batch noise.

@@ -129,6 +129,7 @@ class VSGD(_RuleOptimizer):
     def __init__(
         self,
         learning_rate: LearningRate = 0.01,
+        *,
         variance_ratio: float = 30.0,
         prior_strength: float = 1e-8,
         kappa1: float = 0.81,
@@ -187,6 +188,7 @@ class ConstantVSGD(_RuleOptimizer):
     def __init__(
         self,
         learning_rate: LearningRate = 0.01,
+        *,
         variance_ratio: float = 3.0,
         prior_strength: float = 1e-8,
         kappa: float = 0.9,
@@ -241,16 +243,16 @@ def prior_strength_from(gradients: Iterable[Any], scale: float = 10.0) -> float:
     return prior.prior_strength_from(gradients, scale, _iterate_leaves, lambda magnitudes: magnitudes.sum().item())
 
 
-def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
+def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Gradient]:
     for path, grad in tree_flatten(batch):
         if grad is not None:
             yield _make_leaf(f"{name}[{path!r}]" if path else name, grad)
 
 
-def _make_leaf(name: str, grad: Any) -> prior.Leaf:
+def _make_leaf(name: str, grad: Any) -> prior.Gradient:
     if not (isinstance(grad, mx.array) and mx.issubdtype(grad.dtype, mx.inexact)):
         kind = f"an array of {grad.dtype}" if isinstance(grad, mx.array) else type(grad).__name__
         raise ValueError(f"{name} is {kind}, but must be an array of floating or complex numbers")
     is_complex = mx.issubdtype(grad.dtype, mx.complexfloating)
     wide = grad if is_complex or grad.dtype == mx.float64 else grad.astype(mx.float32)
-    return prior.Leaf(name, mx.abs(wide), grad.size * (2 if is_complex else 1))
+    return prior.Gradient(name, mx.abs(wide), grad.size * (2 if is_complex else 1))

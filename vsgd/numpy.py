@@ -330,10 +330,10 @@ def prior_strength_from(
     return prior.prior_strength_from(gradients, scale, prior.iterate_lists(_make_leaf), np.sum)
 
 
-def _make_leaf(name: str, grad: Any) -> prior.Leaf:
+def _make_leaf(name: str, grad: Any) -> prior.Gradient:
     array = np.asarray(grad)
     if array.dtype.kind not in "biufc":
         raise ValueError(f"{name} is of {array.dtype}, but must be of numbers")
     is_complex = array.dtype.kind == "c"
     magnitudes = np.abs(array.astype(np.promote_types(array.dtype, np.complex128 if is_complex else np.float64)))
-    return prior.Leaf(name, magnitudes, array.size * (2 if is_complex else 1))
+    return prior.Gradient(name, magnitudes, array.size * (2 if is_complex else 1))

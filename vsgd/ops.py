@@ -86,7 +86,7 @@ class BitOps(IntegerOps, Protocol):
         """Return `x` where the condition holds, else `y`."""
 
 
-def inline(xp: ArrayOps, function: _Function) -> _Function:
+def inline_function(xp: ArrayOps, function: _Function) -> _Function:
     """Return `function` in the form in which an update over `xp` can call it.
 
     A compiler such as numba cannot call plain Python from compiled code; its operations have an attribute `inline`, a

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from vsgd import core
-from vsgd.ops import Array, ArrayOps, inline
+from vsgd.ops import Array, ArrayOps, inline_function
 from vsgd.posterior import predict_variance
 
 
@@ -85,7 +85,8 @@ def _make_robust(rule: core.Rule, hyperparameters: type[Any], coefficients: type
         return coefficients(*rule.coefficients(step, plain), hyper.outlier_threshold, *rule.variance_scales(plain))
 
     def make_update(xp: ArrayOps) -> core.Update:
-        update, variance = inline(xp, rule.make_update(xp)), inline(xp, predict_variance)
+        update = inline_function(xp, rule.make_update(xp))
+        variance = inline_function(xp, predict_variance)
 
         def robust_update(grad: Array, state: core.State, c: Any) -> tuple[Any, core.State]:
             limit = c.outlier_threshold * xp.sqrt(variance(state, (c.drift_scale, c.noise_scale)))

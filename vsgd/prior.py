@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vsgd import validation
 
 
-class Leaf(NamedTuple):
+class Gradient(NamedTuple):
     """One gradient of one mini-batch.
 
     Attributes:
@@ -39,7 +39,7 @@ class _Sums(NamedTuple):
 def prior_strength_from(
     gradients: Iterable[Any],
     scale: float,
-    iterate_leaves: Callable[[str, Any], Iterator[Leaf]],
+    iterate_leaves: Callable[[str, Any], Iterator[Gradient]],
     total: Callable[[Any], float],
 ) -> float:
     """Compute the prior strength, `5e-5 * scale` times the mean square of all gradient elements.
@@ -63,7 +63,7 @@ def prior_strength_from(
     Example:
         >>> import numpy as np
         >>> def iterate_leaves(name, batch):
-        ...     yield Leaf(name, abs(batch), batch.size)
+        ...     yield Gradient(name, abs(batch), batch.size)
         >>> round(prior_strength_from([np.array([3.0, -4.0]), np.array([0.0, 5.0])], 10.0, iterate_leaves, np.sum), 5)
         0.00625
     """
@@ -87,17 +87,17 @@ def prior_strength_from(
     return strength
 
 
-def iterate_lists(make_leaf: Callable[[str, Any], Leaf]) -> Callable[[str, Any], Iterator[Leaf]]:
+def iterate_lists(make_leaf: Callable[[str, Any], Gradient]) -> Callable[[str, Any], Iterator[Gradient]]:
     """Return an `iterate_leaves` for mini-batches that are lists or dicts of gradients, in which None is skipped.
 
     Args:
-        make_leaf: `make_leaf(name, grad)` returns the `Leaf` of one gradient, or raises a `ValueError` that names it.
+        make_leaf: `make_leaf(name, grad)` returns the `Gradient` of one gradient, or raises a `ValueError` that names it.
 
     Returns:
         `iterate_leaves(name, batch)` for `prior_strength_from`. It raises a `ValueError` if the batch is neither list nor dict.
     """
 
-    def iterate_leaves(name: str, batch: Any) -> Iterator[Leaf]:
+    def iterate_leaves(name: str, batch: Any) -> Iterator[Gradient]:
         if not isinstance(batch, Iterable) or hasattr(batch, "shape"):
             raise ValueError(f"{name} is {type(batch).__name__}, but must be a list of gradients, one for each parameter")
         pairs = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
@@ -106,7 +106,7 @@ def iterate_lists(make_leaf: Callable[[str, Any], Leaf]) -> Callable[[str, Any],
     return iterate_leaves
 
 
-def _add(sums: _Sums, leaves: Iterator[Leaf], total: Callable[[Any], float]) -> _Sums:
+def _add(sums: _Sums, leaves: Iterator[Gradient], total: Callable[[Any], float]) -> _Sums:
     for leaf in leaves:
         magnitude = float(total(leaf.magnitudes))
         if not math.isfinite(magnitude):

@@ -61,8 +61,8 @@ _DESCRIPTIONS = {
         "gradient as it is. See `vsgd.outliers`."
     ),
     "prior_shape": (
-        "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0, `prior_strength` "
-        "and `eps` can follow the loss's scale exactly: see `docs/tuning.md`."
+        "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0 a run can follow the "
+        "loss's scale exactly: see `docs/tuning.md`."
     ),
     "state_dtype": (
         '"float32", or "bfloat16" for state in half the memory, stochastically rounded; the arithmetic stays float32. float64 '
@@ -87,7 +87,7 @@ def document_options(**descriptions: str) -> Callable[[_Documented], _Documented
     """Return a decorator that replaces each argument's `{name}` in a docstring by the description of that option.
 
     Args:
-        **descriptions: descriptions of an adapter's own options, by name; those of shared options are known.
+        **descriptions: descriptions of an adapter's own options, by name; those of shared options are built in.
     """
 
     def describe(match: re.Match[str]) -> str:

@@ -152,7 +152,7 @@ def compute_rounded_step(
 @functools.cache
 def compile_step(shape: tuple[int, ...], compute: Callable[..., list[Any]], *fixed: Any) -> Callable[..., list[Any]]:
     """Return `compute` with its first arguments fixed, compiled by XLA for variables of this shape."""
-    # One function per shape, for TensorFlow warns of functions that it traces again and again.
+    # One function per shape, because TensorFlow warns of functions that it traces again and again.
     import tensorflow as tf
 
     function: Callable[..., list[Any]] = tf.function(partial(compute, *fixed), autograph=False, jit_compile=True)

@@ -155,14 +155,14 @@ class Chunks(NamedTuple):
         return Chunks(*(each[chosen[self.tensors]] for each in self))
 
 
-def cut_chunks(sizes: np.ndarray) -> Chunks:
+def list_chunks(sizes: np.ndarray) -> Chunks:
     """Cut parameters into chunks.
 
     Args:
         sizes: the number of elements of each parameter, int64.
 
     Example:
-        >>> tensors, starts, stops = cut_chunks(np.array([3, 0, CHUNK + 1]))
+        >>> tensors, starts, stops = list_chunks(np.array([3, 0, CHUNK + 1]))
         >>> tensors.tolist(), (stops - starts).tolist()
         ([0, 2, 2], [3, 16384, 1])
     """
@@ -170,7 +170,7 @@ def cut_chunks(sizes: np.ndarray) -> Chunks:
     return Chunks(tensors, starts, np.minimum(starts + CHUNK, sizes[tensors]))
 
 
-class Noise(NamedTuple):
+class NoiseTable(NamedTuple):
     """The random bits of stochastic rounding, for each parameter.
 
     Attributes:
@@ -258,7 +258,7 @@ def step(
     decay: float,
     *,
     stored: Sequence[Any],
-    noise: Noise,
+    noise: NoiseTable,
     round_params: bool = False,
     maximize: bool = False,
     threads: int = 1,

@@ -207,7 +207,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         missing = [name for name in names if name not in store.keys()]  # noqa: SIM118  # an HDF5 store is no mapping
         if missing:
             raise ValueError(f"store lacks {', '.join(missing)}, but must have arrays for all variables, named by number")
-        # All are read before one is assigned, for a damaged file may fail at any array.
+        # All are read before one is assigned, because a damaged file may fail at any array.
         assign_all(self.variables, "store", [store[name] for name in names])
 
     def set_weights(self, weights: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -29,8 +29,12 @@ class PosteriorMixin:
 
     built: bool
     _rule: core.Rule
-    _states: list[list[Any] | None]
+    _states: list[Any]
     _trainable_variables: list[Any]
+    _trainable_variables_indices: Any
+    _select_hyperparameters: Callable[[], Any]
+    _var_key: Callable[[Any], Any]
+    _get_variable_index: Callable[[Any], int]
 
     def posterior(self, variable: Any) -> Posterior:
         """Return the posterior of a variable's gradient: the uncertainty of the gradient, not of the weights.
@@ -48,7 +52,8 @@ class PosteriorMixin:
         if state is None:
             name = get_name(variable)
             raise ValueError(f"variable is {name}, which its gradient overwrites, but must be one that is stepped")
-        parts = [compute_posterior(part, self._compute_scales()) for part in get_real_states(state)]
+        scales = self._compute_scales()
+        parts = [compute_posterior(part, scales) for part in get_real_states(state)]
         posterior = Posterior(*map(join_complex, zip(*parts, strict=True)))
         # A copy: the torch engines overwrite the state.
         return posterior._replace(mean=ops.copy(posterior.mean))
@@ -113,15 +118,13 @@ class PosteriorMixin:
 
         return [None if state is None else average(grad, state) for grad, state in zip(grads, states, strict=True)]
 
-    def _get_state(self, variable: Any) -> list[Any] | None:
-        optimizer: Any = self
-        if not self.built or optimizer._var_key(variable) not in optimizer._trainable_variables_indices:
+    def _get_state(self, variable: Any) -> Any:
+        if not self.built or self._var_key(variable) not in self._trainable_variables_indices:
             raise ValueError(f"variable is {get_name(variable)}, but must be one that the optimizer was built with")
-        return self._states[optimizer._get_variable_index(variable)]
+        return self._states[self._get_variable_index(variable)]
 
     def _compute_scales(self) -> tuple[Any, Any]:
-        optimizer: Any = self
-        return self._rule.variance_scales(optimizer._select_hyperparameters())
+        return self._rule.variance_scales(self._select_hyperparameters())
 
 
 def get_real_states(state: Sequence[Any]) -> list[tuple[Any, ...]]:

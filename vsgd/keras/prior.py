@@ -51,7 +51,7 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
     )
 
 
-def _make_leaf(name: str, grad: Any) -> prior.Leaf:
+def _make_leaf(name: str, grad: Any) -> prior.Gradient:
     try:
         array = ops.stop_gradient(ops.convert_to_tensor(grad))
         dtype = keras.backend.standardize_dtype(array.dtype)
@@ -63,4 +63,4 @@ def _make_leaf(name: str, grad: Any) -> prior.Leaf:
         array = ops.cast(array, dtype := "float32")
     if hasattr(array, "dense_shape"):
         array = ops.add(ops.zeros(array.dense_shape, dtype), array)
-    return prior.Leaf(name, ops.abs(array), int(ops.size(array)) * (2 if dtype.startswith("complex") else 1))
+    return prior.Gradient(name, ops.abs(array), int(ops.size(array)) * (2 if dtype.startswith("complex") else 1))

@@ -26,13 +26,13 @@ class TorchRuleOptimizer(RuleOptimizer):
         with torch.no_grad():
             for variable, grad in zip(trainable_variables, grads, strict=True):
                 leaves_by_decay.setdefault(self._get_update_decay(variable), []).append(self._make_leaf(variable, grad))
+            hyper = self._select_hyperparameters()
             for decay, leaves in leaves_by_decay.items():
-                step_leaves(leaves, count, StepOptions(self._rule, self._select_hyperparameters(), lr, decay))
+                step_leaves(leaves, count, StepOptions(self._rule, hyper, lr, decay))
 
     def _make_leaf(self, variable: Any, grad: Any) -> Leaf:
         index = self._get_variable_index(variable)
         states = self._states[index]
-        assert states is not None
         param = variable.value
         state = tuple(each.value for each in states)
         if grad.dtype is not param.dtype:
@@ -56,7 +56,7 @@ class TorchRuleOptimizer(RuleOptimizer):
         Raises:
             ValueError: the optimizer is not built, or a list has another length.
         """
-        # Clones, for the engines write in place.
+        # Clones, because the engines write in place.
         optimizer_variables = [value.clone() for value in optimizer_variables]
         trainable_variables = [value.clone() for value in trainable_variables]
         new: tuple[list[Any], list[Any]] = super().stateless_apply(optimizer_variables, grads, trainable_variables)

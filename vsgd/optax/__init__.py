@@ -190,11 +190,10 @@ def vsgd(
     None.
 
     With ``state_dtype="bfloat16"`` the float32 state is stored as bfloat16, in 6 bytes per parameter instead of 12. It is
-    rounded
-    stochastically: up or down at random, which keeps the mean, and so also changes too small for bfloat16. The arithmetic stays
-    float32, and complex and float64 state keeps its precision. The random bits are a hash of ``seed``, the parameter's index in
-    the tree, the step and the element's index in the whole array: you can repeat and continue a run, and sharding changes
-    nothing. (In `jax.shard_map` and `jax.vmap` the whole array is the one that the function sees.)
+    rounded stochastically: up or down at random, which keeps the mean, and so also changes too small for bfloat16. The
+    arithmetic stays float32, and complex and float64 state keeps its precision. The random bits are a hash of ``seed``, the
+    parameter's index in the tree, the step and the element's index in the whole array: you can repeat and continue a run, and
+    sharding changes nothing. (In `jax.shard_map` and `jax.vmap` the whole array is the one that the function sees.)
 
     With ``stochastic_rounding=True`` bfloat16 parameters are rounded stochastically too. Decay and step are computed in float32
     and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost. The updates of these parameters are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,7 @@ def summarize(step: int, opt_state: Any, grads: optax.Updates | None = None, *, 
             names=[name for name, _, _ in members],
             sizes=tuple(state.arrays[0].size * (2 if jnp.iscomplexobj(state.arrays[0]) else 1) for _, state, _ in members),
             state=tuple(_flatten(arrays) for arrays in zip(*(state.arrays for _, state, _ in members), strict=True)),
-            scales=members[0][1].scales,
+            scales=_join_scales([state for _, state, _ in members]),
             grads=_flatten(tuple(grad for _, _, grad in members)) if has_grads else None,
         )
         for (_, _, has_grads), members in _group_states(opt_state, grads).items()
@@ -70,7 +71,7 @@ def summarize(step: int, opt_state: Any, grads: optax.Updates | None = None, *, 
 
 
 def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, ParamState, Any]]]:
-    """Return names, states and gradients of the parameters, by rule, dtype and whether there is a gradient."""
+    """Return names, states and gradients of the parameters, by transformation, dtype and whether there is a gradient."""
     states = map_states(opt_state, lambda param_state: param_state)
     grads_by_path = dict(jax.tree.leaves_with_path(grads))
     groups: dict[Any, list[tuple[str, ParamState, Any]]] = {}
@@ -81,8 +82,16 @@ def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, Param
                 check_gradient("grads", path, grad, state.arrays)
                 grad = jnp.asarray(grad, choose_arithmetic_dtype(state.arrays[0].dtype))
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
-            groups.setdefault((state.rule, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))
+            groups.setdefault((state.index, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))
     return groups
+
+
+def _join_scales(states: Sequence[ParamState]) -> tuple[jax.Array, ...]:
+    """Return the scales of one transformation: numbers, or vectors for a state that `jax.vmap` made."""
+    if all(scale.size == 1 for scale in states[0].scales):
+        return tuple(scale.reshape(()) for scale in states[0].scales)
+    pairs = ([jnp.broadcast_to(each.scales[place], each.arrays[0].shape) for each in states] for place in (0, 1))
+    return tuple(jnp.concatenate([jnp.ravel(scale) for scale in scales]) for scales in pairs)
 
 
 @jax.jit

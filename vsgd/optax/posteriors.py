@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsgd import core
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, join_complex, split_complex
 from vsgd.optax.state import RULES, get_arrays
 from vsgd.posterior import (
@@ -48,11 +48,11 @@ def posterior(opt_state: Any) -> Any:
         [ 0.0323 -0.0645]
     """
 
-    def of_param(param_state: ParamState) -> Posterior:
-        parts = [compute_posterior(state, param_state.scales) for state in param_state.real_states()]
+    def describe(param_state: ParamState) -> Posterior:
+        parts = [compute_posterior(state, param_state.scales) for state in param_state.get_real_states()]
         return Posterior(*(join_complex(*fields) for fields in zip(*parts, strict=True)))
 
-    return map_states(opt_state, of_param)
+    return map_states(opt_state, describe)
 
 
 def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseScales:
@@ -79,14 +79,14 @@ def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseSca
     """
     validate_numbers(batch_size=batch_size)
 
-    def of_param(param_state: ParamState) -> NoiseScale:
-        posteriors = (compute_posterior(state, param_state.scales) for state in param_state.real_states())
+    def estimate(param_state: ParamState) -> NoiseScale:
+        posteriors = (compute_posterior(state, param_state.scales) for state in param_state.get_real_states())
         return functools.reduce(operator.add, (estimate_noise_scale(each, batch_size, jnp.sum) for each in posteriors))
 
     def is_scale(node: Any) -> bool:
         return isinstance(node, NoiseScale)
 
-    tensors = map_states(opt_state, of_param)
+    tensors = map_states(opt_state, estimate)
     scales = filter(is_scale, jax.tree.leaves(tensors, is_leaf=is_scale))
     return NoiseScales(functools.reduce(operator.add, scales, NoiseScale(jnp.zeros([]), jnp.zeros([]))), tensors)
 
@@ -110,10 +110,10 @@ def surprise(grads: optax.Updates, opt_state: Any) -> Any:
 
     def average(path: Any, grad: Any, param_state: Any) -> Any:
         if grad is None or isinstance(param_state, optax.MaskedNode):
-            return None if grad is None else param_state
+            return param_state if isinstance(param_state, optax.MaskedNode) else None
         check_gradient("grads", path, grad, param_state.arrays)
         dtype = choose_arithmetic_dtype(param_state.arrays[0].dtype)
-        pairs = zip(split_complex(jnp.asarray(grad, dtype)), param_state.real_states(), strict=True)
+        pairs = zip(split_complex(jnp.asarray(grad, dtype)), param_state.get_real_states(), strict=True)
         return jnp.mean(jnp.stack([compute_surprise(part, state, param_state.scales).mean() for part, state in pairs]))
 
     states = map_states(opt_state, lambda param_state: param_state)
@@ -124,18 +124,20 @@ class ParamState:
     """The state of one parameter, a leaf of a tree.
 
     Attributes:
-        rule: the rule of its state.
+        index: the index of the transformation's state that holds it.
         arrays: the state arrays, in the rule's order.
-        scales: the state's variance scales, in the dtype of the arithmetic.
+        scales: the state's variance scales, in the dtype of the arithmetic, in a shape that broadcasts with the arrays.
     """
 
-    def __init__(self, rule: core.Rule, arrays: tuple[jax.Array, ...], scales: tuple[jax.Array, jax.Array]) -> None:
-        self.rule = rule
+    def __init__(self, index: int, arrays: tuple[jax.Array, ...], scales: tuple[jax.Array, jax.Array]) -> None:
+        self.index = index
         self.arrays = arrays
         dtype = jnp.finfo(choose_arithmetic_dtype(arrays[0].dtype)).dtype
-        self.scales = scales[0].astype(dtype), scales[1].astype(dtype)
+        # A state that `jax.vmap` made has leading dimensions in its arrays and in its scales.
+        shape = scales[0].shape + (1,) * (arrays[0].ndim - scales[0].ndim)
+        self.scales = scales[0].astype(dtype).reshape(shape), scales[1].astype(dtype).reshape(shape)
 
-    def real_states(self) -> list[tuple[jax.Array, ...]]:
+    def get_real_states(self) -> list[tuple[jax.Array, ...]]:
         """Return the state of each real part, widened: two for a complex parameter."""
         wide = (array.astype(choose_arithmetic_dtype(array.dtype)) for array in self.arrays)
         return list(zip(*map(split_complex, wide), strict=True))
@@ -148,7 +150,7 @@ class _Result:
         self.value = value
 
 
-def map_states(opt_state: Any, of_param: Callable[[ParamState], Any]) -> Any:
+def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
     """Return a tree shaped like the parameters, with a function of each parameter's state.
 
     Raises:
@@ -160,18 +162,17 @@ def map_states(opt_state: Any, of_param: Callable[[ParamState], Any]) -> Any:
     if not states:
         raise ValueError(f"opt_state is {type(opt_state).__name__} without state of VSGD, but must hold some")
 
-    def map_state(state: Any) -> Any:
-        rule = RULES[type(state)]
+    def map_state(index: int, state: Any) -> Any:
         return jax.tree.map(
-            lambda *arrays: _Result(of_param(ParamState(rule, arrays, state.variance_scales))), *get_arrays(state)
+            lambda *arrays: _Result(function(ParamState(index, arrays, state.variance_scales))), *get_arrays(state)
         )
 
-    def choose(*nodes: Any) -> Any:
+    def choose_result(*nodes: Any) -> Any:
         # Masks split the parameters: one state has the result, the others have `MaskedNode`.
         return next((node for node in nodes if isinstance(node, _Result)), nodes[0])
 
     def is_leaf(node: Any) -> bool:
         return isinstance(node, (_Result, optax.MaskedNode))
 
-    merged = jax.tree.map(choose, *map(map_state, states), is_leaf=is_leaf)
+    merged = jax.tree.map(choose_result, *itertools.starmap(map_state, enumerate(states)), is_leaf=is_leaf)
     return jax.tree.map(lambda node: node.value if isinstance(node, _Result) else node, merged, is_leaf=is_leaf)

@@ -23,8 +23,7 @@ def prior_strength_from(gradients: Iterable[optax.Updates], scale: float = 10.0)
 
     Args:
         gradients: for each of a few mini-batches, about 10, a tree of gradients, as `jax.grad` returns it. None is skipped. A
-        tree
-            of gradients that `jax.vmap` or `jax.lax.scan` stacked counts as one mini-batch; the mean is the same.
+            tree of gradients that `jax.vmap` or `jax.lax.scan` stacked counts as one mini-batch; the mean is the same.
         scale: {scale}
 
     Returns:
@@ -50,11 +49,11 @@ def prior_strength_from(gradients: Iterable[optax.Updates], scale: float = 10.0)
     return prior.prior_strength_from(gradients, scale, _iterate_leaves, lambda magnitudes: float(jnp.sum(magnitudes)))
 
 
-def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Leaf]:
+def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Gradient]:
     for path, grad in jax.tree_util.tree_leaves_with_path(batch):
         where = name + jax.tree_util.keystr(path)
         if not (hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.inexact)):
             kind = f"an array of {grad.dtype}" if hasattr(grad, "dtype") else type(grad).__name__
             raise ValueError(f"{where} is {kind}, but must be an array of floating or complex numbers")
         array = jnp.asarray(grad, choose_arithmetic_dtype(grad.dtype))
-        yield prior.Leaf(where, jnp.abs(array), array.size * (2 if jnp.iscomplexobj(array) else 1))
+        yield prior.Gradient(where, jnp.abs(array), array.size * (2 if jnp.iscomplexobj(array) else 1))

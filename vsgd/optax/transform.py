@@ -48,8 +48,7 @@ def scale_by_rule(
     update_real = rule.make_update(jnp)
     compute_words = make_words(seed)
 
-    def compute_variance_scales() -> tuple[jax.Array, jax.Array]:
-        dtype = jnp.result_type(float)  # the widest that is enabled
+    def compute_variance_scales(dtype: Any) -> tuple[jax.Array, jax.Array]:
         first, last = rule.variance_scales(cast_hyperparameters(hyper, dtype))
         return jnp.asarray(first, dtype), jnp.asarray(last, dtype)
 
@@ -62,7 +61,10 @@ def scale_by_rule(
             return jnp.full_like(param, join_complex(value, value) if dtype != real else value, dtype=stored)
 
         trees = (jax.tree.map(functools.partial(fill, index=i), params) for i in range(len(rule.state_names)))
-        return make_state(jnp.zeros([], jnp.int32), *trees, compute_variance_scales())
+        # By the parameters, so that it does not depend on whether 64 bits are enabled.
+        real_dtypes = (jnp.finfo(choose_arithmetic_dtype(get_dtype(param))).dtype for param in jax.tree.leaves(params))
+        widest = max(real_dtypes, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
+        return make_state(jnp.zeros([], jnp.int32), *trees, compute_variance_scales(widest))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
         del params, extra_args
@@ -95,7 +97,7 @@ def scale_by_rule(
         trees = [treedef.flatten_up_to(tree) for tree in (_number_leaves(state_trees[0]), *state_trees)]
         leaves = [update_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
         directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(1 + len(state_trees)))
-        return directions, make_state(count, *new_trees, compute_variance_scales())
+        return directions, make_state(count, *new_trees, compute_variance_scales(state.variance_scales[0].dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -65,7 +65,7 @@ def _name_type(holder: dict[str, Any], name: str) -> str:
     return type(holder[name]).__name__ if name in holder else "nothing"
 
 
-def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
+def translate_checkpoint(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return the `state_dict` of the authors' VSGD or of `pytorch_optimizer`'s in the names and units of `vsgd.torch.VSGD`.
 
     Any other `state_dict` is returned as it is.
@@ -81,7 +81,7 @@ def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> state = {0: {"mug": 0.5, "bg": 2.0, "bhg": 6.0, "step": 3.0}}
-        >>> translate({"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]})["state"]
+        >>> translate_checkpoint({"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]})["state"]
         {0: {'step': 3.0, 'mu_g': 0.5, 'b_g': 1.0, 'b_ghat': 3.0}}
     """
     if not any(_FOREIGN_ARRAYS.issubset(state) for state in state_dict["state"].values()):
@@ -102,7 +102,7 @@ def translate(state_dict: dict[str, Any]) -> dict[str, Any]:
     states = {}
     for param, state in state_dict["state"].items():
         states[param] = state and {  # empty for a parameter that never had a gradient
-            "step": deepcopy(state.get("step", steps.get(param))),  # a copy, for the group's count serves all parameters
+            "step": deepcopy(state.get("step", steps.get(param))),  # a copy: the group's count serves all parameters
             "mu_g": state["mug"],
             "b_g": state["bg"] / 2,
             "b_ghat": state["bhg"] / 2,

@@ -20,7 +20,7 @@ from vsgd import core
 from vsgd.backends.torch.dispatch import FUSED, Collected, Stepper, check_fused, load_fused
 from vsgd.backends.torch.leaves import StepOptions, choose_state_dtype
 from vsgd.outliers import choose_rule
-from vsgd.torch.checkpoints import check_form, hide_tensors, show_tensors, translate
+from vsgd.torch.checkpoints import check_form, hide_tensors, show_tensors, translate_checkpoint
 from vsgd.torch.posterior import PosteriorMixin, sum_shards
 from vsgd.validation import validate_flags, validate_numbers, validate_state_dtype
 
@@ -139,7 +139,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
     def _prepare_loading(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the state to load, or raise an error before anything has changed."""
         check_form(state_dict, self.param_groups)
-        state_dict = hide_tensors(translate(state_dict), self.param_groups, self._plain_rule, type(self).__name__)
+        state_dict = hide_tensors(translate_checkpoint(state_dict), self.param_groups, self._plain_rule, type(self).__name__)
         for group in state_dict["param_groups"]:
             self._check_group({**self.defaults, **group})
         return state_dict
@@ -192,19 +192,12 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
 
     def _read_options(self, group: dict[str, Any]) -> StepOptions:
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])
-        hyper = rule.select_hyperparameters(group)
         on_device = torch.compiler.is_compiling() or bool(group["capturable"] or group["differentiable"])
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        if on_device:
-            lr = _to_scalar(lr)
-        else:
-            lr, weight_decay, *numbers = map(_read_number, (lr, weight_decay, *hyper))
-            hyper = rule.hyperparameters(*numbers)
         return StepOptions(
             rule,
-            hyper,
-            lr,
-            weight_decay,
+            rule.select_hyperparameters(group),
+            _to_scalar(group["lr"]) if on_device else group["lr"],
+            group["weight_decay"],
             maximize=group["maximize"],
             foreach=group["foreach"],
             fused=group["fused"],
@@ -266,7 +259,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
         *states: list[Tensor],
     ) -> None:
         """Collect parameters with a gradient, and make the state of new ones. `torch.compile` runs this method by its name."""
-        self._check_params(group)  # again, for the compiler runs this method alone
+        self._check_params(group)  # again, because the compiler runs this method alone
         for param in group["params"]:
             if param.grad is None:
                 continue

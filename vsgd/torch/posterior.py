@@ -27,7 +27,7 @@ class Stepped(NamedTuple):
     """A parameter that has been stepped.
 
     Attributes:
-        name: its name where the optimizer was given named parameters, else its index as in `state_dict()`.
+        name: its name if the optimizer was given named parameters with unique names, else its index as in `state_dict()`.
         param: the parameter.
         group: the options of its group.
         group_index: the index of its group.
@@ -66,7 +66,7 @@ class PosteriorMixin:
                 f"param of shape {tuple(param.shape)} has no state yet, but must have been stepped with a gradient"
             )
         posterior = compute_posterior(self._get_real_state(param), self._compute_scales(group))
-        # A copy, for the next step overwrites the state.
+        # A copy, because the next step overwrites the state.
         posterior = posterior._replace(mean=posterior.mean.clone())
         return Posterior(*map(torch.view_as_complex, posterior)) if param.is_complex() else posterior
 
@@ -80,8 +80,8 @@ class PosteriorMixin:
             batch_size: the number of examples that a gradient averages, over all processes and accumulated steps.
 
         Returns:
-            0-d tensors: the estimate overall and, in `tensors`, a dict by the parameter's name where the optimizer was given
-            named parameters, else by its index as in `state_dict()`.
+            0-d tensors: the estimate overall and, in `tensors`, a dict by the parameter's name if the optimizer was given named
+            parameters with unique names, else by its index as in `state_dict()`.
 
         Raises:
             ValueError: `batch_size` is out of its range, or no parameter has been stepped.
@@ -113,13 +113,13 @@ class PosteriorMixin:
         return surprises
 
     def _iterate_stepped(self) -> Iterator[Stepped]:
-        first = 0
-        for group_index, group in enumerate(self.param_groups):
-            names = group.get("param_names", range(first, first + len(group["params"])))
-            for name, param in zip(names, group["params"], strict=True):
-                if self.state.get(param):
-                    yield Stepped(name, param, group, group_index)
-            first += len(group["params"])
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        params = [(param, group, number) for number, group in enumerate(self.param_groups) for param in group["params"]]
+        # Torch requires no unique names, and a user may append to a group's parameters.
+        has_names = len(names) == len(params) == len({*names})
+        for index, (param, group, number) in enumerate(params):
+            if self.state.get(param):
+                yield Stepped(names[index] if has_names else index, param, group, number)
 
     def _compute_scales(self, group: dict[str, Any]) -> tuple[Any, Any]:
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])

@@ -44,7 +44,6 @@ FUSED = {
         "fused_cuda", "FusedCuda", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", on_device=True
     ),
 }
-_FOREACH, _LOOP = Foreach(), Loop()
 
 
 def check_fused(device_types: Iterable[str]) -> None:
@@ -93,16 +92,21 @@ def wants_fused(options: StepOptions, device_type: str) -> bool:
         return False
     if options.on_device and not FUSED[device_type].on_device:
         return False
-    automatic = device_type == "cpu" and HAS_NUMBA and options.foreach is None and options.fused is None
-    return bool(options.fused) or automatic
+    return bool(options.fused) or (device_type == "cpu" and HAS_NUMBA and _is_automatic(options))
+
+
+def _is_automatic(options: StepOptions) -> bool:
+    return options.foreach is None and options.fused is None
 
 
 def list_engines(options: StepOptions, device_types: Iterable[str]) -> list[Engine]:
     """Return the engines that the options allow, in order of preference; the last one accepts every leaf."""
     wanted = [device_type for device_type in device_types if wants_fused(options, device_type)]
-    fused = [load_fused(device_type, required=bool(options.fused)) for device_type in wanted]
-    automatic = options.foreach is None and options.fused is None and not options.differentiable
-    return [*(engine for engine in fused if engine is not None), *([_FOREACH] if options.foreach or automatic else []), _LOOP]
+    loaded = [load_fused(device_type, required=bool(options.fused)) for device_type in wanted]
+    engines = [engine for engine in loaded if engine is not None]
+    if options.foreach or (_is_automatic(options) and not options.differentiable):
+        engines.append(Foreach(everywhere=bool(options.foreach)))
+    return [*engines, Loop()]
 
 
 def assign_leaves(leaves: Sequence[Leaf], options: StepOptions) -> list[tuple[Engine, list[int]]]:
@@ -110,7 +114,7 @@ def assign_leaves(leaves: Sequence[Leaf], options: StepOptions) -> list[tuple[En
     assigned: list[tuple[Engine, list[int]]] = []
     remaining = list(range(len(leaves)))
     for engine in list_engines(options, sorted({leaf.param.device.type for leaf in leaves})):
-        accepted = [index for index in remaining if engine.accepts(leaves[index], options)]
+        accepted = [index for index in remaining if engine.accepts(leaves[index])]
         if accepted:
             assigned.append((engine, accepted))
             taken = set(accepted)
@@ -126,8 +130,20 @@ def step_leaves(leaves: Sequence[Leaf], count: float, options: StepOptions) -> N
         count: which step this is, 1 for the first.
         options: the step's options.
     """
+    options = read_numbers(options)
     for engine, indices in assign_leaves(leaves, options):
         engine.step([leaves[index] for index in indices], count, options)
+
+
+def read_numbers(options: StepOptions) -> StepOptions:
+    """Return the options with Python numbers in place of tensors, unless the step runs on the device."""
+    if options.on_device:
+        return options
+    lr, weight_decay, *hyper = (
+        value.detach().item() if isinstance(value, Tensor) else value
+        for value in (options.lr, options.weight_decay, *options.hyper)
+    )
+    return options._replace(lr=lr, weight_decay=weight_decay, hyper=type(options.hyper)(*hyper))
 
 
 class Collected(NamedTuple):
@@ -196,33 +212,42 @@ class Stepper:
         """
         # A compiled step has collected the parameters of an earlier plan too.
         planned = None if options.on_device else self._planned.get(index)
+        if planned is None and not collected.params:
+            return
+        options = read_numbers(options)
         if planned is not None:
             planned.plan.step(options)
         if not collected.params:
             return
-        group = groups[index]
-        keys = _make_base_keys(index, groups, collected.params)
+        group, params, counts = groups[index], collected.params, collected.counts
+        keys = _make_base_keys(index, groups, params)
         leaves = [
             make_leaf(param, grad, tuple(state), key, group["stochastic_rounding"])
-            for param, grad, key, *state in zip(collected.params, collected.grads, keys, *collected.states, strict=True)
+            for param, grad, key, *state in zip(params, collected.grads, keys, *collected.states, strict=True)
         ]
-        counts = collected.counts
-        torch._foreach_add_(counts, 1)
-        for engine, indices in assign_leaves(leaves, options):
-            if options.on_device:
+        if options.on_device:
+            torch._foreach_add_(counts, 1)
+            for engine, indices in assign_leaves(leaves, options):
                 engine.step([leaves[i] for i in indices], [counts[i] for i in indices], options)
-                continue
+            return
+        for engine, indices in assign_leaves(leaves, options):
+            # A plan needs the parameters themselves, and no views of them.
+            own = [i for i in indices if leaves[i].param is params[i]]
+            plan = engine.make_plan(group["params"], [leaves[i] for i in own], [counts[i] for i in own], self._state_names)
+            if plan is not None:
+                plan.step(options)
+                # Next to an earlier plan, this step has more parameters than the last: the next step plans them together.
+                if self._planned.pop(index, None) is None:
+                    self._planned[index] = _Planned(plan, (group["stochastic_rounding"], group["seed"]))
+                unplanned = set(map(id, plan.others))
+                indices = [i for i in indices if leaves[i].param is not params[i] or id(params[i]) in unplanned]
+            if indices:
+                torch._foreach_add_([counts[i] for i in indices], 1)
             by_count: dict[float, list[Leaf]] = {}
             for i in indices:
                 by_count.setdefault(counts[i].item(), []).append(leaves[i])
             for count, members in by_count.items():
                 engine.step(members, count, options)
-            own = [i for i in indices if leaves[i].param is collected.params[i]]
-            # Next to a plan, these parameters are more than the last step had: the next step plans all of them together.
-            if own and hasattr(engine, "make_plan") and self._planned.pop(index, None) is None:
-                plan = engine.make_plan(group["params"], [leaves[i] for i in own], [counts[i] for i in own], self._state_names)
-                if plan is not None:
-                    self._planned[index] = _Planned(plan, (group["stochastic_rounding"], group["seed"]))
 
 
 def _make_base_keys(index: int, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> list[int | None]:

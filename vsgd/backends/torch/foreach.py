@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vsgd import core
 from vsgd.backends.torch.leaves import (
+    Engine,
     Leaf,
     StepOptions,
     get_arithmetic_dtype,
@@ -18,7 +19,7 @@ from vsgd.backends.torch.leaves import (
     iterate_batches,
     list_tensors,
 )
-from vsgd.backends.torch.rounding import round_values, set_step
+from vsgd.backends.torch.rounding import key_noise, round_values
 
 
 class TensorList:
@@ -85,12 +86,19 @@ class TensorListOps:
         return TensorList(torch._foreach_maximum(x.tensors, y.tensors))
 
 
-class Foreach:
-    """Steps leaves of any kind, and by default plain ones on CUDA."""
+class Foreach(Engine):
+    """Steps plain leaves on CUDA, or leaves of any kind.
 
-    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
-        """Return whether `foreach` is True, or the leaf is plain and on CUDA."""
-        return bool(options.foreach) or (leaf.param.is_cuda and is_plain(leaf.param))
+    Args:
+        everywhere: whether to accept leaves of any kind.
+    """
+
+    def __init__(self, everywhere: bool) -> None:
+        self._everywhere = everywhere
+
+    def accepts(self, leaf: Leaf) -> bool:
+        """Return whether the engine accepts every leaf, or the leaf is plain and on CUDA."""
+        return self._everywhere or (leaf.param.is_cuda and is_plain(leaf.param))
 
     def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
         """Take one step, in place: see `vsgd.backends.torch.leaves.Engine`.
@@ -100,12 +108,12 @@ class Foreach:
         lr = options.lr
         if isinstance(counts, (int, float)):
             coefficients = options.rule.coefficients(counts, options.hyper)
-            leaves = [set_step(leaf, counts) for leaf in leaves]
+            leaves = [key_noise(leaf, counts) for leaf in leaves]
         else:
             # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
             wide = [count.to(get_arithmetic_dtype(leaf)) for leaf, count in zip(leaves, counts, strict=True)]
             coefficients = options.rule.coefficients(TensorList(wide), options.hyper)
-            leaves = [set_step(leaf, count) for leaf, count in zip(leaves, counts, strict=True)]
+            leaves = [key_noise(leaf, count) for leaf, count in zip(leaves, counts, strict=True)]
             lr = TensorList([lr] * len(leaves)) if isinstance(lr, Tensor) else lr
         scalars = (*coefficients, lr, 1 - lr * options.weight_decay)
         if torch.compiler.is_compiling():  # the compiler fuses operations itself: temporaries need no bound

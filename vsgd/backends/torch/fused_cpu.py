@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vsgd import rounding
 from vsgd.backends import numba as numba_kernel
-from vsgd.backends.torch.leaves import Leaf, StepOptions, is_flat, is_plain, list_tensors
+from vsgd.backends.torch.leaves import Engine, Leaf, StepOptions, is_flat, is_plain, list_tensors
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -26,10 +26,10 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16:
 _get_grad: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 
 
-class FusedCpu:
-    """Steps dense tensors of one layout in CPU memory, with step counts that the host knows."""
+class FusedCpu(Engine):
+    """Steps dense tensors of one layout in CPU memory, with step counts that are Python numbers."""
 
-    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+    def accepts(self, leaf: Leaf) -> bool:
         """Return whether the kernel can step the leaf: dense tensors of one layout, in dtypes that it supports."""
         param, grad, state, noise = leaf
         dtype, stored, shape = param.dtype, state[0].dtype, param.shape
@@ -39,7 +39,7 @@ class FusedCpu:
             return False
         if stored is not dtype and {dtype, stored} != {torch.float32, torch.bfloat16}:
             return False
-        # Each tensor, for the kernel writes to raw addresses: it would write beyond state of another size or device.
+        # Each tensor is checked: the kernel writes to raw addresses, beyond state of another size or device.
         for tensor in list_tensors(leaf):
             if tensor.shape != shape or not tensor.is_cpu or tensor.is_neg():
                 return False
@@ -52,19 +52,15 @@ class FusedCpu:
     def make_plan(
         self, group: Sequence[Tensor], leaves: Sequence[Leaf], counts: Sequence[Tensor], names: Sequence[str]
     ) -> Plan | None:
-        """Return a plan to step these leaves again, or None where torch or the step counts do not allow one.
-
-        Args:
-            group: the parameters of the optimizer's group.
-            leaves: leaves whose tensors are the parameter, gradient and state themselves, and no views of them.
-            counts: their step counts.
-            names: the names of the state arrays.
-        """
-        fit = all(
-            count.dtype in (torch.float32, torch.float64) and count.is_cpu and count.numel() == 1 and is_plain(count)
-            for count in counts
-        )
-        return Plan(group, leaves, counts, names) if fit and TensorGuards is not None else None
+        """Return a plan of the leaves whose counts the kernel can read: see `vsgd.backends.torch.leaves.Engine`."""
+        pairs = [
+            (leaf, count)
+            for leaf, count in zip(leaves, counts, strict=True)
+            if count.dtype in (torch.float32, torch.float64) and count.is_cpu and count.numel() == 1 and is_plain(count)
+        ]
+        if not pairs or TensorGuards is None:
+            return None
+        return Plan(group, [leaf for leaf, _ in pairs], [count for _, count in pairs], names)
 
 
 class Batch:
@@ -78,7 +74,7 @@ class Batch:
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._addresses = tuple(_get_addresses(role) for role in zip(*map(list_tensors, leaves), strict=True))
-        self._chunks = numba_kernel.cut_chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
+        self._chunks = numba_kernel.list_chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
         self._kinds = _make_masks([_get_kind(leaf) for leaf in leaves])
         self._rounds = any(leaf.noise is not None for leaf in leaves)
         self._base_keys = np.array([0 if leaf.noise is None else leaf.noise.key for leaf in leaves], dtype=np.int64)
@@ -98,9 +94,9 @@ class Batch:
             counts: which step it is for each leaf, float64.
             options: the step's options.
         """
-        # Two dozen small operations: skip them where nothing is rounded, for they cost as much as a short step.
+        # Two dozen small operations cost as much as a short step: skip them where nothing is rounded.
         keys = rounding.host_key(self._base_keys, counts.astype(np.int64)) if self._rounds else self._base_keys
-        noise = numba_kernel.Noise(keys.astype(np.int32), self._first_indices)
+        noise = numba_kernel.NoiseTable(keys.astype(np.int32), self._first_indices)
         for (stored, round_params), chosen in self._kinds.items():
             for count in np.unique(counts[chosen]):
                 numba_kernel.step(
@@ -123,7 +119,7 @@ class Batch:
 class Plan:
     """A batch to be stepped again and again, without a look at each tensor.
 
-    The batch stays valid as long as every tensor is the same object, of the same dtype, shape, strides and kind, at the same
+    It stays valid as long as every tensor is the same object, of the same dtype, shape, strides and kind, at the same
     address; a gradient may be a new one at another address. `renew` checks that, in few calls for all tensors.
 
     Attributes:

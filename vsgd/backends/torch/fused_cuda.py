@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vsgd import core, rounding
 from vsgd.backends import kernels
-from vsgd.backends.torch.leaves import Leaf, StepOptions, is_flat, is_plain, list_tensors
-from vsgd.backends.torch.rounding import set_step, set_steps
+from vsgd.backends.torch.leaves import Engine, Leaf, StepOptions, is_flat, is_plain, list_tensors
+from vsgd.backends.torch.rounding import key_noise, key_noises
 from vsgd.ops import BitOps
 
 _SOURCES = kernels.hash_sources(sys.modules[__name__])
@@ -42,7 +42,7 @@ _DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
 #: The alignment of addresses that vector loads need, in bytes.
 _ALIGNMENT = 16
 
-# A CUDA graph copies its tables from the host at each replay, and reports no end of its life: keep them for ever.
+# A CUDA graph copies its tables from the host at each replay, and reports no end of its life: keep them until the process ends.
 _captured: list[Tensor] = []
 
 
@@ -210,8 +210,7 @@ def kernel(
 
     Args:
         tensors: for each parameter the addresses of its arrays, its size, the row of its scalars and, with keys, the index of
-        its
-            first element, int64.
+            its first element, int64.
         chunks: for each program the parameter and the first element of its chunk, int64.
         scalars: rows of (*coefficients, lr, decay), in the dtype of the arithmetic.
         keys: for each parameter the key of this step, int32; None where nothing is rounded stochastically.
@@ -267,10 +266,10 @@ def _make_step(rule: core.Rule, maximize: bool, round_param: bool, round_state: 
     return Step(rule, maximize, round_param, round_state)
 
 
-class FusedCuda:
+class FusedCuda(Engine):
     """Steps dense floating-point tensors of one layout on CUDA."""
 
-    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+    def accepts(self, leaf: Leaf) -> bool:
         """Return whether the kernel can step the leaf: dense floating-point tensors of one layout on one device."""
         param, grad, state, noise = leaf
         wide = torch.promote_types(param.dtype, torch.float32)
@@ -298,11 +297,11 @@ class FusedCuda:
             step: float | Tensor
             if isinstance(counts, (int, float)):
                 step = counts
-                members = [set_step(leaf, counts) for leaf in members]
+                members = [key_noise(leaf, counts) for leaf in members]
             else:
                 # In float64, as numbers are: each of the kernel's scalars is then rounded once.
                 step = torch.stack([counts[index] for index in chosen]).double()
-                members = set_steps(members, step)
+                members = key_noises(members, step)
             coefficients = options.rule.coefficients(step, options.hyper)
             decay = 1 - options.lr * options.weight_decay
             scalars = _make_scalars((*coefficients, options.lr, decay), len(members), device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,8 +23,8 @@ class StepOptions(NamedTuple):
 
     Attributes:
         rule: the variant to run.
-        hyper: its hyperparameters; Python numbers unless `on_device`.
-        lr: the step size; a number, or with `on_device` also a 0-d tensor.
+        hyper: its hyperparameters, numbers or 0-d tensors.
+        lr: the step size, a number or a 0-d tensor.
         weight_decay: decoupled weight decay.
         maximize: whether to step with the negative gradient.
         foreach: whether to run on lists of tensors; None: where that is faster.
@@ -91,8 +91,8 @@ class Leaf(NamedTuple):
 class Engine(Protocol):
     """One way to run the core on leaves. `vsgd.backends.torch.dispatch` gives each leaf to the first engine that accepts it."""
 
-    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
-        """Return whether the engine can step this leaf under options that allow the engine."""
+    def accepts(self, leaf: Leaf) -> bool:
+        """Return whether the engine can step this leaf."""
 
     def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
         """Take one step, in place.
@@ -100,8 +100,37 @@ class Engine(Protocol):
         Args:
             leaves: leaves that the engine accepts.
             counts: which step this is, 1 for the first: one number for all leaves, or with `on_device` a 0-d tensor for each.
-            options: the step's options.
+            options: the step's options, with Python numbers unless `on_device`.
         """
+
+    def make_plan(
+        self, group: Sequence[Tensor], leaves: Sequence[Leaf], counts: Sequence[Tensor], names: Sequence[str]
+    ) -> Plan | None:
+        """Return a plan to step these leaves now and again, or None if the engine has none.
+
+        Args:
+            group: the parameters of the optimizer's group.
+            leaves: leaves whose tensors are the parameter, gradient and state themselves, and no views of them.
+            counts: their step counts.
+            names: the names of the state arrays.
+        """
+        return None
+
+
+class Plan(Protocol):
+    """Leaves of a group that are stepped again and again.
+
+    Attributes:
+        others: the group's parameters that are not in the plan.
+    """
+
+    others: list[Tensor]
+
+    def renew(self, group: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Prepare the next step if nothing has changed but the gradients, and return whether the plan is still valid."""
+
+    def step(self, options: StepOptions) -> None:
+        """Take one step, in place, and increase the step counts."""
 
 
 # Functions, not properties of `Leaf`: compilers of older torch reject properties of named tuples.
@@ -281,8 +310,8 @@ def group_small(leaves: Iterable[Leaf]) -> tuple[list[list[Leaf]], list[Leaf]]:
     others: list[Leaf] = []
     for leaf in leaves:
         shape = leaf.param.shape
-        # State of another shape stays apart, for the engine to refuse: joined, it might fit by chance.
-        # A stochastically rounded leaf stays apart, for its noise depends on its place in memory.
+        # State of another shape stays apart so that the engine refuses it: joined, it might fit by chance.
+        # A stochastically rounded leaf stays apart because its noise depends on its place in memory.
         if (
             leaf.noise is None
             and shape.numel() <= SMALL

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vsgd import core
 from vsgd.backends.torch.leaves import (
+    Engine,
     Leaf,
     StepOptions,
     get_arithmetic_dtype,
@@ -21,13 +22,13 @@ from vsgd.backends.torch.leaves import (
     list_tensors,
     write_back,
 )
-from vsgd.backends.torch.rounding import round_values, set_step
+from vsgd.backends.torch.rounding import key_noise, round_values
 
 
-class Loop:
+class Loop(Engine):
     """Steps leaves of any kind."""
 
-    def accepts(self, leaf: Leaf, options: StepOptions) -> bool:
+    def accepts(self, leaf: Leaf) -> bool:
         """Return True."""
         return True
 
@@ -36,7 +37,7 @@ class Loop:
         decay = 1 - options.lr * options.weight_decay
         if isinstance(counts, (int, float)):
             coefficients = options.rule.coefficients(counts, options.hyper)
-            _step_in_blocks([set_step(leaf, counts) for leaf in leaves], coefficients, decay, options)
+            _step_in_blocks([key_noise(leaf, counts) for leaf in leaves], coefficients, decay, options)
             return
         whole = torch.compiler.is_compiling() or options.differentiable
         for leaf, count in zip(leaves, counts, strict=True):
@@ -46,9 +47,9 @@ class Loop:
                 # In memory, the compiler computes them once, before the loop over elements.
                 in_memory = (each.as_strided((), ()) if isinstance(each, Tensor) else each for each in coefficients)
                 coefficients = type(coefficients)(*in_memory)
-            leaf = set_step(leaf, count)
+            leaf = key_noise(leaf, count)
             blocks = [leaf] if whole else iterate_blocks(leaf, get_block_size(leaf))
-            _step_leaves(blocks, coefficients, decay, options)
+            _step_each(blocks, coefficients, decay, options)
 
 
 def _step_in_blocks(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: StepOptions) -> None:
@@ -57,13 +58,13 @@ def _step_in_blocks(leaves: Iterable[Leaf], coefficients: Any, decay: Any, optio
     for group in groups:
         for _, batch in iterate_batches(group, get_block_size(group[0])):
             joined = join_leaves(batch)
-            _step_leaves([joined], coefficients, decay, options)
+            _step_each([joined], coefficients, decay, options)
             write_back(joined, batch)
     blocks = (block for leaf in others for block in iterate_blocks(leaf, get_block_size(leaf)))
-    _step_leaves(blocks, coefficients, decay, options)
+    _step_each(blocks, coefficients, decay, options)
 
 
-def _step_leaves(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: StepOptions) -> None:
+def _step_each(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: StepOptions) -> None:
     """Step each leaf by operations that can be compiled, captured in a CUDA graph and differentiated."""
     update = options.rule.make_update(torch)  # type: ignore[arg-type]  # mypy does not see the functions of torch
     for leaf in leaves:

@@ -30,7 +30,7 @@ _compute_word = rounding.make_word(_TorchIntegers())
 _to_bfloat16 = rounding.make_round(_TorchIntegers())
 
 
-def set_step(leaf: Leaf, count: float | Tensor) -> Leaf:
+def key_noise(leaf: Leaf, count: float | Tensor) -> Leaf:
     """Return the leaf with the noise of one step.
 
     Args:
@@ -46,7 +46,7 @@ def set_step(leaf: Leaf, count: float | Tensor) -> Leaf:
     return leaf._replace(noise=leaf.noise._replace(key=key))
 
 
-def set_steps(leaves: Sequence[Leaf], counts: Tensor) -> Sequence[Leaf]:
+def key_noises(leaves: Sequence[Leaf], counts: Tensor) -> Sequence[Leaf]:
     """Return leaves of one device with the noise of one step each, in as few calls as for one leaf.
 
     Args:
@@ -66,7 +66,7 @@ def set_steps(leaves: Sequence[Leaf], counts: Tensor) -> Sequence[Leaf]:
 
 
 def round_values(leaf: Leaf, state: Sequence[Tensor], param: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-    """Return a leaf's new state and parameter, rounded stochastically where the leaf asks for it.
+    """Return a leaf's new state and parameter, rounded stochastically where `leaf.noise` is set.
 
     Args:
         leaf: a leaf with the noise of this step, or without noise.
