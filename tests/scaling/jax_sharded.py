@@ -28,6 +28,7 @@ from scaling.jax_problem import (
 )
 
 import vsgd.optax
+from vsgd.optax.state import get_arrays
 
 
 def trained(case: Case, types: str = "Auto") -> float:
@@ -39,7 +40,7 @@ def trained(case: Case, types: str = "Auto") -> float:
         step = make_step(case.solver(), gradient_of(case, layout))
         for seed in range(STEPS):
             now = advance(step, now, case, layout, [seed])
-            assert all(lie_as_told(tree, layout) for tree in (now.params, *now.state[0][1:]))
+            assert all(lie_as_told(tree, layout) for tree in (now.params, *get_arrays(now.state[0])))
     return strayed(now, reference(case))
 
 
@@ -139,7 +140,7 @@ def placed_by_init() -> dict[str, str]:
         assert jax.tree.map(jax.typeof, found["jit(init)(params), explicit axes"]) == jax.tree.map(
             jax.typeof, solver.init(params)
         )
-    return {how: ", ".join(sorted({_place(tree, layout) for tree in state[0][1:]})) for how, state in found.items()}
+    return {how: ", ".join(sorted({_place(tree, layout) for tree in get_arrays(state[0])})) for how, state in found.items()}
 
 
 def _place(tree: dict[str, jax.Array], layout: Layout) -> str:

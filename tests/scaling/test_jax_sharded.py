@@ -99,11 +99,11 @@ def test_a_dimension_that_devices_cannot_share_is_refused_by_jax(jax_pool: Pool)
 @cases
 def test_zero_1(case: Case, jax_pool: Pool, agreed: Agreed) -> None:
     (seen,) = jax_pool("uncontracted").run(jax_sharded.zero, case)
-    # Of each parameter what one of 8, 2, 8, 4 and 1 devices has; and the count.
+    # Of each parameter what one of 8, 2, 8, 4 and 1 devices has; and the count and two scales.
     elements = 96 // 8 + 12 // 2 + 288 // 8 + 48 // 4 + 6
     arrays = {"vsgd": 3, "constant_vsgd": 2}[case.kind]
     size = {"float32": 4, "bfloat16": 2}[case.dtype]
-    assert seen.here == [arrays * elements * size + 4] * 8
+    assert seen.here == [arrays * elements * size + 4 + 2 * 4] * 8
     assert set(seen.update) == {"all-gather"}
     agreed(f"ZeRO-1 by out_shardings, {case.dtype}", MESH, seen.strayed)
 
