@@ -126,7 +126,7 @@ def scale_by_constant_vsgd(
         >>> transformation = scale_by_constant_vsgd()
         >>> directions, state = transformation.update(jnp.array([1.0, -2.0]), transformation.init(jnp.zeros(2)))
         >>> state._fields
-        ('count', 'mu_g', 'b', 'variance_scales')
+        ('count', 'mu_g', 'b', 'drift_scale', 'noise_scale')
     """
     return scale_by_rule(
         core.CONSTANT_VSGD,

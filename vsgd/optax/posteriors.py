@@ -163,9 +163,8 @@ def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
         raise ValueError(f"opt_state is {type(opt_state).__name__} without state of VSGD, but must hold some")
 
     def map_state(index: int, state: Any) -> Any:
-        return jax.tree.map(
-            lambda *arrays: _Result(function(ParamState(index, arrays, state.variance_scales))), *get_arrays(state)
-        )
+        scales = state.drift_scale, state.noise_scale
+        return jax.tree.map(lambda *arrays: _Result(function(ParamState(index, arrays, scales))), *get_arrays(state))
 
     def choose_result(*nodes: Any) -> Any:
         # Masks split the parameters: one state has the result, the others have `MaskedNode`.

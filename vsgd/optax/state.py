@@ -17,15 +17,16 @@ class ScaleByVsgdState(NamedTuple):
         mu_g: posterior mean of each gradient.
         b_g: rate of the Gamma posterior of the drift's precision.
         b_ghat: rate of the Gamma posterior of the mini-batch noise's precision.
-        variance_scales: two 0-d arrays: `b_g` times the first is the variance of the drift, `b_ghat` times the second is the
-            variance of the mini-batch noise.
+        drift_scale: the factor from `b_g` to the variance of the drift, a 0-d array.
+        noise_scale: the factor from `b_ghat` to the variance of the mini-batch noise, a 0-d array.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu_g: optax.Updates
     b_g: optax.Updates
     b_ghat: optax.Updates
-    variance_scales: tuple[jax.Array, jax.Array]
+    drift_scale: jax.Array
+    noise_scale: jax.Array
 
 
 class ScaleByConstantVsgdState(NamedTuple):
@@ -35,14 +36,15 @@ class ScaleByConstantVsgdState(NamedTuple):
         count: the number of steps so far, int32.
         mu_g: posterior mean of each gradient.
         b: rate of the Gamma posterior of the one precision.
-        variance_scales: two 0-d arrays: `b` times the first is the variance of the drift, `b` times the second is the variance
-            of the mini-batch noise.
+        drift_scale: the factor from `b` to the variance of the drift, a 0-d array.
+        noise_scale: the factor from `b` to the variance of the mini-batch noise, a 0-d array.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu_g: optax.Updates
     b: optax.Updates
-    variance_scales: tuple[jax.Array, jax.Array]
+    drift_scale: jax.Array
+    noise_scale: jax.Array
 
 
 #: The rule of each type of state.

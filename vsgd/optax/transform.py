@@ -64,7 +64,7 @@ def scale_by_rule(
         # By the parameters, so that it does not depend on whether 64 bits are enabled.
         real_dtypes = (jnp.finfo(choose_arithmetic_dtype(get_dtype(param))).dtype for param in jax.tree.leaves(params))
         widest = max(real_dtypes, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
-        return make_state(jnp.zeros([], jnp.int32), *trees, compute_variance_scales(widest))
+        return make_state(jnp.zeros([], jnp.int32), *trees, *compute_variance_scales(widest))
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
         del params, extra_args
@@ -97,7 +97,7 @@ def scale_by_rule(
         trees = [treedef.flatten_up_to(tree) for tree in (_number_leaves(state_trees[0]), *state_trees)]
         leaves = [update_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
         directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(1 + len(state_trees)))
-        return directions, make_state(count, *new_trees, compute_variance_scales(state.variance_scales[0].dtype))
+        return directions, make_state(count, *new_trees, *compute_variance_scales(state.drift_scale.dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
