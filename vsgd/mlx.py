@@ -251,8 +251,8 @@ def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Gradient]:
 
 def _make_leaf(name: str, grad: Any) -> prior.Gradient:
     if not (isinstance(grad, mx.array) and mx.issubdtype(grad.dtype, mx.inexact)):
-        kind = f"an array of {grad.dtype}" if isinstance(grad, mx.array) else type(grad).__name__
-        raise ValueError(f"{name} is {kind}, but must be an array of floating or complex numbers")
+        found = f"an array of {grad.dtype}" if isinstance(grad, mx.array) else type(grad).__name__
+        raise ValueError(f"{name} is {found}, but must be an array of floating or complex numbers")
     is_complex = mx.issubdtype(grad.dtype, mx.complexfloating)
     wide = grad if is_complex or grad.dtype == mx.float64 else grad.astype(mx.float32)
     return prior.Gradient(name, mx.abs(wide), grad.size * (2 if is_complex else 1))

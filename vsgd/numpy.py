@@ -159,8 +159,8 @@ class _RuleOptimizer:
 
 def _check_param(index: int, param: Any) -> np.ndarray:
     if not isinstance(param, np.ndarray) or isinstance(param, np.ma.MaskedArray) or param.dtype.kind not in "fc":
-        kind = f"{type(param).__name__} of {param.dtype}" if isinstance(param, np.ndarray) else type(param).__name__
-        raise ValueError(f"params[{index}] is {kind}, but must be a NumPy array of floating or complex numbers, unmasked")
+        found = f"{type(param).__name__} of {param.dtype}" if isinstance(param, np.ndarray) else type(param).__name__
+        raise ValueError(f"params[{index}] is {found}, but must be a NumPy array of floating or complex numbers, unmasked")
     if not param.flags.writeable:
         raise ValueError(f"params[{index}] is read-only, but must be writeable to be updated in place")
     return param.view(np.ndarray)  # a subclass, such as a matrix, may define other operators

@@ -132,7 +132,7 @@ def validate_numbers(**values: Any) -> None:
             valid = holds(float(value) if is_numpy_float else value)
         else:
             # Complex too: `optax.inject_hyperparams` makes all numbers complex if a parameter is.
-            is_number = any(kind in str(getattr(value, "dtype", "")) for kind in ("float", "int", "complex"))
+            is_number = any(word in str(getattr(value, "dtype", "")) for word in ("float", "int", "complex"))
             valid = is_number and {*getattr(value, "shape", ())} <= {1}
         if not valid:
             raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")

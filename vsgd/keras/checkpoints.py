@@ -36,7 +36,7 @@ def _convert(name: str, variable: Any, value: Any) -> Any:
         raise ValueError(f"{name} has shape {array.shape}, but {variable.path} has {tuple(variable.shape)}")
     is_complex = keras.backend.standardize_dtype(variable.dtype).startswith("complex")
     # By name, because NumPy gives bfloat16 no kind.
-    if not any(kind in array.dtype.name for kind in ("float", "int", *(["complex"] if is_complex else []))):
+    if not any(word in array.dtype.name for word in ("float", "int", *(["complex"] if is_complex else []))):
         raise ValueError(f"{name} is of {array.dtype}, but must be of numbers that fit {variable.path} of {variable.dtype}")
     return ops.convert_to_tensor(array, dtype=variable.dtype)
 

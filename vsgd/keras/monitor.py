@@ -108,12 +108,12 @@ class MonitorCallback(keras.callbacks.Callback):
 
 def _iterate_blocks(optimizer: Any) -> Iterator[Block]:
     """Yield the state of all variables, by dtype."""
-    kinds: dict[str, list[tuple[str, list[tuple[Any, ...]]]]] = {}
+    groups: dict[str, list[tuple[str, list[tuple[Any, ...]]]]] = {}
     for variable, state in zip(optimizer._trainable_variables, optimizer._states, strict=True):
         parts = [] if state is None else get_real_states(state)
         if parts and ops.size(parts[0][0]):
-            kinds.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
-    for members in kinds.values():
+            groups.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
+    for members in groups.values():
         flat = [[tuple(ops.reshape(array, (-1,)) for array in part) for part in parts] for _, parts in members]
         yield Block(
             names=[name for name, _ in members],

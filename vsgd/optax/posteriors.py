@@ -156,9 +156,9 @@ def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
     Raises:
         ValueError: there is no state of VSGD.
     """
-    kinds = tuple(RULES)
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
-    states = [node for node in nodes if isinstance(node, kinds)]
+    state_types = tuple(RULES)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, state_types))
+    states = [node for node in nodes if isinstance(node, state_types)]
     if not states:
         raise ValueError(f"opt_state is {type(opt_state).__name__} without state of VSGD, but must hold some")
 

@@ -53,7 +53,7 @@ def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Gradient]:
     for path, grad in jax.tree_util.tree_leaves_with_path(batch):
         where = name + jax.tree_util.keystr(path)
         if not (hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.inexact)):
-            kind = f"an array of {grad.dtype}" if hasattr(grad, "dtype") else type(grad).__name__
-            raise ValueError(f"{where} is {kind}, but must be an array of floating or complex numbers")
+            found = f"an array of {grad.dtype}" if hasattr(grad, "dtype") else type(grad).__name__
+            raise ValueError(f"{where} is {found}, but must be an array of floating or complex numbers")
         array = jnp.asarray(grad, choose_arithmetic_dtype(grad.dtype))
         yield prior.Gradient(where, jnp.abs(array), array.size * (2 if jnp.iscomplexobj(array) else 1))

@@ -36,9 +36,9 @@ def check_form(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]
     Raises:
         ValueError: it has another form.
     """
-    for name, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(state_dict.get(name), kind):
-            raise ValueError(f"state_dict has {name} of {_name_type(state_dict, name)}, but it must be a {kind.__name__}")
+    for name, form in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), form):
+            raise ValueError(f"state_dict has {name} of {_name_type(state_dict, name)}, but it must be a {form.__name__}")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(param_groups):
         raise ValueError(f"state_dict has {len(saved_groups)} param_groups, but the optimizer has {len(param_groups)}")

@@ -94,13 +94,13 @@ def watch(
 @torch.no_grad()
 def _iterate_blocks(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Block]:
     """Yield the state and gradients of all parameters that have been stepped."""
-    kinds: dict[Any, list[Stepped]] = {}
+    groups: dict[Any, list[Stepped]] = {}
     for stepped in optimizer._iterate_stepped():
         param = stepped.param
         if param.numel():
             dtypes = optimizer.state[param]["mu_g"].dtype, None if param.grad is None else param.grad.dtype
-            kinds.setdefault((stepped.group_index, param.device, *dtypes), []).append(stepped)
-    for members in kinds.values():
+            groups.setdefault((stepped.group_index, param.device, *dtypes), []).append(stepped)
+    for members in groups.values():
         for some in _cut(members):
             yield _make_block(optimizer, some, [names.get(each.param, str(each.name)) for each in some])
 

@@ -56,7 +56,7 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
 
 def _make_leaf(name: str, grad: Any) -> prior.Gradient:
     if not isinstance(grad, Tensor) or grad.layout != torch.strided:
-        kind = f"a tensor of layout {grad.layout}" if isinstance(grad, Tensor) else type(grad).__name__
-        raise ValueError(f"{name} is {kind}, but must be a dense tensor")
+        found = f"a tensor of layout {grad.layout}" if isinstance(grad, Tensor) else type(grad).__name__
+        raise ValueError(f"{name} is {found}, but must be a dense tensor")
     wide = torch.promote_types(grad.dtype, torch.complex64 if grad.is_complex() else torch.float32)
     return prior.Gradient(name, grad.detach().to(wide).abs(), grad.numel() * (2 if grad.is_complex() else 1))

@@ -119,13 +119,13 @@ class Foreach(Engine):
         if torch.compiler.is_compiling():  # the compiler fuses operations itself: temporaries need no bound
             _step_batch(leaves, scalars, options, type(coefficients))
             return
-        kinds: dict[Any, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for index, leaf in enumerate(leaves):
-            kind_of_leaf = (leaf.param.device, leaf.param.dtype, leaf.grad.dtype, type(leaf.param))
-            kinds.setdefault(kind_of_leaf, []).append(index)
-        for members in kinds.values():
-            kind = [leaves[index] for index in members]
-            for indices, batch in iterate_batches(kind, get_block_size(kind[0])):
+            key = (leaf.param.device, leaf.param.dtype, leaf.grad.dtype, type(leaf.param))
+            groups.setdefault(key, []).append(index)
+        for members in groups.values():
+            group = [leaves[index] for index in members]
+            for indices, batch in iterate_batches(group, get_block_size(group[0])):
                 chosen = [members[index] for index in indices]
                 _step_batch(batch, [_select(scalar, chosen) for scalar in scalars], options, type(coefficients))
 

@@ -75,7 +75,7 @@ class Batch:
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._addresses = tuple(_get_addresses(role) for role in zip(*map(list_tensors, leaves), strict=True))
         self._chunks = numba_kernel.list_chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
-        self._kinds = _make_masks([_get_kind(leaf) for leaf in leaves])
+        self._signatures = _make_masks([_get_signature(leaf) for leaf in leaves])
         self._rounds = any(leaf.noise is not None for leaf in leaves)
         self._base_keys = np.array([0 if leaf.noise is None else leaf.noise.key for leaf in leaves], dtype=np.int64)
         self._first_indices = np.array(
@@ -97,7 +97,7 @@ class Batch:
         # Two dozen small operations cost as much as a short step: skip them where nothing is rounded.
         keys = rounding.host_key(self._base_keys, counts.astype(np.int64)) if self._rounds else self._base_keys
         noise = numba_kernel.NoiseTable(keys.astype(np.int32), self._first_indices)
-        for (stored, round_params), chosen in self._kinds.items():
+        for (stored, round_params), chosen in self._signatures.items():
             for count in np.unique(counts[chosen]):
                 numba_kernel.step(
                     options.rule,
@@ -188,11 +188,11 @@ def _get_addresses(tensors: Iterable[Tensor]) -> np.ndarray:
     return np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
 
 
-def _get_kind(leaf: Leaf) -> tuple[tuple[Any, ...], bool]:
+def _get_signature(leaf: Leaf) -> tuple[tuple[Any, ...], bool]:
     """Return what the kernel is compiled for: each role's dtype, and whether the parameter is rounded stochastically."""
     return tuple(_DTYPES[tensor.dtype] for tensor in list_tensors(leaf)), leaf.noise is not None and leaf.noise.round_param
 
 
-def _make_masks(kinds: Sequence[Any]) -> dict[Any, np.ndarray]:
-    """Return for each kind that occurs a mask of the places where it occurs."""
-    return {kind: np.array([each == kind for each in kinds]) for kind in set(kinds)}
+def _make_masks(values: Sequence[Any]) -> dict[Any, np.ndarray]:
+    """Return for each distinct value a mask of the places where it occurs."""
+    return {value: np.array([each == value for each in values]) for value in set(values)}

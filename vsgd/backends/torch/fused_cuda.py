@@ -317,8 +317,8 @@ def _step_device(leaves: Sequence[Leaf], scalars: Tensor, options: StepOptions) 
         aligned = not functools.reduce(operator.or_, addresses) % _ALIGNMENT
         first_index = () if noise is None else (leaf.state[0].storage_offset() - noise.origin,)
         row = (*addresses, leaf.param.numel(), index if len(scalars) > 1 else 0, *first_index)
-        kind = (aligned, noise is not None, noise is not None and noise.round_param, *[tensor.dtype for tensor in tensors])
-        groups.setdefault(kind, []).append((row, None if noise is None else noise.key))
+        key = (aligned, noise is not None, noise is not None and noise.round_param, *[tensor.dtype for tensor in tensors])
+        groups.setdefault(key, []).append((row, None if noise is None else noise.key))
     for (aligned, rounds, round_param, *dtypes), members in groups.items():
         rows, keys = zip(*members, strict=True)
         step = _make_step(options.rule, options.maximize, round_param, rounds and dtypes[-1] is torch.bfloat16)

@@ -211,10 +211,10 @@ def get_block_size(leaf: Leaf) -> int:
 
 def is_plain(tensor: Tensor) -> bool:
     """Return whether the tensor is plain strided memory, and not a subclass that redefines operations."""
-    kind = type(tensor)
-    if kind is not torch.nn.Parameter and kind is not Tensor:
+    cls = type(tensor)
+    if cls is not torch.nn.Parameter and cls is not Tensor:
         functions, dispatch = torch._C._disabled_torch_function_impl, torch._C._disabled_torch_dispatch_impl
-        if kind.__torch_function__ is not functions or kind.__torch_dispatch__ is not dispatch:
+        if cls.__torch_function__ is not functions or cls.__torch_dispatch__ is not dispatch:
             return False
     return tensor.layout is torch.strided
 
