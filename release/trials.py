@@ -39,9 +39,9 @@ TRIALS = {
     "optax": Trial(("optax",)),
     "mlx": Trial(("mlx",)),
     "keras": Trial(("keras",), keras_backend="jax"),
-    "notebooks": Trial(("numpy",), tests=("tests/test_notebooks.py",)),
-    "examples": Trial(("torch-fused",), tests=("tests/test_quickstart.py",)),
-    "experiments": Trial(("torch-fused", "keras"), tests=("tests/experiments/test_tasks.py",), keras_backend="torch"),
+    "notebooks": Trial(("numpy",), tests=("tests/research/test_notebooks.py",)),
+    "examples": Trial(("torch-fused",), tests=("tests/research/test_quickstart.py",)),
+    "experiments": Trial(("torch-fused", "keras"), tests=("tests/research/experiments/test_tasks.py",), keras_backend="torch"),
 }
 
 

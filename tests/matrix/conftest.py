@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from drivers.processes import run_python
 from matrix import report, worker
 from matrix.experiments import DATA_NEEDS, RUNNERS, missing, training
-from processes import run_python
 
 collect_ignore_glob = ["*_runners.py"]  # each needs its framework
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from drivers.rules import RULES
 from matrix.experiments import LR, Snapshot, of_steps
-from rules import RULES
 
 from vsgd import core
 from vsgd.outliers import choose_rule

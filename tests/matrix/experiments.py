@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from trajectories import CASES, golden, stack
+from drivers.trajectories import CASES, golden, stack
 
 DTYPES = ("float64", "float32")
 DEVICES = ("cpu", "gpu")

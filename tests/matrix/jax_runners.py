@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from engines import x64
+from drivers.precision import x64
 from matrix.core_runner import RULES, CoreRunner, Library
 from matrix.experiments import LR, Snapshot
 

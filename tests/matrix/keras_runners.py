@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras_problems import BACKEND, floatx, make, read, tensors, to_numpy, variables_of
+from adapters.keras.keras_problems import BACKEND, floatx, make, read, tensors, to_numpy, variables_of
 from matrix.core_runner import CoreRunner, Library
 from matrix.experiments import Snapshot, of_steps
 

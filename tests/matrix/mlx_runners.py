@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from engines import to_mlx
+from drivers.mlx_driver import to_mlx
 from matrix.core_runner import RULES, CoreRunner, Library
 from matrix.experiments import LR, Snapshot
 

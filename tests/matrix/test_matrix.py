@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from drivers.rules import RULES
+from drivers.trajectories import deviation, golden
 from matrix import worker
 from matrix.experiments import (
     DATA_NEEDS,
@@ -25,8 +27,6 @@ from matrix.experiments import (
     training,
 )
 from matrix.numpy_runners import NumpyRunner
-from rules import RULES
-from trajectories import deviation, golden
 
 from vsgd.posterior import Posterior
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras_problems import to_numpy
+from adapters.keras.keras_problems import to_numpy
 
 from vsgd import keras as vsgd_keras
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import keras
-from keras_problems import stateless
+from adapters.keras.keras_problems import stateless
 from scaling.keras_distributed import loaded, scope, trained
 from scaling.keras_network import BATCH, X, Y, apart, arrays, compiled, gradients, network, noise_scale, optimizer_of
 

@@ -17,7 +17,7 @@ from scaling.ranks import Ranks
 
 Pool = Callable[[str], Ranks]
 Agreed = Callable[..., None]
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 CASES = {
     "float32": Case(),

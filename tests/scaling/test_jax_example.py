@@ -16,7 +16,7 @@ import pytest
 for package in ("jax", "optax", "orbax.checkpoint", "sklearn"):
     pytest.importorskip(package)
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--steps", "40", "--every", "10")

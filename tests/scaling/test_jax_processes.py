@@ -15,7 +15,7 @@ from scaling.ranks import Ranks
 
 Pool = Callable[[str], Ranks]
 Agreed = Callable[..., None]
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 PROCESSES = "JAX, 2 processes of 2 CPU devices"
 cases = pytest.mark.parametrize("case", [Case(), Case("constant_vsgd", "bfloat16", compact=True)], ids=["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import AVAILABLE, ENGINES, HAS_OPTAX, HAS_TORCH, optax_solver
+from drivers import AVAILABLE, HAS_OPTAX, HAS_TORCH, start
 
 STEPS, SETTLED = 20_000, 2_000
 SIZE, LR = 8, 0.01
@@ -34,17 +35,17 @@ BOUND = {"float64": 7e-14, "float32": 4e-5}
 def floatx_of(name: str, precision: str) -> AbstractContextManager[None]:
     if name != "keras":
         return nullcontext()
-    from keras_problems import floatx
+    from adapters.keras.keras_problems import floatx
 
     return floatx(precision)
 
 
 def engine_of(name: str) -> Callable[..., Any]:
     if name == "keras":
-        from keras_problems import keras_engine
+        from adapters.keras.keras_problems import keras_engine
 
         return keras_engine
-    return ENGINES[name]
+    return functools.partial(start, name)
 
 
 def live() -> dict[str, int]:
@@ -66,7 +67,9 @@ def compiled() -> dict[str, int]:
     """How many functions were compiled so far."""
     counts = {}
     if HAS_OPTAX:
-        counts["optax"] = optax_solver("VSGD", jit=True, lr=LR)[1]._cache_size()
+        from drivers.optax_driver import make_solver
+
+        counts["optax"] = make_solver("VSGD", True, lr=LR)[1]._cache_size()
     if "torch-fused" in AVAILABLE:
         from vsgd import core
         from vsgd.backends import numba as numba_cpu
@@ -85,12 +88,12 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def trajectory(step: Any, read: Any, dtype: Any, start: np.ndarray) -> Iterator[np.ndarray]:
+def trajectory(step: Any, read: Any, dtype: Any, begin: np.ndarray) -> Iterator[np.ndarray]:
     """The parameter after `SETTLED` steps and at the end, on a quadratic whose gradients have noise drawn before.
 
     The gradients are of a parameter that plain descent moves, so that every engine sees the same ones.
     """
-    target = start.copy()
+    target = begin.copy()
     for t in range(1, STEPS + 1):
         grad = CURVATURE * target + NOISE[t % len(NOISE)]
         target -= 1e-3 * grad
@@ -128,7 +131,7 @@ def reference() -> dict[str, np.ndarray]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory of a process from Linux's /proc")
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in MIXED else pytest.mark.alone) for name in SOAKED])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in MIXED else pytest.mark.slow) for name in SOAKED])
 def test_20000_steps_neither_leak_nor_compile_nor_drift(
     name: str, dtype: Any, reference: dict[str, np.ndarray], agreed: Callable[..., None]
 ) -> None:

@@ -17,7 +17,7 @@ from scaling.ranks import Ranks  # noqa: E402
 from scaling.torch_problem import Case  # noqa: E402
 
 Pools = Callable[[int], Ranks]
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 CASES = {
     "VSGD": Case({}),

@@ -20,7 +20,7 @@ import torch.distributed as dist  # noqa: E402
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("--steps", "40", "--every", "10")

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
-from engines import HAS_NUMBA  # noqa: E402
+from drivers import HAS_NUMBA  # noqa: E402
 from scaling import torch_sharded  # noqa: E402
 from scaling.ranks import Ranks, torch_group  # noqa: E402
 from scaling.torch_problem import Case  # noqa: E402

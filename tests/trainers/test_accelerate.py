@@ -16,8 +16,8 @@ for package in ("accelerate", "sklearn"):
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from research.scripts import loaded  # noqa: E402
 from scaling.torch_problem import Trained, strayed  # noqa: E402
-from scripts import loaded  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim.lr_scheduler import LinearLR  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402

@@ -14,8 +14,8 @@ for package in ("transformers", "accelerate", "sklearn"):
     pytest.importorskip(package)
 
 import transformers  # noqa: E402
+from research.scripts import loaded  # noqa: E402
 from scaling.torch_problem import Trained, strayed  # noqa: E402
-from scripts import loaded  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim.lr_scheduler import LinearLR  # noqa: E402
 from trainers import torch_plain  # noqa: E402

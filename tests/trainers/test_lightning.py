@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 lightning = pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
+from research.scripts import loaded  # noqa: E402
 from scaling.torch_problem import Trained, strayed  # noqa: E402
-from scripts import loaded  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim.lr_scheduler import LinearLR  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from research.scripts import loaded
 from scaling.torch_problem import Trained, apart, strayed, whole
-from scripts import loaded
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, DistributedSampler, Subset

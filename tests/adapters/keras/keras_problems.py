@@ -1,0 +1,167 @@
+"""What the tests of the Keras adapter share: float64 on every backend, state by name, and a model whose gradients are known."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from drivers.precision import x64
+from drivers.rules import RULES
+
+import vsgd.keras
+import vsgd.numpy
+
+BACKEND = keras.backend.backend()
+
+
+@contextlib.contextmanager
+def floatx(dtype: str) -> Iterator[None]:
+    """Keras' default float dtype, with 64 bits allowed to JAX where it is float64."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(dtype)
+    try:
+        with allow_float64() if dtype == "float64" else contextlib.nullcontext():
+            yield
+    finally:
+        keras.config.set_floatx(before)
+
+
+def allow_float64() -> contextlib.AbstractContextManager[Any]:
+    return x64() if BACKEND == "jax" else contextlib.nullcontext()
+
+
+def make(kind: str, **hyper: Any) -> Any:
+    """An optimizer by the names of the other adapters."""
+    names = {"lr": "learning_rate", "eps": "epsilon"}
+    return getattr(vsgd.keras, kind)(**{names.get(name, name): value for name, value in hyper.items()})
+
+
+def variables_of(params: Sequence[np.ndarray]) -> list[Any]:
+    return [keras.Variable(param, dtype=param.dtype.name, name=f"p{i}") for i, param in enumerate(params)]
+
+
+def tensors(arrays: Sequence[np.ndarray | None]) -> list[Any]:
+    return [None if array is None else keras.ops.convert_to_tensor(array, dtype=array.dtype.name) for array in arrays]
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+def read(optimizer: Any, variables: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+    """The value and state of each variable, the state found by its name among the optimizer's variables."""
+    named = {variable.name: variable for variable in optimizer.variables}
+    names = RULES[type(optimizer).__name__].state_names
+    return [{"param": to_numpy(each), **{name: to_numpy(named[f"{each.name}_{name}"]) for name in names}} for each in variables]
+
+
+def stateless(optimizer: Any, variables: Sequence[Any], transform: Callable[[Any], Any] = lambda function: function) -> Any:
+    """`apply` by way of `stateless_apply`, transformed, as JAX needs it."""
+    pure = transform(optimizer.stateless_apply)
+
+    def apply(grads: Sequence[Any]) -> None:
+        values = ([keras.ops.convert_to_tensor(each) for each in some] for some in (optimizer.variables, variables))
+        optimizer_values, variable_values = values
+        new, new_optimizer = pure(optimizer_values, grads, variable_values)
+        for each, value in zip([*variables, *optimizer.variables], [*new, *new_optimizer], strict=True):
+            each.assign(value)
+
+    return apply
+
+
+def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
+    """`optimizer.apply`, compiled as the backend's `fit` has it."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(optimizer.apply, jit_compile=True)
+    if BACKEND == "jax":
+        import jax
+
+        return stateless(optimizer, variables, jax.jit)
+    pytest.skip("torch.compile has its test in test_keras_training.py")
+
+
+def keras_engine(kind: str, params: Sequence[np.ndarray], **hyper: Any) -> Any:
+    """The adapter as the engines of `engines.py` are."""
+    variables = variables_of(params)
+    optimizer = make(kind, **hyper)
+
+    def step(grads: Sequence[np.ndarray | None]) -> None:
+        optimizer.apply(tensors(grads), variables)
+
+    return step, lambda: read(optimizer, variables)
+
+
+# Variables of many shapes, and gradients of theirs.
+_shapes = ((), (3,), (2, 1, 3), (0,))
+_draw = np.random.default_rng(3).standard_normal
+PARAMS = [_draw(shape) for shape in _shapes]
+GRADS = [[np.asarray(_draw(shape)) for shape in _shapes] for _ in range(12)]
+
+
+def numpy_run(kind: str, params: list[np.ndarray], grads: list[Any], **hyper: Any) -> list[dict[str, np.ndarray]]:
+    arrays = [np.array(param, np.float64) for param in params]
+    optimizer = getattr(vsgd.numpy, kind)(arrays, **hyper)
+    for each in grads:
+        optimizer.step([None if grad is None else np.asarray(grad, np.float64) for grad in each])
+    pairs = zip(arrays, optimizer.state, strict=True)
+    return [{"param": array, **{name: state[name] for name in RULES[kind].state_names}} for array, state in pairs]
+
+
+def assert_equal_runs(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]], rtol: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            np.testing.assert_allclose(one[name], value, rtol=rtol, atol=rtol, err_msg=name)
+
+
+def as_dtype(arrays: list[Any], dtype: str) -> list[Any]:
+    return [None if array is None else np.asarray(array, dtype) for array in arrays]
+
+
+# A linear model with a mean squared error, so that NumPy knows each gradient.
+FEATURES, OUTPUTS, SAMPLES, BATCH = 5, 2, 64, 16
+_rng = np.random.default_rng(7)
+X = _rng.standard_normal((SAMPLES, FEATURES)).astype(np.float32)
+Y = (X @ _rng.standard_normal((FEATURES, OUTPUTS)) + 0.3 * _rng.standard_normal((SAMPLES, OUTPUTS))).astype(np.float32)
+KERNEL = _rng.standard_normal((FEATURES, OUTPUTS)).astype(np.float32)
+BIAS = np.zeros(OUTPUTS, np.float32)
+
+
+def linear_model(optimizer: Any, **compile_options: Any) -> Any:
+    model = keras.Sequential([keras.layers.Input((FEATURES,)), keras.layers.Dense(OUTPUTS, name="linear")])
+    model.set_weights([KERNEL, BIAS])
+    model.compile(optimizer=optimizer, loss="mse", **compile_options)
+    return model
+
+
+def fit(model: Any, epochs: int) -> list[float]:
+    """The loss of each epoch; batches in order."""
+    return model.fit(X, Y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0).history["loss"]
+
+
+def numpy_fit(kind: str, epochs: int, **hyper: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias after the same training in float64, by the NumPy adapter and gradients in closed form."""
+    kernel, bias = KERNEL.astype(np.float64), BIAS.astype(np.float64)
+    optimizer = getattr(vsgd.numpy, kind)([kernel, bias], **hyper)
+    for _ in range(epochs):
+        for start in range(0, SAMPLES, BATCH):
+            x, y = X[start : start + BATCH].astype(np.float64), Y[start : start + BATCH].astype(np.float64)
+            error = 2 * (x @ kernel + bias - y) / y.size
+            optimizer.step([x.T @ error, error.sum(0)])
+    return kernel, bias
+
+
+def assert_continues(loaded: Any, model: Any) -> None:
+    """A loaded model has the weights and the state of the one that was saved, and after a fit of both still has."""
+    for _ in range(2):
+        for ours, theirs in zip(
+            [*loaded.weights, *loaded.optimizer.variables], [*model.weights, *model.optimizer.variables], strict=True
+        ):
+            np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
+        assert fit(loaded, epochs=2) == fit(model, epochs=2)

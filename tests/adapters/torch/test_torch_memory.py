@@ -1,0 +1,45 @@
+"""A step needs little memory beside the parameters, their gradients and the state."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("torch")
+
+from adapters.torch.torch_optimizers import ENGINES
+
+MEASURE = """
+    import sys, torch
+    from vsgd.torch import VSGD
+
+    def kib(name):
+        with open("/proc/self/status") as status:
+            (line,) = (line for line in status if line.startswith(name))
+        return int(line.split()[1])
+
+    params = [torch.nn.Parameter(torch.randn(4096, 4096)) for _ in range(3)]
+    # A second layout, which no flat view covers: a gradient in another order than its parameter.
+    params[2].grad = torch.randn(4096, 4096).t()
+    for param in params[:2]:
+        param.grad = torch.randn(4096, 4096)
+    optimizer = VSGD(params, **eval(sys.argv[1]))
+    optimizer.step()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = kib("VmRSS")
+    optimizer.step()
+    print((kib("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_step_needs_at_most_64_mb(engine: dict[str, bool]) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), repr(engine)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # 192 MiB of parameters, of which 5% are 10 MiB: the larger bound holds. One temporary of a parameter's size breaks it.
+    assert int(done.stdout) <= 64e6

@@ -1,0 +1,230 @@
+"""The Triton kernel: interpreted, it is NumPy's step bit for bit; compiled, it moves no byte twice and rounds exactly.
+
+Interpreting must be asked for before Triton is imported, so `torch_interpreted.py` runs in its own process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import torch
+import triton
+import triton.language as tl
+from adapters.torch.test_torch_compact import emulate, make_params
+from adapters.torch.torch_optimizers import randn_like
+from drivers.processes import TESTS
+from drivers.rules import RULES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import vsgd.numpy
+import vsgd.torch
+from vsgd import core, rounding
+from vsgd.backends import kernels
+from vsgd.backends.torch import dispatch, fused_cuda
+
+INTERPRETED = ["bits", "alone", "half", "rounded", "compact", "capturable", "layouts", "tables"]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """What became of each check."""
+    command = [sys.executable, str(Path(__file__).with_name("torch_interpreted.py"))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes: dict[str, str] = json.loads(done.stdout)
+    return outcomes
+
+
+def test_all_checks_are_known(interpreted: dict[str, str]) -> None:
+    assert [*interpreted] == INTERPRETED
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == "passed"
+
+
+def wide(stored: Any) -> Any:
+    """The arithmetic's dtype, for state of this one."""
+    return tl.float32 if stored is tl.bfloat16 else stored
+
+
+def compiled(
+    folder: Path, kind: str, param: Any, stored: Any, capability: int, *, rounds: bool = False, aligned: bool = True
+) -> tuple[Counter[str], int]:
+    """How often each PTX instruction stands in the kernel, and how many scalars a step has."""
+    rule = RULES[kind]
+    types = (param, param, *(stored for _ in rule.state_names))
+    count = len(rule.coefficients(1, rule.hyperparameters())) + 2
+    constants = {
+        "step": fused_cuda.Step(
+            rule, maximize=False, round_param=rounds and param is tl.bfloat16, round_state=rounds and stored is tl.bfloat16
+        ),
+        "types": types,
+        "count": count,
+        "aligned": aligned,
+        "size": fused_cuda.CHUNK,
+    }
+    pointers = {"tensors": "*i64", "chunks": "*i64", "scalars": f"*{wide(stored)}", "keys": "*i32"}
+    if not rounds:
+        constants["keys"] = None
+    signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fused_cuda.kernel, signature=signature, constexprs=constants)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(folder)
+        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=fused_cuda.OPTIONS)
+    assert kernel.asm["cubin"]
+    return Counter(re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", kernel.asm["ptx"], flags=re.MULTILINE)), count
+
+
+def moved(instructions: Counter[str], operation: str, *, vectors: bool) -> int:
+    """Bytes that a thread's loads or stores move, in vectors or one by one."""
+    pattern = re.compile(operation + r"\.global" + (r"\.v(\d)" if vectors else "()") + r"\.[bfsu](\d+)")
+    found = ((pattern.fullmatch(name), times) for name, times in instructions.items())
+    return sum(int(match[1] or 1) * int(match[2]) // 8 * times for match, times in found if match)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize(
+    ("kind", "param", "stored", "rounds"),
+    [
+        ("VSGD", tl.float32, tl.float32, False),
+        ("VSGD", tl.bfloat16, tl.float32, False),
+        ("VSGD", tl.float64, tl.float64, False),
+        ("VSGD", tl.float32, tl.bfloat16, True),
+        ("VSGD", tl.bfloat16, tl.bfloat16, True),
+        ("VSGD", tl.bfloat16, tl.float32, True),
+        ("ConstantVSGD", tl.float32, tl.float32, False),
+        ("ConstantVSGD", tl.float32, tl.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_compiled_it_moves_what_it_must_and_rounds_exactly(
+    tmp_path: Path, kind: str, param: Any, stored: Any, rounds: bool, capability: int
+) -> None:
+    instructions, scalars = compiled(tmp_path, kind, param, stored, capability, rounds=rounds)
+    size = wide(stored).primitive_bitwidth
+    threads = 32 * fused_cuda.OPTIONS["num_warps"]
+    elements = fused_cuda.CHUNK // threads
+    narrow, state = param.primitive_bitwidth // 8, len(RULES[kind].state_names) * stored.primitive_bitwidth // 8
+    read, written = elements * (2 * narrow + state), elements * (narrow + state)
+    # A whole chunk in vectors; then, for the end of a tensor, each element by itself. Beside them the table: a chunk's two
+    # numbers, a size and a row, an address for each array in either case; the scalars; for noise a key and, in either case, a
+    # place.
+    table = 8 * (2 + 2 + 2 * (2 + len(RULES[kind].state_names))) + scalars * size // 8 + (4 + 2 * 8) * rounds
+    assert moved(instructions, "ld", vectors=True) == read
+    assert moved(instructions, "ld", vectors=False) == read + table
+    assert moved(instructions, "st", vectors=True) == moved(instructions, "st", vectors=False) == written
+    assert not [name for name in instructions if re.search(r"shared|fma|approx|full|ftz", name)]
+    assert instructions[f"div.rn.f{size}"] == 2 * elements * (2 if kind == "VSGD" else 1)
+    assert instructions[f"sqrt.rn.f{size}"] == 2 * elements
+    # Each with its rounding said, which keeps the assembler from contracting them.
+    assert not [name for name in instructions if re.fullmatch(r"(add|sub|mul)\.f\d+", name)]
+    assert instructions[f"mul.rn.f{size}"]
+    if tl.bfloat16 in (param, stored):
+        assert [name for name in instructions if name.startswith("cvt.rn.bf16")]
+    # In 32 bits: the hash's two for each element, and one for each rounded array but the first of the state, whose factor is 1.
+    factors = (len(RULES[kind].state_names) - 1) * (stored is tl.bfloat16) + (param is tl.bfloat16)
+    assert instructions["mul.lo.s32"] == 2 * elements * (2 + factors) * rounds
+
+
+def test_addresses_that_vectors_cannot_take_are_taken_one_by_one(tmp_path: Path) -> None:
+    instructions, _ = compiled(tmp_path, "VSGD", tl.float32, tl.float32, 90, aligned=False)
+    assert not [name for name in instructions if re.match(r"(ld|st)\.global\.v", name)]
+
+
+def test_the_compiler_tells_an_edited_core_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(*options: Any) -> str:
+        return str(fused_cuda.Step(*options))
+
+    versions = {version(*options) for options in product(RULES.values(), *[(False, True)] * 3)}
+    assert len(versions) == 16
+    assert version(core.VSGD, False) in versions
+    source_of = inspect.getsource
+    assert version(core.VSGD, False).endswith(kernels.hash_sources(fused_cuda))
+    for edited in (core, rounding, fused_cuda):
+        monkeypatch.setattr("inspect.getsource", lambda module, edited=edited: source_of(module) + "#" * (module is edited))
+        assert not version(core.VSGD, False).endswith(kernels.hash_sources(fused_cuda))
+
+
+def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "vsgd.backends.torch.fused_cuda")
+    dispatch._import_fused.cache_clear()
+    with pytest.raises(ImportError, match=r"^fused=True on CUDA needs triton: pip install 'triton>=3.6'$"):
+        dispatch.load_fused("cuda", required=True)
+    assert dispatch.load_fused("cuda", required=False) is None
+    dispatch._import_fused.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", RULES)
+def test_on_a_gpu_it_is_numpys_step_bit_for_bit(kind: str, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(size).astype(dtype) for size in (5, 1024, 2500, 100_000)]
+    params = [torch.nn.Parameter(torch.from_numpy(array).cuda()) for array in arrays]
+    reference = getattr(vsgd.numpy, kind)(arrays, weight_decay=0.1)
+    optimizer = getattr(vsgd.torch, kind)(params, weight_decay=0.1, fused=True)
+    for _ in range(10):
+        grads = [rng.standard_normal(array.shape).astype(dtype) for array in arrays]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.from_numpy(grad).cuda()
+        reference.step(grads)
+        optimizer.step()
+    for param, array, state in zip(params, arrays, reference.state, strict=True):
+        np.testing.assert_array_equal(param.detach().cpu().numpy(), array)
+        for name in RULES[kind].state_names:
+            np.testing.assert_array_equal(optimizer.state[param][name].cpu().numpy(), state[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", RULES)
+def test_on_a_gpu_it_rounds_as_the_definition_says(kind: str, dtype: torch.dtype, capturable: bool) -> None:
+    cls = getattr(vsgd.torch, kind)
+    params = [torch.nn.Parameter(param.detach().cuda()) for param in make_params(dtype)]
+    flags = {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 5, "capturable": capturable}
+    optimizer = cls(params, 0.01, weight_decay=0.1, fused=True, **flags)
+    for seed in range(1, 11):
+        for param, grad in zip(params, randn_like(params, seed), strict=True):
+            param.grad = grad.cuda()
+        optimizer.step()
+    expected, states = emulate(cls, 10, dtype, 0.01, 1 - 0.01 * 0.1, seed=5)
+    for param, array, arrays in zip(params, expected, states, strict=True):
+        for name, values in zip(RULES[kind].state_names, arrays, strict=True):
+            np.testing.assert_array_equal(optimizer.state[param][name].float().flatten().cpu().numpy(), values)
+        np.testing.assert_array_equal(param.detach().float().flatten().cpu().numpy(), array)
+
+
+@pytest.mark.gpu
+def test_later_steps_compile_nothing() -> None:
+    params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in (3, 5000)]
+    optimizer = vsgd.torch.VSGD(params, fused=True)
+    counts = []
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.step()
+        counts.append(len(fused_cuda.kernel.device_caches[torch.cuda.current_device()][0]))
+    assert counts[0] == counts[2] > 0

@@ -1,0 +1,198 @@
+"""State and parameters in bfloat16, rounded stochastically, in every adapter that has them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drivers import DRIVERS, make_driver
+from drivers.base import Read
+from drivers.emulation import BAD_STORAGE, emulate_step, round_all, round_to_nearest, steps_apart, words
+from drivers.rules import RULES
+
+import vsgd.numpy
+from vsgd import core
+
+drivers = pytest.mark.parametrize("driver", DRIVERS)
+kinds = pytest.mark.parametrize("kind", RULES)
+SHAPES = ((), (5,), (6, 7, 50), (0,))
+COMPACT: dict[str, Any] = {"state_dtype": "bfloat16", "stochastic_rounding": True}
+
+
+def draw(seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[np.ndarray]:
+    """Arrays of numbers that bfloat16 holds, so that all dtypes start from the same ones."""
+    rng = np.random.default_rng(seed)
+    return [round_to_nearest(np.asarray(rng.standard_normal(shape), np.float32)) for shape in shapes]
+
+
+def run(driver: str, kind: str, steps: int, dtype: str = "bfloat16", **options: Any) -> Read:
+    made = make_driver(driver, kind, draw(0), dtype, promise="bfloat16", **options)
+    for step in range(1, steps + 1):
+        made.step(draw(step))
+    return made.read()
+
+
+def equal_share(one: Read, other: Read) -> float:
+    pairs = [(ours[name], theirs[name]) for ours, theirs in zip(one, other, strict=True) for name in ours]
+    return float(np.mean(np.concatenate([np.ravel(a == b) for a, b in pairs])))
+
+
+@pytest.mark.parametrize("seed", [0, -7, 2**40 + 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@kinds
+@drivers
+def test_each_step_rounds_as_the_definition_says(driver: str, kind: str, dtype: str, seed: int) -> None:
+    rule, lr, decay = RULES[kind], 0.0625, 0.125
+    made = make_driver(driver, kind, draw(0), dtype, promise="bfloat16", lr=lr, weight_decay=decay, seed=seed, **COMPACT)
+    initial = [round_to_nearest(np.float32(value)) for value in rule.initial_state(rule.hyperparameters())]
+    states = [dict(zip(rule.state_names, (np.full(shape, value) for value in initial), strict=True)) for shape in SHAPES]
+    before = [{"param": param, **state} for param, state in zip(draw(0), states, strict=True)]
+    differ = total = 0
+    for step in range(1, 11):
+        grads = draw(step)
+        made.step(grads)
+        after = made.read()
+        # Each step from what was there, so that a difference does not grow.
+        for number, (grad, old, new) in enumerate(zip(grads, before, after, strict=True)):
+            word = words(seed, number, step, grad.shape)
+            given = [np.asarray(old[name], np.float32) for name in rule.state_names]
+            grad = grad.astype(np.float16).astype(np.float32) if dtype == "float16" else grad
+            direction, state = emulate_step(rule, step, grad, given, word)
+            old_param = np.asarray(old["param"], np.float16 if dtype == "float16" else np.float32).astype(np.float32)
+            param = core.descend(old_param, direction, np.float32(lr), np.float32(1 - lr * decay))
+            pairs = [(new[name], value) for name, value in zip(rule.state_names, state, strict=True)]
+            if dtype == "bfloat16":
+                pairs.append((new["param"], *round_all([param], word, len(state))))
+            else:
+                # Keras rounds weight decay and step separately.
+                rtol, atol = {"float32": (1e-6, 1e-7), "float16": (2**-9, 1e-4)}[dtype]
+                np.testing.assert_allclose(new["param"].astype(np.float32), param, rtol=rtol, atol=atol)
+            for ours, theirs in pairs:
+                apart = steps_apart(np.ascontiguousarray(ours, np.float32), np.asarray(theirs, np.float32))
+                # Of a value near zero the last digits are the subtraction's.
+                assert not np.any((apart > 1) & (np.abs(theirs) > 1e-4))
+                differ, total = differ + np.count_nonzero(apart), total + apart.size
+        before = after
+    # A last digit of float32, which compilers round in other ways, decides in one of some ten thousand roundings.
+    assert differ < total / 1000
+    assert total > 40_000
+    assert {each.dtype for each in made.list_state()} == {"bfloat16"}
+
+
+@kinds
+@drivers
+def test_a_seed_is_a_run_and_another_one_is_another(driver: str, kind: str) -> None:
+    runs = [run(driver, kind, 5, seed=seed, **COMPACT) for seed in (3, 3, 4)]
+    assert equal_share(runs[0], runs[1]) == 1
+    assert equal_share(runs[0], runs[2]) < 0.7
+
+
+@drivers
+def test_equal_parameters_have_their_own_noise(driver: str) -> None:
+    (array,) = draw(0, ((1000,),))
+    made = make_driver(driver, "VSGD", [array, array], promise="bfloat16", state_dtype="bfloat16")
+    for _ in range(3):
+        made.step([array, array])
+    one, other = made.read()
+    assert (one["b_g"] == other["b_g"]).mean() < 0.9
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex64"])
+@kinds
+@drivers
+def test_wide_and_complex_parameters_keep_their_precision(driver: str, kind: str, dtype: str) -> None:
+    params = [np.linspace(1, 2, 50).astype(dtype)]
+    ends = []
+    for options in ({}, COMPACT):
+        made = make_driver(driver, kind, params, promise="bfloat16", lr=0.125, weight_decay=0.125, **options)
+        for _ in range(3):
+            made.step(params)
+        ends.append(made)
+    assert ends[0].list_state() == ends[1].list_state()
+    for name, value in ends[0].read()[0].items():
+        np.testing.assert_array_equal(ends[1].read()[0][name], value)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("VSGD", 6), ("ConstantVSGD", 4)])
+@drivers
+def test_bytes_of_state(driver: str, kind: str, size: int) -> None:
+    params = draw(0, ((10, 10),))
+    made = make_driver(driver, kind, params, promise="bfloat16", state_dtype="bfloat16")
+    made.step(params)
+    assert [each.dtype for each in made.list_state()] == ["bfloat16"] * (size // 2)
+    assert sum(each.nbytes for each in made.list_state()) == 100 * size
+
+
+# Forgetting as 1 / t, rounding to the nearest would keep a rate from step 512 on.
+DROP, STEPS = 600, 1800
+
+
+def noisy_gradients() -> list[np.ndarray]:
+    table = np.random.default_rng(0).standard_normal((97, 256)).astype(np.float32)
+    return [table[step % 97] * np.float32(1.0 if step < DROP else 0.1) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize(("kind", "rate", "kappa"), [("VSGD", "b_ghat", "kappa2"), ("ConstantVSGD", "b", "kappa")])
+@drivers
+def test_the_noise_estimate_follows_a_drop_of_the_noise(driver: str, kind: str, rate: str, kappa: str) -> None:
+    options = {"lr": 0.0, kappa: 1.0}
+    if "many steps" in DRIVERS[driver].lacks:
+        pytest.skip(DRIVERS[driver].lacks["many steps"])
+    zeros = [np.zeros(256, np.float32)]
+    made = make_driver(driver, kind, zeros, promise="bfloat16", state_dtype="bfloat16", **options)
+    reference = getattr(vsgd.numpy, kind)([np.zeros(256, np.float32)], **options)
+    nearest = getattr(vsgd.numpy, kind)([np.zeros(256, np.float32)], **options)
+    for grad in noisy_gradients():
+        made.step([grad])
+        reference.step([grad])
+        nearest.step([grad])
+        for name in RULES[kind].state_names:
+            nearest.state[0][name] = round_to_nearest(nearest.state[0][name])
+    expected = reference.state[0][rate].mean()
+    assert made.read()[0][rate].mean() == pytest.approx(expected, rel=0.02)
+    assert nearest.state[0][rate].mean() > 1.5 * expected  # it froze
+
+
+@drivers
+def test_a_decay_that_bfloat16_cannot_hold_is_not_lost(driver: str) -> None:
+    start = round_to_nearest(np.linspace(1.0, 1.9, 4096, dtype=np.float32))
+    ends = []
+    for rounds in (False, True):
+        made = make_driver(
+            driver, "VSGD", [start], "bfloat16", promise="bfloat16", lr=0.01, weight_decay=0.01, stochastic_rounding=rounds
+        )
+        for _ in range(100):
+            made.step([np.zeros_like(start)])  # no step of its own
+        ends.append((made.read()[0]["param"].astype(float) / start).mean())
+    assert ends[0] == 1  # to the nearest, each decay is undone
+    # The mean of 4096 elements; each strays by at most 100 roundings of 2**-7, some 0.03 in all.
+    assert ends[1] == pytest.approx((1 - 1e-4) ** 100, abs=0.002)
+
+
+@kinds
+@drivers
+def test_a_resumed_run_is_the_uninterrupted_one(driver: str, kind: str, tmp_path: Path) -> None:
+    def make() -> Any:
+        return make_driver(driver, kind, draw(0), "bfloat16", promise="bfloat16", seed=9, weight_decay=0.1, **COMPACT)
+
+    one, other = make(), make()
+    for step in range(1, 6):
+        one.step(draw(step))
+    one.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    for step in range(6, 11):
+        one.step(draw(step))
+        other.step(draw(step))
+    assert equal_share(one.read(), other.read()) == 1
+    assert one.list_state() == other.list_state()
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_STORAGE)
+@kinds
+@drivers
+def test_a_bad_argument_is_named(driver: str, kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make_driver(driver, kind, draw(0), promise="bfloat16", **options)

@@ -1,0 +1,291 @@
+"""Bad arguments and damaged state, for all adapters: a sentence, and nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+from drivers import HAS_MLX, HAS_OPTAX, HAS_TORCH, make_driver
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vsgd.numpy
+
+HAS_KERAS = find_spec("keras") is not None and "KERAS_BACKEND" in os.environ
+
+
+#: A driver of each adapter that can run here.
+ADAPTERS = {
+    "numpy": "numpy",
+    **({"torch": "torch-loop"} if HAS_TORCH else {}),
+    **({"optax": "optax-eager"} if HAS_OPTAX else {}),
+    **({"keras": "keras"} if HAS_KERAS else {}),
+    **({"mlx": "mlx"} if HAS_MLX else {}),
+}
+
+
+def make(adapter: str, kind: str, **arguments: Any) -> Any:
+    """Make a driver, or raise the adapter's error."""
+    return make_driver(ADAPTERS[adapter], kind, [np.ones(3, np.float32)], **arguments)
+
+
+COMMON = ["lr", "variance_ratio", "prior_strength", "eps", "weight_decay", "outlier_threshold", "prior_shape"]
+STORAGE = ["state_dtype", "seed", "stochastic_rounding"]
+WITHOUT_STORAGE = ("numpy", "mlx")
+ARGUMENTS = {
+    "VSGD": [*COMMON, "kappa1", "kappa2"],
+    "ConstantVSGD": [*COMMON, "kappa"],
+}
+KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
+#: What no argument can be.
+JUNK = ["text", b"bytes", [], [0.5], {}, (), {"a": 1}, 1j, object(), np.str_("x"), np.ones(2), np.array("x"), np.array(None)]
+
+
+def call(adapter: str, kind: str, arguments: dict[str, Any]) -> None:
+    """Make an optimizer and take a step, or get an error that names an argument."""
+    step, text = None, ""
+    try:
+        step = make(adapter, kind, **arguments).step
+    except (ValueError, TypeError) as error:
+        text = str(error)
+    if step is None:
+        assert any(name in text for given in arguments for name in (given, KERAS_NAMES.get(given, given))), text
+    else:
+        step([np.ones(3, np.float32)])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_any_number_is_taken_or_refused_by_name(adapter: str, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(ARGUMENTS)))
+    # Beyond, a step overflows in float32.
+    values = (
+        st.floats(-1e15, 1e15)
+        | st.sampled_from([np.nan, np.inf])
+        | st.integers(-(2**31), 2**31 - 1)
+        | st.booleans()
+        | st.sampled_from([np.float32(0.6), np.int64(1), 0.6, 10**400])
+    )
+    names = [*ARGUMENTS[kind], *(["seed"] if adapter not in WITHOUT_STORAGE else [])]
+    call(adapter, kind, data.draw(st.dictionaries(st.sampled_from(names), values, max_size=3)))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_what_is_no_number_is_refused_by_name(adapter: str, kind: str) -> None:
+    for name in [*ARGUMENTS[kind], *(STORAGE if adapter not in WITHOUT_STORAGE else [])]:
+        for value in JUNK:
+            with pytest.raises((ValueError, TypeError), match=f"{name}|{KERAS_NAMES.get(name, name)}"):
+                make(adapter, kind, **{name: value})
+
+
+@pytest.mark.parametrize("params", [5, None, 0.5], ids=repr)
+def test_parameters_that_are_no_list_are_named(params: Any) -> None:
+    with pytest.raises(ValueError, match=r"params is .*, but must be a list of arrays"):
+        vsgd.numpy.VSGD(params)
+
+
+# --- Keras: what is saved by number. ---
+
+
+def keras_optimizer(kind: str = "VSGD") -> tuple[Any, list[Any]]:
+    pytest.importorskip("keras")
+    from adapters.keras.keras_problems import make, tensors, variables_of
+
+    variables = variables_of([np.ones((2, 3), np.float32), np.ones(4, np.float32)])
+    optimizer = make(kind, lr=0.125)
+    for scale in (1.0, -0.5, 2.0):
+        optimizer.apply(tensors([np.full((2, 3), scale, np.float32), np.full(4, scale, np.float32)]), variables)
+    return optimizer, variables
+
+
+def values_of(optimizer: Any) -> list[np.ndarray]:
+    from adapters.keras.keras_problems import to_numpy
+
+    return [to_numpy(each) for each in optimizer.variables]
+
+
+class Unreadable(dict[str, Any]):
+    """A store whose last array cannot be read, as in a file that is cut off."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name == list(self)[-1]:
+            raise OSError("cut off")
+        return super().__getitem__(name)
+
+
+BAD_ARRAYS = {
+    "shape": (np.ones(9, np.float32), r"has shape \(9,\), but .* has \(4,\)"),
+    "text": (np.array(["a", "b", "c", "d"]), "is of <U1, but must be of numbers"),
+    "complex": (np.ones(4, np.complex64), "is of complex64, but must be of numbers"),
+    "booleans": (np.ones(4, bool), "is of bool, but must be of numbers"),
+}
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+@pytest.mark.parametrize("bad", BAD_ARRAYS)
+@pytest.mark.parametrize("way", ["load_own_variables", "set_weights"])
+def test_keras_variables_that_do_not_fit_change_nothing(way: str, bad: str) -> None:
+    optimizer, _ = keras_optimizer()
+    before = values_of(optimizer)
+    arrays = [*(each + 1 for each in before[:-1]), BAD_ARRAYS[bad][0]]
+    given_ = arrays if way == "set_weights" else {str(i): array for i, array in enumerate(arrays)}
+    with pytest.raises(ValueError, match=rf"(weights|store)\[7\] {BAD_ARRAYS[bad][1]}"):
+        getattr(optimizer, way)(given_)
+    for ours, expected in zip(values_of(optimizer), before, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+def test_keras_stores_that_lack_or_fail_change_nothing() -> None:
+    optimizer, _ = keras_optimizer()
+    before = values_of(optimizer)
+    store = {str(i): each + 1 for i, each in enumerate(before)}
+    misnamed = {("x" if name == "3" else name): array for name, array in store.items()}
+    with pytest.raises(ValueError, match="store lacks 3, but must have arrays for all variables"):
+        optimizer.load_own_variables(misnamed)
+    with pytest.raises(OSError, match="cut off"):
+        optimizer.load_own_variables(Unreadable(store))
+    with pytest.raises(ValueError, match="weights has 7 arrays, but the optimizer has 8 variables"):
+        optimizer.set_weights([each + 1 for each in before[:-1]])
+    other, _ = keras_optimizer("ConstantVSGD")
+    fewer = {str(i): each for i, each in enumerate(values_of(other))}
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        optimizer.load_own_variables(fewer)
+    for ours, expected in zip(values_of(optimizer), before, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+def test_keras_gradients_of_other_shapes_change_nothing() -> None:
+    from adapters.keras.keras_problems import make, tensors, to_numpy, variables_of
+
+    variables = variables_of([np.ones(3, np.float32), np.ones((2, 3), np.float32)])
+    optimizer = make("VSGD", weight_decay=0.1)
+    optimizer.build(variables)
+    before = [to_numpy(each) for each in (*variables, *optimizer.variables)]
+    for last in ((3,), (1, 3)):  # they would broadcast
+        grads = tensors([np.ones(3, np.float32), np.ones(last, np.float32)])
+        said = re.escape(f"p1 has shape {last}, but must have (2, 3)")
+        for refuse in (optimizer.apply, optimizer.surprise):
+            with pytest.raises(ValueError, match=said):
+                refuse(grads, variables)
+    with pytest.raises(ValueError, match="grads has 1 items, but there are 2 variables"):
+        optimizer.surprise(grads[:1], variables)
+    for each, expected in zip((*variables, *optimizer.variables), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(each), expected)
+
+
+@pytest.mark.skipif(not HAS_KERAS, reason="Keras is not installed")
+def test_keras_says_that_nothing_is_known_before_it_is_built() -> None:
+    from adapters.keras.keras_problems import make, tensors, variables_of
+
+    (variable,) = variables_of([np.ones(3, np.float32)])
+    optimizer, grads = make("VSGD"), tensors([np.ones(3, np.float32)])
+    for ask in (lambda: optimizer.posterior(variable), lambda: optimizer.surprise(grads, [variable])):
+        with pytest.raises(ValueError, match="p0, but must be one that the optimizer was built with"):
+            ask()
+
+
+# --- Optax: state is a tree of the user's. ---
+
+
+@pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_optax_state_of_other_shapes_is_refused(kind: str) -> None:
+    import jax.numpy as jnp
+
+    import vsgd.optax
+
+    scale = {"VSGD": vsgd.optax.scale_by_vsgd, "ConstantVSGD": vsgd.optax.scale_by_constant_vsgd}[kind]()
+    grads = {"w": jnp.ones((2, 3))}
+    state = scale.init(grads)
+    # These would broadcast, and the state would change its shape in silence.
+    for shape in ((3,), (1, 3), ()):
+        with pytest.raises(ValueError, match=r"state has arrays of shapes .* at \['w'\], but updates has \(2, 3\)"):
+            scale.update(grads, state._replace(mu_g={"w": jnp.zeros(shape)}))
+
+
+@pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_damaged_flax_bytes_load_whole_or_raise(data: st.DataObject) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    serialization = pytest.importorskip("flax.serialization")
+    import vsgd.optax
+
+    solver = vsgd.optax.vsgd(0.1)
+    params = {"w": jnp.ones((2, 3))}
+    _, state = solver.update(params, solver.init(params), params)
+    content = bytearray(serialization.to_bytes(state))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:at]
+    else:
+        content[at] ^= data.draw(st.integers(1, 255))
+    # What msgpack and flax raise is of many types.
+    with contextlib.suppress(Exception):
+        solver.update(params, serialization.from_bytes(state, bytes(content)), params)
+    # The good state serves as before.
+    updates, _ = solver.update(params, state, params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+# --- MLX: state is a dict of the user's. ---
+
+
+@pytest.mark.skipif(not HAS_MLX, reason="MLX is not installed")
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_mlx_refuses_what_does_not_fit_and_changes_nothing(kind: str) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    import vsgd.mlx
+
+    optimizer, params = getattr(vsgd.mlx, kind)(), {"v": mx.ones(4), "w": mx.ones((2, 3))}
+    optimizer.apply_gradients(params, params)
+    before = {name: np.array(array) for name, array in tree_flatten(optimizer.state)}
+    good = optimizer.state["w"]
+    *others, rate = good
+    # The first two would broadcast.
+    for state, grads, of, message in (
+        (good, {**params, "w": mx.ones(3)}, params, r"have shapes .*\(2, 3\).* must have the gradient's: .*\(3,\)"),
+        (
+            {**good, rate: good[rate][0]},
+            params,
+            params,
+            rf"have shapes .*'{rate}': \(3,\).* must have the gradient's: .*\(2, 3\)",
+        ),
+        ({name: good[name] for name in others}, params, params, rf"must have the gradient's: .*'{rate}': \(2, 3\)"),
+        (good, params, {**params, "w": mx.ones((2, 3), mx.int32)}, "a parameter is of .*int32, but must be of real floating"),
+    ):
+        optimizer.state["w"] = state
+        with pytest.raises(ValueError, match=message):
+            optimizer.apply_gradients(grads, of)
+    for name, array in tree_flatten(optimizer.state):
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.skipif(not HAS_MLX, reason="MLX is not installed")
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_mlx_makes_the_state_of_the_parameters_whatever_the_first_gradients_are(kind: str) -> None:
+    import mlx.core as mx
+
+    import vsgd.mlx
+
+    optimizer, params = getattr(vsgd.mlx, kind)(), {"w": mx.ones(3)}
+    with pytest.raises(ValueError, match="must have the gradient's"):
+        optimizer.apply_gradients({"w": mx.ones(1)}, params)
+    assert (optimizer.apply_gradients({"w": mx.ones(3)}, params)["w"] < 1).all().item()
+    with mx.stream(mx.cpu):
+        wide = getattr(vsgd.mlx, kind)()
+        wide.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3, mx.float64)})
+        assert wide.state["w"]["mu_g"].dtype == mx.float64

@@ -1,0 +1,246 @@
+"""Runs with a prior in the gradients' own units: free of the loss's scale where its shape is its own, and no run-away."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from drivers import AVAILABLE, HAS_OPTAX, HAS_TORCH, start
+from drivers.trajectories import deviation, stack
+
+import vsgd.numpy
+
+KINDS = ("VSGD", "ConstantVSGD")
+kinds = pytest.mark.parametrize("kind", KINDS)
+dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+rates = pytest.mark.parametrize("lr", [0.1, 0.3])
+
+
+def draw(size: float, batches: int = 12) -> list[list[np.ndarray]]:
+    """Gradients of some mini-batches, of unlike sizes, for parameters of unlike shapes."""
+    rng = np.random.default_rng(0)
+    sizes = np.geomspace(size, size / 10, batches)
+    return [[size * rng.standard_normal((5, 3)), size * rng.standard_normal(40)] for size in sizes]
+
+
+@kinds
+def test_the_first_variance_is_scale_times_the_mean_square(kind: str) -> None:
+    gradients = draw(1e6)
+    strength = vsgd.numpy.prior_strength_from(gradients, scale=7.0)
+    optimizer = getattr(vsgd.numpy, kind)([np.zeros(2)], prior_strength=strength, prior_shape=0.0)
+    mean_square = np.mean(np.concatenate([grad.ravel() for grads in gradients for grad in grads]) ** 2)
+    ratio = optimizer.hyper.variance_ratio
+    np.testing.assert_allclose(optimizer.posterior(0).variance, ratio / (ratio + 1) * 7.0 * mean_square, rtol=1e-12)
+
+
+def trajectory(engine: str, kind: str, dtype: Any, s: float, **options: Any) -> list[dict[str, np.ndarray]]:
+    """Parameters and states over the steps, gradients times s, with the prior that fits them and a shape of 0."""
+    # Rounded before and after, that powers of two change no bit of them.
+    grads = [[(s * grad.astype(dtype).astype(np.float64)).astype(dtype) for grad in batch] for batch in draw(1e-3)]
+    hyper = {"lr": 0.1, "prior_shape": 0.0, "prior_strength": vsgd.numpy.prior_strength_from(grads[:10]), **options}
+    step, read = start(engine, kind, [np.ones_like(grad) for grad in grads[0]], **hyper)
+    looks = []
+    for batch in grads:
+        step(batch)
+        looks.append(read())
+    return stack(looks)
+
+
+def in_units(run: list[dict[str, np.ndarray]], s: float) -> list[dict[str, np.ndarray]]:
+    units = {"mu_g": s, "b_g": s * s, "b_ghat": s * s, "b": s * s}
+    return [{name: values / units.get(name, 1) for name, values in each.items()} for each in run]
+
+
+@dtypes
+@kinds
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_a_loss_times_a_power_of_two_changes_no_bit(engine: str, kind: str, dtype: Any) -> None:
+    # eps is to be scaled like the gradients, or to be 0.
+    for power, eps in ((13, 1e-5), (-13, 0.0)):
+        s = 2.0**power
+        plain, scaled = trajectory(engine, kind, dtype, 1.0, eps=eps), trajectory(engine, kind, dtype, s, eps=s * eps)
+        for one, other in zip(plain, in_units(scaled, s), strict=True):
+            assert np.isfinite(one["param"]).all()
+            for name, values in one.items():
+                np.testing.assert_array_equal(values, other[name])
+
+
+@kinds
+def test_outlier_thresholds_have_no_unit(kind: str) -> None:
+    s, options = 2.0**13, {"eps": 0.0, "outlier_threshold": 0.1}
+    cut = trajectory("numpy", kind, np.float64, 1.0, **options)
+    assert deviation(cut, trajectory("numpy", kind, np.float64, 1.0, eps=0.0)).error > 0.01
+    assert deviation(in_units(trajectory("numpy", kind, np.float64, s, **options), s), cut).error == 0
+
+
+# Ten times what the roundings of 12 steps come to: 4e-7 and 7e-16.
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 4e-6), (np.float64, 7e-15)], ids=["float32", "float64"])
+@kinds
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_a_loss_times_any_number_changes_last_bits(engine: str, kind: str, dtype: Any, bound: float) -> None:
+    plain = trajectory(engine, kind, dtype, 1.0, eps=0.0)
+    for s in (1e-4, 1e4):
+        assert deviation(in_units(trajectory(engine, kind, dtype, s, eps=0.0), s), plain).error < bound
+
+
+@kinds
+@pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "optax-eager"])  # which is the jitted one's function
+def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> None:
+    # The weakest prior: what keeps the variance above 0 is its part of each rate.
+    step, read = start(engine, kind, [np.ones(3, np.float32)], prior_strength=1e-30, prior_shape=0.0, eps=0.0)
+    for _ in range(500):
+        step([np.zeros(3, np.float32)])
+    (ended,) = read()
+    np.testing.assert_array_equal(ended["param"], 1)
+    assert (ended["b" if kind == "ConstantVSGD" else "b_g"] > 0).all()
+
+
+@kinds
+def test_with_eps_as_it_was_the_scale_shows(kind: str) -> None:
+    s = 2.0**-13
+    plain = trajectory("numpy", kind, np.float64, 1.0, eps=1e-5)
+    assert deviation(in_units(trajectory("numpy", kind, np.float64, s, eps=1e-5), s), plain).error > 0.1
+
+
+@kinds
+def test_with_the_papers_shape_the_scale_shows_once_the_prior_is_not_small(kind: str) -> None:
+    # gamma is 5e-10 * 4 in the first run, and its shape lost beside 1e-4; in the second 0.1.
+    paper: dict[str, Any] = {"eps": 0.0, "prior_shape": None}
+    plain = trajectory("numpy", kind, np.float64, 1.0, **paper)
+    for s, follows in ((2.0**-13, True), (2.0**13, False)):
+        error = deviation(in_units(trajectory("numpy", kind, np.float64, s, **paper), s), plain).error
+        assert (error < 1e-4) is follows, error
+
+
+# --- Least squares, whose gradients are far larger than the default prior expects. ---
+
+SAMPLES, FEATURES, BATCH, STEPS = 256, 20, 32, 1000
+
+
+def least_squares(lr: float, seed: int, s: float = 1.0, kind: str = "VSGD", **hyper: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The losses after each step at a constant learning rate, unscaled, over the loss at the start; and the weights at the end.
+
+    Without a prior strength: the one that fits.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((SAMPLES, FEATURES))
+    y = x @ rng.standard_normal(FEATURES) + 0.5 * rng.standard_normal(SAMPLES)
+    weights = np.zeros(FEATURES)
+
+    def gradient() -> np.ndarray:
+        batch = rng.integers(SAMPLES, size=BATCH)
+        return s * (2 / BATCH) * x[batch].T @ (x[batch] @ weights - y[batch])
+
+    fitting = vsgd.numpy.prior_strength_from([gradient()] for _ in range(10))
+    optimizer = getattr(vsgd.numpy, kind)([weights], lr=lr, **{"prior_strength": fitting, **hyper})
+    losses = np.empty(STEPS)
+    for t in range(STEPS):
+        optimizer.step([gradient()])
+        losses[t] = np.mean((x @ weights - y) ** 2)
+    return losses / np.mean(y**2), weights
+
+
+@pytest.mark.parametrize("seed", range(4))
+@rates
+def test_least_squares_at_a_constant_rate_run_away_with_the_default_prior_only(lr: float, seed: int) -> None:
+    default, _ = least_squares(lr, seed, prior_strength=1e-8)
+    assert default.max() > 1.5
+    for prior_shape in (None, 0.0):
+        losses, _ = least_squares(lr, seed, prior_shape=prior_shape)
+        assert losses.max() <= 1
+        assert losses[-100:].mean() < 0.1
+        assert default[-100:].mean() > 10 * losses[-100:].mean()
+
+
+@rates
+@kinds
+def test_least_squares_do_not_see_the_scale_of_their_loss(kind: str, lr: float) -> None:
+    free: dict[str, Any] = {"kind": kind, "prior_shape": 0.0, "eps": 0.0}
+    _, plain = least_squares(lr, 0, **free)
+    for s in (2.0**-13, 2.0**13):
+        np.testing.assert_array_equal(least_squares(lr, 0, s, **free)[1], plain)
+    for s in (1e-4, 1e4):
+        # Ten times what the roundings of 1000 steps come to.
+        np.testing.assert_allclose(least_squares(lr, 0, s, **free)[1], plain, rtol=4e-13)
+
+
+@rates
+def test_with_the_papers_shape_the_run_away_comes_back_under_a_large_loss(lr: float) -> None:
+    assert least_squares(lr, 0, 1e4)[0][-100:].min() > 1
+
+
+# --- prior_shape. ---
+
+
+@kinds
+def test_a_shape_that_is_the_strength_is_the_papers(kind: str) -> None:
+    paper = trajectory("numpy", kind, np.float64, 1.0, prior_strength=0.1, prior_shape=None)
+    assert deviation(trajectory("numpy", kind, np.float64, 1.0, prior_strength=0.1, prior_shape=0.1), paper).error == 0
+    assert deviation(trajectory("numpy", kind, np.float64, 1.0, prior_strength=0.1, prior_shape=0.0), paper).error > 0.01
+
+
+@kinds
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_every_engine_takes_a_shape(engine: str, kind: str) -> None:
+    reference = trajectory("numpy", kind, np.float64, 1.0, prior_shape=0.3)
+    run = trajectory(engine, kind, np.float64, 1.0, prior_shape=0.3)
+    assert deviation([{name: each[name] for name in reference[0]} for each in run], reference).error < 1e-12
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, "none"])
+def test_shapes_out_of_range_are_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid prior_shape value: .* \(prior_shape must be None or a finite number >= 0\)"):
+        vsgd.numpy.VSGD([np.ones(2)], prior_shape=value)
+
+
+@kinds
+@pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+def test_torch_checkpoints_hold_the_shape_and_older_ones_have_the_papers(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    import vsgd.torch as adapter
+
+    def make(**options: Any) -> Any:
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        return getattr(adapter, kind)([param], **options)
+
+    saved = make(prior_shape=0.0)
+    saved.step()
+    loaded = make()
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.param_groups[0]["prior_shape"] == 0.0
+    older = saved.state_dict()
+    del older["param_groups"][0]["prior_shape"]
+    loaded = make()
+    loaded.load_state_dict(older)
+    assert loaded.param_groups[0]["prior_shape"] is None
+    # And a whole optimizer that was pickled before there was one.
+    pickled = make().__getstate__()
+    for holder in (pickled["defaults"], pickled["param_groups"][0]):
+        del holder["prior_shape"]
+    loaded.__setstate__(pickled)
+    loaded.step()
+    assert loaded.param_groups[0]["prior_shape"] is None
+
+
+@kinds
+@pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")
+def test_the_posterior_of_optax_knows_the_shape(kind: str) -> None:
+    import jax.numpy as jnp
+
+    import vsgd.optax as adapter
+
+    given: dict[str, Any] = {"prior_strength": 1e-3, "prior_shape": 0.7, "variance_ratio": 5.0}
+    make = {"VSGD": adapter.vsgd, "ConstantVSGD": adapter.constant_vsgd}[kind]
+    solver, grad = make(0.1, **given), np.array([1.0, -2.0], np.float32)
+    _, state = solver.update(jnp.asarray(grad), solver.init(jnp.zeros(2)), jnp.zeros(2))
+    optimizer = getattr(vsgd.numpy, kind)([np.zeros(2, np.float32)], 0.1, **given)
+    optimizer.step([grad])
+    known, expected = adapter.posterior(state), optimizer.posterior(0)
+    np.testing.assert_allclose(known.variance, expected.variance, rtol=1e-5)
+    (surprise,) = optimizer.surprise([grad])
+    assert float(adapter.surprise(jnp.asarray(grad), state)) == pytest.approx(surprise, rel=1e-5)
+    trace = optimizer.noise_scale(batch_size=8).overall.trace
+    assert float(adapter.noise_scale(state, batch_size=8).overall.trace) == pytest.approx(trace, rel=1e-5)

@@ -1,0 +1,151 @@
+"""Invariances that the mathematics gives, for any gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from drivers import AVAILABLE, HAS_TORCH, start
+from drivers.rules import RULES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from vsgd import core
+
+kinds = st.sampled_from(sorted(RULES))
+# Compilers contract and vectorize by an array's shape.
+BITWISE = [name for name in AVAILABLE if name not in ("torch-fused", "optax-jit")]
+bitwise_engines = st.sampled_from(BITWISE)
+
+magnitudes = st.floats(-1e8, 1e8, width=32).map(lambda x: x if abs(x) > 1e-20 else 0.0)
+
+
+def gradients(elements: int, dtype: Any = np.float32) -> st.SearchStrategy[np.ndarray]:
+    steps = st.integers(1, 8)
+    return steps.flatmap(lambda n: hnp.arrays(dtype, (n, elements), elements=magnitudes))
+
+
+def run(engine: str, kind: str, grads: list[list[np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Parameters and states after steps from zero; `grads` by step, then parameter."""
+    step, read = start(engine, kind, [np.zeros_like(grad) for grad in grads[0]])
+    for grad in grads:
+        step(grad)
+    return read()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Any:
+    """Blocks of a few elements, so that small arrays are cut."""
+    with mock.patch("vsgd.backends.torch.leaves.CPU_BLOCK", 5) if HAS_TORCH else contextlib.nullcontext():
+        yield
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=kinds, engine=bitwise_engines, grads=gradients(12), order=st.permutations(range(12)))
+def test_elements_are_independent_of_their_neighbours_and_order(
+    kind: str, engine: str, grads: np.ndarray, order: list[int]
+) -> None:
+    (plain,) = run(engine, kind, [[grad] for grad in grads])
+    (permuted,) = run(engine, kind, [[grad[order]] for grad in grads])
+    alone = run(engine, kind, [[np.array([element]) for element in grad] for grad in grads])
+    for name in ("param", *RULES[kind].state_names):
+        np.testing.assert_array_equal(plain[name][order], permuted[name])
+        np.testing.assert_array_equal(plain[name], np.concatenate([param[name] for param in alone]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=kinds, engine=bitwise_engines, grads=gradients(12), at=st.integers(1, 11))
+def test_splitting_stacking_and_reshaping_change_no_bit(kind: str, engine: str, grads: np.ndarray, at: int) -> None:
+    (plain,) = run(engine, kind, [[grad] for grad in grads])
+    head, tail = run(engine, kind, [[grad[:at], grad[at:]] for grad in grads])
+    (shaped,) = run(engine, kind, [[grad.reshape(2, 3, 2)] for grad in grads])
+    (transposed,) = run(engine, kind, [[grad.reshape(4, 3).T] for grad in grads])
+    for name in ("param", *RULES[kind].state_names):
+        np.testing.assert_array_equal(plain[name], np.concatenate([head[name], tail[name]]))
+        np.testing.assert_array_equal(plain[name], shaped[name].ravel())
+        np.testing.assert_array_equal(plain[name], transposed[name].T.ravel())
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=kinds, grads=gradients(3, np.float64), power=st.integers(-20, 20))
+def test_the_model_has_no_unit_but_the_gradients(kind: str, grads: np.ndarray, power: int) -> None:
+    # Gradient and eps times s, rates and prior times s^2: for s a power of two not one bit of the direction changes.
+    rule = RULES[kind]
+    hyper = rule.hyperparameters()
+    update = rule.make_update(np)
+    s = 2.0**power
+    units = {"mu_g": s, "b_g": s * s, "b_ghat": s * s, "b": s * s}
+    state = tuple(np.full(3, value) for value in rule.initial_state(hyper))
+    scaled = tuple(units[name] * array for name, array in zip(rule.state_names, state, strict=True))
+    for t, grad in enumerate(grads, start=1):
+        c = rule.coefficients(t, hyper)
+        in_units = {name: s * s * getattr(c, name) for name in c._fields if name.startswith("prior")}
+        direction, state = update(grad, state, c)
+        scaled_direction, scaled = update(s * grad, scaled, c._replace(**in_units, eps=s * c.eps))
+        np.testing.assert_array_equal(direction, scaled_direction)
+        for name, array, scaled_array in zip(rule.state_names, state, scaled, strict=True):
+            np.testing.assert_array_equal(units[name] * array, scaled_array)
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=kinds, engine=st.sampled_from(AVAILABLE), grads=gradients(4))
+def test_the_negative_gradient_steps_the_other_way(kind: str, engine: str, grads: np.ndarray) -> None:
+    (there,) = run(engine, kind, [[grad] for grad in grads])
+    (back,) = run(engine, kind, [[-grad] for grad in grads])
+    np.testing.assert_array_equal(there["param"], -back["param"])
+    np.testing.assert_array_equal(there["mu_g"], -back["mu_g"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    grads=gradients(4, np.float64),
+    variance_ratio=st.floats(0.1, 1000),
+    prior_strength=st.floats(1e-12, 1e-2),
+    kappa1=st.floats(0.501, 1),
+    kappa2=st.floats(0.501, 1),
+)
+def test_variances_are_positive_and_the_gain_lies_between_0_and_1(grads: np.ndarray, **hyper: float) -> None:
+    settings_ = core.Hyperparameters(**hyper)
+    update = core.VSGD.make_update(np)
+    state = tuple(np.full(4, value) for value in core.VSGD.initial_state(settings_))
+    for t, grad in enumerate(grads, start=1):
+        _, b_g, b_ghat = state
+        gain = b_g / (b_g + b_ghat)
+        assert ((gain > 0) & (gain < 1)).all()
+        assert (gain * b_ghat / core.compute_shape(settings_) > 0).all()
+        direction, state = update(grad, state, core.VSGD.coefficients(t, settings_))
+        assert (np.abs(direction) <= 1).all()
+        assert (state[1] > 0).all()
+        assert (state[2] > 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=kinds, engine=st.sampled_from(AVAILABLE), grads=gradients(4))
+def test_in_float32_rates_stay_positive_and_the_gain_between_0_and_1(kind: str, engine: str, grads: np.ndarray) -> None:
+    step, read = start(engine, kind, [np.zeros(4, np.float32)])
+    for grad in grads:
+        step([grad])
+        (state,) = read()
+        rates = [state[name] for name in RULES[kind].state_names if name.startswith("b")]
+        assert all((rate > 0).all() for rate in rates)
+        if kind == "VSGD":
+            gain = rates[0] / (rates[0] + rates[1])
+            assert ((gain > 0) & (gain < 1)).all()
+
+
+@pytest.mark.parametrize("engine", BITWISE)
+@pytest.mark.parametrize("at", [1, 33, 65537, 100_002])
+def test_splitting_a_large_array_changes_no_bit(engine: str, at: int) -> None:
+    # Beyond a block and beyond where torch starts threads; odd sizes, so that vectors end in the middle.
+    size = 100_003
+    rng = np.random.default_rng(0)
+    with mock.patch("vsgd.backends.torch.leaves.CPU_BLOCK", 65536) if HAS_TORCH else contextlib.nullcontext():
+        grads = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
+        (whole,) = run(engine, "VSGD", [[grad] for grad in grads])
+        head, tail = run(engine, "VSGD", [[grad[:at], grad[at:]] for grad in grads])
+    for name in ("param", "mu_g", "b_g", "b_ghat"):
+        np.testing.assert_array_equal(whole[name], np.concatenate([head[name], tail[name]]))

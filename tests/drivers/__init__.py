@@ -1,0 +1,82 @@
+"""Drivers: every adapter and engine behind one interface, for the tests that hold for all of them.
+
+A new adapter or engine joins the contract by an entry in `DRIVERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import pytest
+
+
+class Spec(NamedTuple):
+    """One driver.
+
+    Attributes:
+        cls: its class, as "module:name".
+        needs: the packages without which it cannot run.
+        options: what makes the engine.
+        lacks: promises that the adapter does not make, and why.
+    """
+
+    cls: str
+    needs: tuple[str, ...]
+    options: dict[str, Any]
+    lacks: dict[str, str]
+
+
+_NO_BFLOAT16 = {"bfloat16": "the adapter has no bfloat16 state"}
+_SLOW = {"many steps": "each operation is dispatched from Python"}
+_TORCH, _OPTAX, _KERAS = "torch_driver:TorchDriver", "optax_driver:OptaxDriver", "keras_driver:KerasDriver"
+DRIVERS = {
+    "numpy": Spec("numpy_driver:NumpyDriver", (), {}, _NO_BFLOAT16),
+    "torch-loop": Spec(_TORCH, ("torch",), {"foreach": False, "fused": False}, {}),
+    "torch-foreach": Spec(_TORCH, ("torch",), {"foreach": True}, {}),
+    "torch-fused": Spec(_TORCH, ("torch", "numba"), {"fused": True}, {}),
+    "optax-eager": Spec(_OPTAX, ("jax", "optax"), {"jit": False}, _SLOW),
+    "optax-jit": Spec(_OPTAX, ("jax", "optax"), {"jit": True}, {}),
+    "keras": Spec(_KERAS, ("keras",), {"jit": False}, _SLOW),
+    "keras-jit": Spec(_KERAS, ("keras",), {"jit": True}, {}),
+    "mlx": Spec("mlx_driver:MlxDriver", ("mlx",), {}, {**_NO_BFLOAT16, "noise scale": "the adapter has posteriors only"}),
+}
+
+
+def _list_missing(spec: Spec) -> list[str]:
+    return [name for name in spec.needs if find_spec(name) is None or (name == "keras" and "KERAS_BACKEND" not in os.environ)]
+
+
+#: The drivers that need no setting of the process; Keras' default float type is one.
+ENGINES = [name for name in DRIVERS if not name.startswith("keras")]
+#: Those of them that can run here.
+AVAILABLE = [name for name in ENGINES if not _list_missing(DRIVERS[name])]
+HAS_TORCH, HAS_OPTAX, HAS_MLX = (any(name.startswith(each) for name in AVAILABLE) for each in ("torch", "optax", "mlx"))
+HAS_NUMBA = "torch-fused" in AVAILABLE
+
+
+def make_driver(name: str, *arguments: Any, promise: str | None = None, **options: Any) -> Any:
+    """Make a driver, or skip the test and say what is missing.
+
+    Args:
+        name: a key of `DRIVERS`.
+        *arguments: the driver's arguments.
+        promise: what the test is about, if a driver may lack it.
+        **options: the adapter's options.
+    """
+    spec = DRIVERS[name]
+    missing = _list_missing(spec)
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if promise in spec.lacks:
+        pytest.skip(f"{name}: {spec.lacks[promise]}")
+    module, _, cls = spec.cls.partition(":")
+    return getattr(importlib.import_module(f"drivers.{module}"), cls)(*arguments, **spec.options, **options)
+
+
+def start(name: str, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """Return `step` and `read` of a driver."""
+    driver = make_driver(name, *arguments, **options)
+    return driver.step, driver.read

@@ -1,0 +1,86 @@
+"""The optax adapter as a driver."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import vsgd.optax
+from drivers.base import Read, StateArray
+from drivers.precision import x64
+from drivers.rules import RULES
+from vsgd.posterior import NoiseScale, Posterior
+
+
+@functools.cache
+def make_solver(kind: str, jit: bool, **options: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return a transformation and its step; cached, so that equal ones are compiled once."""
+    make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]
+    solver = make(options.pop("lr", 0.01), **options)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = solver.update(grads, state, params)
+        moved = [None if update is None else param for param, update in zip(params, updates, strict=True)]
+        stepped = optax.apply_updates(moved, updates)
+        return [old if new is None else new for old, new in zip(params, stepped, strict=True)], state
+
+    return solver, jax.jit(step) if jit else step
+
+
+class OptaxDriver:
+    def __init__(self, kind: str, params: Sequence[np.ndarray], dtype: str | None = None, *, jit: bool, **options: Any) -> None:
+        try:
+            solver, self.take_step = make_solver(kind, jit, **options)
+        except TypeError:  # an option that cannot be hashed, which the adapter refuses
+            solver, self.take_step = make_solver.__wrapped__(kind, jit, **options)
+        self.names = RULES[kind].state_names
+        self.double = any(param.dtype in (np.float64, np.complex128) for param in params)
+        with x64(self.double):
+            self.params = [jnp.asarray(param, dtype or param.dtype) for param in params]
+            self.state = solver.init(self.params)
+
+    def step(self, grads: Sequence[np.ndarray | None]) -> None:
+        with x64(self.double):
+            pairs = zip(grads, self.params, strict=True)
+            given = [None if grad is None else jnp.asarray(grad, param.dtype) for grad, param in pairs]
+            self.params, self.state = self.take_step(self.params, self.state, given)
+
+    def read(self) -> Read:
+        columns = zip(self.params, *(getattr(self.state[0], name) for name in self.names), strict=True)
+        return [dict(zip(("param", *self.names), map(_to_numpy, column), strict=True)) for column in columns]
+
+    def write(self, read: Read) -> None:
+        self.params = [jnp.asarray(each["param"]) for each in read]
+        arrays = {name: [jnp.asarray(each[name]) for each in read] for name in self.names}
+        self.state = (self.state[0]._replace(**arrays), *self.state[1:])
+
+    def posterior(self) -> list[Posterior]:
+        return [Posterior(*map(np.asarray, each)) for each in vsgd.optax.posterior(self.state)]
+
+    def noise_scale(self, batch_size: float) -> NoiseScale:
+        return NoiseScale(*(each.item() for each in vsgd.optax.noise_scale(self.state, batch_size=batch_size).overall))
+
+    def surprise(self, grads: Sequence[np.ndarray]) -> list[float]:
+        return [each.item() for each in vsgd.optax.surprise([jnp.asarray(grad) for grad in grads], self.state)]
+
+    def list_state(self) -> list[StateArray]:
+        arrays = (array for name in self.names for array in getattr(self.state[0], name))
+        return [StateArray(array.dtype.name, array.nbytes) for array in arrays]
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(pickle.dumps(jax.tree.map(np.asarray, (self.params, self.state))))
+
+    def load(self, path: Path) -> None:
+        self.params, self.state = jax.tree.map(jnp.asarray, pickle.loads(path.read_bytes()))
+
+
+def _to_numpy(array: jax.Array) -> np.ndarray:
+    return np.array(array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array)

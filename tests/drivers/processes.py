@@ -1,0 +1,39 @@
+"""Python in a process of its own, as each Keras backend needs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def run_python(backend: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python COMMAND...` from the repository's root; the tests' modules can be imported there.
+
+    Args:
+        backend: what Keras runs on.
+        *command: Python's arguments.
+        **environment: further variables.
+
+    Returns:
+        The ended process, errors among its output.
+    """
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=TESTS.parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))),
+            "KERAS_BACKEND": backend,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=900,
+        check=False,
+    )

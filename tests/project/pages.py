@@ -1,0 +1,47 @@
+"""A plugin that makes tests of the pages' snippets, by Sybil: Python is run, the commands of a shell are looked up.
+
+A page's snippets share one namespace, from top to bottom, and a folder of their own. What a fragment needs beside it stands in
+HTML comments, which readers do not see: `invisible-code: python`, `clear-namespace`, `skip: start if(missing("keras"))`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from project import commands
+from sybil import Sybil
+from sybil.parsers.myst import ClearNamespaceParser, CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+snippets = Sybil(
+    parsers=[
+        PythonCodeBlockParser(),
+        CodeBlockParser("sh", lambda example: ", ".join(commands.absent(example.parsed))),
+        SkipParser(),
+        ClearNamespaceParser(),
+    ],
+    patterns=["*.md"],
+    path=str(ROOT),
+    fixtures=["page_folder", "missing"],
+)
+pytest_collect_file = snippets.pytest()
+
+
+@pytest.fixture(scope="module")
+def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a page's snippets write."""
+    folder = tmp_path_factory.mktemp("page")
+    with contextlib.chdir(folder):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def missing() -> Callable[..., bool]:
+    """Whether any of some packages is not installed."""
+    return lambda *names: any(find_spec(name) is None for name in names)

@@ -1,0 +1,195 @@
+"""The paper's experiments from the command line to the table, on tiny archives in the published formats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+from research import paper_archives
+
+pytest.importorskip("keras")
+pytest.importorskip("PIL")
+
+import keras
+
+from experiments import paper, paper_report, records
+from experiments.__main__ import main
+
+ROOT = Path(__file__).parents[3]
+BACKEND = keras.backend.backend()
+PARAMETERS = {
+    "cifar100-vgg16": 14_774_436,
+    "cifar100-vgg19": 20_086_692,
+    "cifar100-resnext": 11_086_756,
+    "cifar100-convmixer": 617_316,
+    "tiny-imagenet-vgg16": 14_825_736,
+    "tiny-imagenet-vgg19": 20_137_992,
+    "tiny-imagenet-resnext": 11_189_256,
+    "tiny-imagenet-convmixer": 643_016,
+}
+
+
+# Where steps are compiled, each kind of network and each data set once: that takes its time.
+RUNS = list(PARAMETERS) if BACKEND == "torch" else ["cifar100-vgg16", "cifar100-resnext", "tiny-imagenet-convmixer"]
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both archives."""
+    folder = tmp_path_factory.mktemp("archives")
+    paper_archives.cifar100(folder, test=2)
+    paper_archives.tiny_imagenet(folder, test=2)
+    return folder
+
+
+def options(archives: Path, folder: Path) -> list[str]:
+    return ["--data-dir", str(archives), "--results", str(folder / "results"), "--output", str(folder / "runs"), "--quiet"]
+
+
+def run_of(archives: Path, folder: Path, experiment: str, optimizer: str, *other: str) -> list[str]:
+    return ["run", experiment, "--optimizer", optimizer, "--batch-size", "2", *other, *options(archives, folder)]
+
+
+@pytest.mark.parametrize(("experiment", "optimizer"), list(zip(RUNS, cycle(paper.COMPARED), strict=False)))
+def test_two_steps_of_each_and_once_only(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, optimizer: str
+) -> None:
+    command = run_of(archives, tmp_path, experiment, optimizer, "--iterations", "2", "--seed", "3")
+    # Keras writes by TensorFlow, which is not loaded beside another backend here.
+    main([*command, "--tensorboard"] if BACKEND == "tensorflow" else command)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"{experiment}-{optimizer}-{BACKEND}-seed3-")
+    assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {"config.json", "steps.jsonl"}
+    events = {path.parent.name for path in folder.rglob("events.out.tfevents.*")}
+    assert events == ({"train", "validation"} if BACKEND == "tensorflow" else set())
+    steps = records.read_jsonl(folder / "steps.jsonl")
+    assert [sorted(each) for each in steps] == [["accuracy", "loss", "step"]] * 2 + [["step", "test_accuracy", "test_loss"]]
+    # As good as guessing, to begin with.
+    classes = 100 if experiment.startswith("cifar") else 200
+    assert 0.7 * math.log(classes) < steps[0]["loss"] < 2 * math.log(classes)
+    (record,) = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    assert {name: record[name] for name in config} == config
+    assert record["parameters"] == PARAMETERS[experiment]
+    assert record["environment"]["versions"]["keras"] == keras.__version__
+    assert record["key"]["seed"] == 3
+    assert record["optimizer"]["learning_rate"]["config"]["initial_learning_rate"] == record["key"]["learning_rate"]
+    assert record["curve"]["step"] == [2]
+    assert record["curve"]["test_accuracy"] == [pytest.approx(steps[2]["test_accuracy"], rel=1e-5)]
+    what = f"{experiment}, {optimizer}, seed 3"
+    assert capsys.readouterr().out == f"{what}\n{what}: test accuracy {100 * steps[2]['test_accuracy']:.2f} %\n"
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    main(command)
+    assert capsys.readouterr().out == f"{what}: already finished\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="compiles for minutes; test_training.py interrupts every backend")
+def test_a_killed_process_is_gone_on_from(archives: Path, tmp_path: Path) -> None:
+    """By SIGKILL, wherever it is; all metrics then are, to the last bit, those of a run that nothing killed."""
+    steps = ("--iterations", "4", "--evaluate-every", "1")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = run_of(archives, killed, "cifar100-convmixer", "vsgd", *steps)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments", *command],
+        cwd=ROOT,
+        # One thread, as here: the order of sums depends on their number.
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    until = time.monotonic() + 200
+    # In or after the second step, which follows a test and a checkpoint, and before the end.
+    while time.monotonic() < until and process.poll() is None and len(taken(killed)) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    before = taken(killed)
+    assert before, "it was killed too early"
+    assert not (killed / "results").exists(), "it was killed too late"
+    main(command)
+    main(run_of(archives, whole, "cifar100-convmixer", "vsgd", *steps))
+    assert taken(killed) == taken(whole)
+    assert before == taken(whole)[: len(before)]
+    one, other = (records.read_jsonl(each / "results" / "paper.jsonl") for each in (killed, whole))
+    assert one == other
+
+
+def taken(folder: Path) -> list[dict[str, float]]:
+    return [step for path in folder.glob("runs/*/steps.jsonl") for step in records.read_jsonl(path)]
+
+
+def test_the_table_has_no_number_of_tiny_archives(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`paper` does what is missing of what it is told to do, and reports."""
+    # The paper's settings in all but length; were its data the published ones, its results would stand in the table.
+    quick = paper.Experiment("cifar100", "convmixer", batch_size=2, iterations=1, halve_every=1)
+    monkeypatch.setitem(paper.EXPERIMENTS, "cifar100-convmixer", quick)
+    monkeypatch.setattr(paper, "COMPARED", ("adam", "adamw"))
+    page = tmp_path / "results.md"
+    command = [
+        "paper",
+        "--experiments",
+        "cifar100-convmixer",
+        "--seeds",
+        "1",
+        "--page",
+        str(page),
+        *options(archives, tmp_path),
+    ]
+    main(run_of(archives, tmp_path, "cifar100-convmixer", "adamw"))
+    capsys.readouterr()
+    main(command)
+    said = capsys.readouterr().out
+    assert "cifar100-convmixer, adamw, seed 0: already finished" in said
+    found = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
+    assert sorted(each["key"]["optimizer"] for each in found) == sorted(paper.COMPARED)
+    assert page.read_text().count(paper_report.MISSING) == len(paper.EXPERIMENTS) * len(paper.COMPARED)
+    assert "%" not in page.read_text().replace("test accuracy, %", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cifar10-vgg16", "--optimizer", "vsgd"], "experiment is 'cifar10-vgg16', but must be one of cifar100-vgg16, "),
+        (["cifar100-vgg16", "--optimizer", "adm"], "optimizer is 'adm', but must be one of vsgd, "),
+        (
+            ["cifar100-vgg16", "--optimizer", "vsgd", "--batch-size", "99"],
+            "batch_size is 99, but must be at most 12, the number of",
+        ),
+        (["cifar100-vgg16", "--optimizer", "vsgd", "--iterations", "0"], "iterations is 0, but must be finite and at least 1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", *words, *options(archives, tmp_path)])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m experiments: error: {message}")
+
+
+def test_a_folder_without_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "tiny-imagenet-vgg16", "--optimizer", "vsgd", *options(tmp_path, tmp_path)])
+    assert capsys.readouterr().err.endswith(
+        f"error: --data-dir is {tmp_path}, but must be a folder with tiny-imagenet-200.zip, "
+        "which http://cs231n.stanford.edu/tiny-imagenet-200.zip offers\n"
+    )
+
+
+def test_all_experiments_and_optimizers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    listed = capsys.readouterr().out
+    for name in (*PARAMETERS, *paper.COMPARED):
+        assert f"{name} " in listed
