@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,24 +169,6 @@ def test_a_decay_that_bfloat16_cannot_hold_is_not_lost(driver: str) -> None:
     assert ends[0] == 1  # to the nearest, each decay is undone
     # The mean of 4096 elements; each strays by at most 100 roundings of 2**-7, some 0.03 in all.
     assert ends[1] == pytest.approx((1 - 1e-4) ** 100, abs=0.002)
-
-
-@kinds
-@drivers
-def test_a_resumed_run_is_the_uninterrupted_one(driver: str, kind: str, tmp_path: Path) -> None:
-    def make() -> Any:
-        return make_driver(driver, kind, draw(0), "bfloat16", promise="bfloat16", seed=9, weight_decay=0.1, **COMPACT)
-
-    one, other = make(), make()
-    for step in range(1, 6):
-        one.step(draw(step))
-    one.save(tmp_path / "saved")
-    other.load(tmp_path / "saved")
-    for step in range(6, 11):
-        one.step(draw(step))
-        other.step(draw(step))
-    assert equal_share(one.read(), other.read()) == 1
-    assert one.list_state() == other.list_state()
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_STORAGE)

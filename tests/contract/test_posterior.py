@@ -168,9 +168,7 @@ def test_a_bad_batch_size_is_refused(batch_size: Any) -> None:
 def test_every_adapter_tells_the_same_of_the_same_state(driver: str, dtype: str, kind: str) -> None:
     optimizer, grads = stepped(kind, dtype)
     options = {"prior_strength": 1e-3, "variance_ratio": 4.0}
-    if driver == "mlx" and dtype == "complex64":
-        pytest.skip("MLX: the adapter refuses complex parameters")
-    ours = make_driver(driver, kind, optimizer.params, **options)
+    ours = make_driver(driver, kind, optimizer.params, promise=dtype, **options)
     ours.step(grads)
     states = ({name: state[name] for name in RULES[kind].state_names} for state in optimizer.state)
     ours.write([{"param": param, **state} for param, state in zip(optimizer.params, states, strict=True)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -41,7 +42,12 @@ DRIVERS = {
     "optax-jit": Spec(_OPTAX, ("jax", "optax"), {"jit": True}, {}),
     "keras": Spec(_KERAS, ("keras",), {"jit": False}, _SLOW),
     "keras-jit": Spec(_KERAS, ("keras",), {"jit": True}, {}),
-    "mlx": Spec("mlx_driver:MlxDriver", ("mlx",), {}, {**_NO_BFLOAT16, "noise scale": "the adapter has posteriors only"}),
+    "mlx": Spec(
+        "mlx_driver:MlxDriver",
+        ("mlx",),
+        {},
+        {**_NO_BFLOAT16, "complex64": "the adapter refuses complex numbers", "noise scale": "the adapter has posteriors only"},
+    ),
 }
 
 
@@ -55,6 +61,14 @@ ENGINES = [name for name in DRIVERS if not name.startswith("keras")]
 AVAILABLE = [name for name in ENGINES if not _list_missing(DRIVERS[name])]
 HAS_TORCH, HAS_OPTAX, HAS_MLX = (any(name.startswith(each) for name in AVAILABLE) for each in ("torch", "optax", "mlx"))
 HAS_NUMBA = "torch-fused" in AVAILABLE
+
+
+def list_gaps() -> Iterator[str]:
+    """Yield a line for each driver: what it needs that is not installed, and the promises that it lacks."""
+    for name, spec in DRIVERS.items():
+        gaps = [f"{each} is not installed" for each in _list_missing(spec)]
+        gaps += [f"no {each}, for {why}" for each, why in spec.lacks.items()]
+        yield f"{name:<14} {'; '.join(gaps) or 'everything'}"
 
 
 def make_driver(name: str, *arguments: Any, promise: str | None = None, **options: Any) -> Any:

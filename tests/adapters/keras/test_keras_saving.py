@@ -33,8 +33,8 @@ from vsgd.keras import VSGD, ConstantVSGD  # noqa: E402
 kinds = pytest.mark.parametrize("kind", RULES)
 
 
-def continued(kind: str, restore: Any) -> None:
-    """Train, restore into a new optimizer, train both on: the same bits."""
+@kinds
+def test_set_weights_resumes_bit_by_bit(kind: str) -> None:
     params = as_dtype(PARAMS[1:3], "float32")
     variables = variables_of(params)
     optimizer = make(kind, lr=0.125)
@@ -43,7 +43,7 @@ def continued(kind: str, restore: Any) -> None:
     new_variables = variables_of([to_numpy(each) for each in variables])
     new = make(kind, lr=0.5)
     new.build(new_variables)
-    restore(optimizer, new)
+    new.set_weights([to_numpy(each) for each in optimizer.variables])
     for grads in GRADS[6:]:
         for each, its in ((optimizer, variables), (new, new_variables)):
             each.apply(tensors(as_dtype(grads[1:3], "float32")), its)
@@ -52,21 +52,6 @@ def continued(kind: str, restore: Any) -> None:
             np.testing.assert_array_equal(ours[name], theirs[name])
     assert to_numpy(new.iterations) == 12
     assert to_numpy(new.learning_rate) == 0.125
-
-
-@kinds
-def test_set_weights_resumes_bit_by_bit(kind: str) -> None:
-    continued(kind, lambda old, new: new.set_weights([to_numpy(each) for each in old.variables]))
-
-
-@kinds
-def test_own_variables_resume_bit_by_bit(kind: str) -> None:
-    def through_a_store(old: Any, new: Any) -> None:
-        store: dict[str, np.ndarray] = {}
-        old.save_own_variables(store)
-        new.load_own_variables(store)
-
-    continued(kind, through_a_store)
 
 
 OPTIONS: list[dict[str, Any]] = [
