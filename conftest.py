@@ -10,7 +10,8 @@ pytest_plugins = ["project.pages"]
 
 collect_ignore_glob: list[str] = ["tests/scaling/keras_*.py"]  # each runs in its own process with another Keras backend
 if find_spec("torch") is None:
-    collect_ignore_glob += ["vsgd/torch", "vsgd/backends/torch", "tests/adapters/torch", "tests/scaling/torch_*.py"]
+    collect_ignore_glob += ["vsgd/torch", "vsgd/backends/torch", "vsgd/keras/torch_optimizer.py"]
+    collect_ignore_glob += ["tests/adapters/torch", "tests/scaling/torch_*.py"]
 if find_spec("numba") is None:
     collect_ignore_glob += ["vsgd/backends/numba*.py", "vsgd/backends/torch/fused_cpu.py"]
 if find_spec("triton") is None:

@@ -32,22 +32,24 @@ class Spec(NamedTuple):
 
 _NO_BFLOAT16 = {"bfloat16": "the adapter has no bfloat16 state"}
 _SLOW = {"many steps": "each operation is dispatched from Python"}
+_ONE_COUNT = {"counts of their own": "the framework counts steps once for all parameters"}
 _TORCH, _OPTAX, _KERAS = "torch_driver:TorchDriver", "optax_driver:OptaxDriver", "keras_driver:KerasDriver"
+_MLX = {
+    **_NO_BFLOAT16,
+    **_ONE_COUNT,
+    "complex64": "the adapter refuses complex numbers",
+    "noise scale": "the adapter has posteriors only",
+}
 DRIVERS = {
-    "numpy": Spec("numpy_driver:NumpyDriver", (), {}, _NO_BFLOAT16),
+    "numpy": Spec("numpy_driver:NumpyDriver", (), {}, {**_NO_BFLOAT16, "bfloat16 parameters": "NumPy has no bfloat16"}),
     "torch-loop": Spec(_TORCH, ("torch",), {"foreach": False, "fused": False}, {}),
     "torch-foreach": Spec(_TORCH, ("torch",), {"foreach": True}, {}),
     "torch-fused": Spec(_TORCH, ("torch", "numba"), {"fused": True}, {}),
-    "optax-eager": Spec(_OPTAX, ("jax", "optax"), {"jit": False}, _SLOW),
-    "optax-jit": Spec(_OPTAX, ("jax", "optax"), {"jit": True}, {}),
-    "keras": Spec(_KERAS, ("keras",), {"jit": False}, _SLOW),
-    "keras-jit": Spec(_KERAS, ("keras",), {"jit": True}, {}),
-    "mlx": Spec(
-        "mlx_driver:MlxDriver",
-        ("mlx",),
-        {},
-        {**_NO_BFLOAT16, "complex64": "the adapter refuses complex numbers", "noise scale": "the adapter has posteriors only"},
-    ),
+    "optax-eager": Spec(_OPTAX, ("jax", "optax"), {"jit": False}, {**_SLOW, **_ONE_COUNT}),
+    "optax-jit": Spec(_OPTAX, ("jax", "optax"), {"jit": True}, _ONE_COUNT),
+    "keras": Spec(_KERAS, ("keras",), {"jit": False}, {**_SLOW, **_ONE_COUNT}),
+    "keras-jit": Spec(_KERAS, ("keras",), {"jit": True}, _ONE_COUNT),
+    "mlx": Spec("mlx_driver:MlxDriver", ("mlx",), {}, _MLX),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,11 +22,19 @@ class StateArray(NamedTuple):
 
 
 class Driver(Protocol):
-    """An optimizer with its parameters, made by `(kind, params, dtype=None, **options)`.
+    """An optimizer with its parameters, made by `(kind, params, dtype=None, rates=None, **options)`.
 
-    `kind` is the name of a class, "VSGD" or "ConstantVSGD", `dtype` the dtype of the parameters if not the arrays' own, and the
-    options are those of the adapter, by torch's names.
+    `kind` is the name of a class, "VSGD" or "ConstantVSGD", `dtype` the dtype of the parameters if not the arrays' own,
+    `rates` the learning rate of each step, if it changes, and the options are those of the adapter, by torch's names.
+
+    Attributes:
+        params: the parameters, as the framework's arrays.
     """
+
+    params: Any
+
+    def apply(self, grads: Sequence[Any]) -> None:
+        """Take one step, with gradients that are the framework's arrays."""
 
     def step(self, grads: Sequence[np.ndarray | None]) -> None:
         """Take one step, with gradients in the dtype of their parameters."""

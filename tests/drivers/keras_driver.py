@@ -19,8 +19,16 @@ from vsgd.posterior import NoiseScale, Posterior
 
 class KerasDriver:
     def __init__(
-        self, kind: str, params: Sequence[np.ndarray], dtype: str | None = None, *, jit: bool = False, **options: Any
+        self,
+        kind: str,
+        params: Sequence[np.ndarray],
+        dtype: str | None = None,
+        *,
+        jit: bool = False,
+        rates: np.ndarray | None = None,
+        **options: Any,
     ) -> None:
+        self.rates = None if rates is None else iter(rates)
         self.optimizer = make(kind, **options)
         double = any(param.dtype in (np.float64, np.complex128) for param in params)
         self.scope = allow_float64 if double else contextlib.nullcontext
@@ -28,29 +36,34 @@ class KerasDriver:
             dtypes = [dtype or param.dtype.name for param in params]
             values = [ops.cast(ops.convert_to_tensor(param), each) for param, each in zip(params, dtypes, strict=True)]
             pairs = enumerate(zip(values, dtypes, strict=True))
-            self.variables = [keras.Variable(value, dtype=each, name=f"p{i}") for i, (value, each) in pairs]
-            self.optimizer.build(self.variables)
-        self.apply = jitted_apply(self.optimizer, self.variables) if jit else self._apply
+            self.params = [keras.Variable(value, dtype=each, name=f"p{i}") for i, (value, each) in pairs]
+            self.optimizer.build(self.params)
+        self.take_step = jitted_apply(self.optimizer, self.params) if jit else self._step
 
-    def _apply(self, grads: Sequence[Any]) -> None:
-        self.optimizer.apply(grads, self.variables)
+    def _step(self, grads: Sequence[Any]) -> None:
+        self.optimizer.apply(grads, self.params)
+
+    def apply(self, grads: Sequence[Any]) -> None:
+        if self.rates is not None:
+            self.optimizer.learning_rate = next(self.rates)
+        self.take_step(grads)
 
     def step(self, grads: Sequence[np.ndarray | None]) -> None:
         with self.scope():
-            pairs = zip(grads, self.variables, strict=True)
+            pairs = zip(grads, self.params, strict=True)
             self.apply([None if grad is None else ops.cast(ops.convert_to_tensor(grad), each.dtype) for grad, each in pairs])
 
     def read(self) -> Read:
         with self.scope():
-            return [{name: _widen(array) for name, array in each.items()} for each in read(self.optimizer, self.variables)]
+            return [{name: _widen(array) for name, array in each.items()} for each in read(self.optimizer, self.params)]
 
     def write(self, read: Read) -> None:
-        for variable, states, each in zip(self.variables, self.optimizer._states, read, strict=True):
+        for variable, states, each in zip(self.params, self.optimizer._states, read, strict=True):
             for target, name in zip((variable, *states), each, strict=True):
                 target.assign(each[name])
 
     def posterior(self) -> list[Posterior]:
-        return [Posterior(*map(to_numpy, self.optimizer.posterior(variable))) for variable in self.variables]
+        return [Posterior(*map(to_numpy, self.optimizer.posterior(variable))) for variable in self.params]
 
     def noise_scale(self, batch_size: float) -> NoiseScale:
         return NoiseScale(*(float(to_numpy(each)) for each in self.optimizer.noise_scale(batch_size=batch_size).overall))
@@ -66,15 +79,17 @@ class KerasDriver:
 
     def save(self, path: Path) -> None:
         store: dict[str, Any] = {}
-        self.optimizer.save_own_variables(store)
-        params = [ops.convert_to_numpy(each) for each in self.variables]
-        path.write_bytes(pickle.dumps((params, {name: ops.convert_to_numpy(each) for name, each in store.items()})))
+        with self.scope():
+            self.optimizer.save_own_variables(store)
+            params = [ops.convert_to_numpy(each) for each in self.params]
+            path.write_bytes(pickle.dumps((params, {name: ops.convert_to_numpy(each) for name, each in store.items()})))
 
     def load(self, path: Path) -> None:
         params, store = pickle.loads(path.read_bytes())
-        for variable, value in zip(self.variables, params, strict=True):
-            variable.assign(value)
-        self.optimizer.load_own_variables(store)
+        with self.scope():
+            for variable, value in zip(self.params, params, strict=True):
+                variable.assign(value)
+            self.optimizer.load_own_variables(store)
 
 
 def _widen(array: np.ndarray) -> np.ndarray:

@@ -16,13 +16,26 @@ from vsgd.posterior import NoiseScale, Posterior
 
 
 class NumpyDriver:
-    def __init__(self, kind: str, params: Sequence[np.ndarray], dtype: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        params: Sequence[np.ndarray],
+        dtype: str | None = None,
+        *,
+        rates: np.ndarray | None = None,
+        **options: Any,
+    ) -> None:
         self.params = [np.array(param, dtype) for param in params]
+        self.rates = None if rates is None else iter(rates)
         self.optimizer = getattr(vsgd.numpy, kind)(self.params, **options)
         self.names = RULES[kind].state_names
 
     def step(self, grads: Sequence[np.ndarray | None]) -> None:
+        if self.rates is not None:
+            self.optimizer.lr = next(self.rates)
         self.optimizer.step(grads)
+
+    apply = step
 
     def read(self) -> Read:
         pairs = zip(self.params, self.optimizer.state, strict=True)

@@ -36,22 +36,35 @@ def make_solver(kind: str, jit: bool, **options: Any) -> tuple[Any, Callable[...
 
 
 class OptaxDriver:
-    def __init__(self, kind: str, params: Sequence[np.ndarray], dtype: str | None = None, *, jit: bool, **options: Any) -> None:
-        try:
-            solver, self.take_step = make_solver(kind, jit, **options)
-        except TypeError:  # an option that cannot be hashed, which the adapter refuses
-            solver, self.take_step = make_solver.__wrapped__(kind, jit, **options)
+    def __init__(
+        self,
+        kind: str,
+        params: Sequence[np.ndarray],
+        dtype: str | None = None,
+        *,
+        jit: bool,
+        rates: np.ndarray | None = None,
+        **options: Any,
+    ) -> None:
         self.names = RULES[kind].state_names
         self.double = any(param.dtype in (np.float64, np.complex128) for param in params)
         with x64(self.double):
+            if rates is not None:
+                options["lr"] = jnp.asarray(rates, params[0].dtype).__getitem__
+            try:
+                solver, self.take_step = make_solver(kind, jit, **options)
+            except TypeError:  # an option that cannot be hashed, which the adapter refuses
+                solver, self.take_step = make_solver.__wrapped__(kind, jit, **options)
             self.params = [jnp.asarray(param, dtype or param.dtype) for param in params]
             self.state = solver.init(self.params)
+
+    def apply(self, grads: Sequence[jax.Array | None]) -> None:
+        self.params, self.state = self.take_step(self.params, self.state, grads)
 
     def step(self, grads: Sequence[np.ndarray | None]) -> None:
         with x64(self.double):
             pairs = zip(grads, self.params, strict=True)
-            given = [None if grad is None else jnp.asarray(grad, param.dtype) for grad, param in pairs]
-            self.params, self.state = self.take_step(self.params, self.state, given)
+            self.apply([None if grad is None else jnp.asarray(grad, param.dtype) for grad, param in pairs])
 
     def read(self) -> Read:
         columns = zip(self.params, *(getattr(self.state[0], name) for name in self.names), strict=True)

@@ -16,20 +16,47 @@ from vsgd.posterior import NoiseScale, Posterior
 
 
 class TorchDriver:
-    def __init__(self, kind: str, params: Sequence[np.ndarray], dtype: str | None = None, **options: Any) -> None:
-        tensors = (torch.from_numpy(np.array(param)) for param in params)
-        self.params = [torch.nn.Parameter(each if dtype is None else each.to(getattr(torch, dtype))) for each in tensors]
+    def __init__(
+        self,
+        kind: str,
+        params: Sequence[np.ndarray],
+        dtype: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+        rates: np.ndarray | None = None,
+        **options: Any,
+    ) -> None:
+        tensors = [torch.from_numpy(np.array(param)).to(device, dtype and getattr(torch, dtype)) for param in params]
+        # Autograd refuses a differentiable step on a leaf that it tracks.
+        tracked = not options.get("differentiable")
+        self.params = [torch.nn.Parameter(each, tracked) for each in tensors]
+        self.rates = None if rates is None else iter(rates)
         self.optimizer = getattr(vsgd.torch, kind)(self.params, **options)
         self.names = RULES[kind].state_names
+        self.take_step = self.optimizer.step
+        if compiled:
+            group = self.optimizer.param_groups[0]
+            # As a tensor, for the compiler takes a number for a constant of the function.
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=device)
+            torch.compiler.reset()
+            self.take_step = torch.compile(self.take_step)
+
+    def apply(self, grads: Sequence[torch.Tensor | None]) -> None:
+        if self.rates is not None:
+            group, lr = self.optimizer.param_groups[0], float(next(self.rates))
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad
+        self.take_step()
 
     def step(self, grads: Sequence[np.ndarray | None]) -> None:
-        for param, grad in zip(self.params, grads, strict=True):
-            param.grad = None if grad is None else torch.from_numpy(np.array(grad)).to(param.dtype)
-        self.optimizer.step()
+        pairs = zip(grads, self.params, strict=True)
+        self.apply([None if grad is None else torch.from_numpy(np.array(grad)).to(param) for grad, param in pairs])
 
     def read(self) -> Read:
         named = ({"param": param, **self.optimizer.state[param]} for param in self.params)
-        return [{name: _to_numpy(tensors[name]) for name in ("param", *self.names)} for tensors in named]
+        return [{name: to_numpy(tensors[name]) for name in ("param", *self.names)} for tensors in named]
 
     def write(self, read: Read) -> None:
         for param, each in zip(self.params, read, strict=True):
@@ -38,7 +65,7 @@ class TorchDriver:
             self.optimizer.state[param] = {"step": torch.tensor(1.0), **state}
 
     def posterior(self) -> list[Posterior]:
-        return [Posterior(*map(_to_numpy, self.optimizer.posterior(param))) for param in self.params]
+        return [Posterior(*map(to_numpy, self.optimizer.posterior(param))) for param in self.params]
 
     def noise_scale(self, batch_size: float) -> NoiseScale:
         return NoiseScale(*(each.item() for each in self.optimizer.noise_scale(batch_size=batch_size).overall))
@@ -62,6 +89,6 @@ class TorchDriver:
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach()
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy().copy()

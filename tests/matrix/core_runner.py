@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from drivers.rules import RULES
-from matrix.experiments import LR, Snapshot, of_steps
+from matrix.experiments import LR, Snapshot
 
 from vsgd import core
 from vsgd.outliers import choose_rule
@@ -46,7 +47,7 @@ class CoreRunner:
     ) -> None:
         self.library, self.rule = library, choose_rule(RULES[kind], hyper.get("outlier_threshold"))
         self.hyper = self.rule.hyperparameters(**hyper)
-        self.lr, self.weight_decay = of_steps(lr, LR), weight_decay
+        self.rates, self.weight_decay = itertools.repeat(LR) if lr is None else map(float, lr), weight_decay
         self.update = self.rule.make_update(library.xp)
         self.count = 0
         self.params = [library.array(param) for param in params]
@@ -60,7 +61,7 @@ class CoreRunner:
         self._step(list(self.library.gradients(self.params, x, y)))
 
     def _step(self, grads: list[Any]) -> None:
-        lr = self.lr(self.count)
+        lr = next(self.rates)
         self.count += 1
         coefficients = self.rule.coefficients(self.count, self.hyper)
         after = []

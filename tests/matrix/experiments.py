@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from drivers.trajectories import CASES, golden, stack
@@ -219,8 +219,3 @@ def missing(packages: Sequence[str]) -> list[str]:
 
 def devices(name: str) -> Sequence[str]:
     return RUNNERS[name].devices
-
-
-def of_steps(lr: Any, default: float) -> Callable[[int], float]:
-    """The step size by the count of steps, from 0."""
-    return lambda t: default if lr is None else float(lr[t])

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drivers.base import Driver
 from drivers.precision import x64
-from matrix.core_runner import RULES, CoreRunner, Library
-from matrix.experiments import LR, Snapshot
+from matrix.adapter_runner import AdapterRunner
+from matrix.core_runner import CoreRunner, Library
 
 # GPUs would round float32 products to TF32.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -30,50 +31,15 @@ def _loss(params: Sequence[Any], x: Any, y: Any) -> Any:
 gradients = jax.jit(jax.grad(_loss))
 
 
-class OptaxRunner:
-    """The optax transformations."""
+def _drive(*arguments: Any, **options: Any) -> Driver:
+    from drivers.optax_driver import OptaxDriver  # the core needs no optax
 
-    def __init__(self, kind: str, params: Sequence[np.ndarray], *, lr: Any, jit: bool, **hyper: float) -> None:
-        import optax
-
-        import vsgd.optax
-
-        self.names = RULES[kind].state_names
-        make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]
-        rates = None if lr is None else jnp.asarray(lr, params[0].dtype)
-        solver = make(LR if rates is None else lambda count: rates[count], **hyper)  # has no default
-
-        def step(params: Any, state: Any, grads: Any) -> Any:
-            updates, state = solver.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.take_step = jax.jit(step) if jit else step
-        self.params = [jnp.asarray(param) for param in params]
-        self.state = solver.init(self.params)
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        self._step([jnp.asarray(grad) for grad in grads])
-
-    def train(self, x: np.ndarray, y: np.ndarray) -> None:
-        self._step(gradients(self.params, x, y))
-
-    def _step(self, grads: list[Any]) -> None:
-        self.params, self.state = self.take_step(self.params, self.state, grads)
-
-    def read(self) -> Snapshot:
-        rows = zip(self.params, *(getattr(self.state[0], name) for name in self.names), strict=True)
-        return [dict(zip(("param", *self.names), map(np.array, row), strict=True)) for row in rows]
-
-    def posterior(self) -> Snapshot:
-        import vsgd.optax
-
-        known = vsgd.optax.posterior(self.state)
-        return [{name: np.array(array) for name, array in each._asdict().items()} for each in known]
+    return OptaxDriver(*arguments, **options)
 
 
 RUNNERS = {
-    "optax-eager": partial(OptaxRunner, jit=False),
-    "optax-jit": partial(OptaxRunner, jit=True),
+    "optax-eager": partial(AdapterRunner, partial(_drive, jit=False), gradients),
+    "optax-jit": partial(AdapterRunner, partial(_drive, jit=True), gradients),
     "core-jax": partial(CoreRunner, Library(jnp, jnp.asarray, np.array, gradients)),
 }
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from adapters.keras.keras_problems import BACKEND, floatx, make, read, tensors, to_numpy, variables_of
+from adapters.keras.keras_problems import BACKEND, floatx, make, to_numpy
+from drivers.keras_driver import KerasDriver
+from matrix.adapter_runner import AdapterRunner
 from matrix.core_runner import CoreRunner, Library
-from matrix.experiments import Snapshot, of_steps
+from matrix.experiments import Snapshot
 
 
 def tensorflow_gradients(params: Sequence[Any], x: np.ndarray, y: np.ndarray) -> Sequence[Any]:
@@ -39,40 +41,24 @@ def backend_gradients() -> Callable[..., Sequence[Any]]:
     return torch_runners.gradients
 
 
-class KerasRunner:
+class KerasRunner(AdapterRunner):
     """The Keras adapter: `apply` for gradients that are given, a compiled model for a training.
 
     But in float64 on JAX and torch the gradients of a training are the backend's own, not of a model: Keras' operations there
     take float64 through float32 (https://github.com/keras-team/keras/issues/23704).
     """
 
-    def __init__(self, kind: str, params: Sequence[np.ndarray], *, lr: Any, **hyper: float) -> None:
-        if "weight_decay" in hyper:
+    def __init__(self, kind: str, params: Sequence[np.ndarray], **options: Any) -> None:
+        if "weight_decay" in options:
             # As float64: the base class takes a Python float through float32 on TensorFlow.
-            hyper["weight_decay"] = np.float64(hyper["weight_decay"])
-        self.optimizer = make(kind, **hyper)
-        self.params = params
-        self.lr = None if lr is None else of_steps(lr, 0.0)
-        self.count = 0
-        self.variables: list[Any] = []
-        self.model: Any = None
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        self.build()
-        self.optimizer.learning_rate = self.lr(self.count)
-        self.count += 1
-        self.optimizer.apply(tensors(grads), self.variables)
-
-    def build(self) -> None:
-        if not self.variables:
-            self.variables = variables_of(self.params)
-            self.optimizer.build(self.variables)
+            options["weight_decay"] = np.float64(options["weight_decay"])
+        super().__init__(KerasDriver, backend_gradients(), kind, params, **options)
+        self.kind, self.model = kind, None
 
     def train(self, x: np.ndarray, y: np.ndarray) -> None:
         if x.dtype == np.float64 and BACKEND != "tensorflow":
-            self.build()
-            values = [keras.ops.convert_to_tensor(each) for each in self.variables]
-            self.optimizer.apply(list(backend_gradients()(values, x, y)), self.variables)
+            values = [keras.ops.convert_to_tensor(each) for each in self.driver.params]
+            self.driver.apply(list(self.gradients(values, x, y)))
             return
         if self.model is None:
             # Told, for Keras' default policy keeps the first float type that it saw.
@@ -80,19 +66,15 @@ class KerasRunner:
             hidden = keras.layers.Dense(32, activation="tanh", dtype=dtype, name="hidden")
             head = keras.layers.Dense(10, dtype=dtype, name="head")
             self.model = keras.Sequential([keras.layers.Input((64,), dtype=dtype), hidden, head])
-            self.model.set_weights(self.params)
+            self.model.set_weights([each["param"] for each in super().read()])
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype=dtype)
-            self.model.compile(optimizer=self.optimizer, loss=loss)
+            self.model.compile(optimizer=make(self.kind), loss=loss)
         self.model.train_on_batch(x, y)
 
     def read(self) -> Snapshot:
         if self.model is None:
-            return read(self.optimizer, self.variables)
+            return super().read()
         return [{"param": to_numpy(weight)} for weight in self.model.trainable_variables]
-
-    def posterior(self) -> Snapshot:
-        known = map(self.optimizer.posterior, self.variables)
-        return [{name: to_numpy(tensor) for name, tensor in each._asdict().items()} for each in known]
 
 
 def array(values: np.ndarray) -> Any:

@@ -11,11 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from drivers.mlx_driver import to_mlx
-from matrix.core_runner import RULES, CoreRunner, Library
-from matrix.experiments import LR, Snapshot
-
-import vsgd.mlx
+from drivers.mlx_driver import MlxDriver, to_mlx
+from matrix.adapter_runner import AdapterRunner
+from matrix.core_runner import CoreRunner, Library
 
 
 def _loss(params: Sequence[mx.array], x: mx.array, y: mx.array) -> mx.array:
@@ -31,42 +29,9 @@ def gradients(params: Sequence[mx.array], x: np.ndarray, y: np.ndarray) -> Seque
     return mx.grad(_loss)(params, to_mlx(x), to_mlx(y))
 
 
-class MlxRunner:
-    """The MLX adapter, with step sizes as a schedule."""
-
-    def __init__(self, kind: str, params: Sequence[np.ndarray], *, lr: Any, compiled: bool, **hyper: float) -> None:
-        self.names = RULES[kind].state_names
-        rates = to_mlx(np.asarray(LR if lr is None else lr, params[0].dtype))
-        self.optimizer = getattr(vsgd.mlx, kind)(rates if lr is None else lambda step: rates[step], **hyper)
-        self.tree = {"params": [to_mlx(param) for param in params]}
-        self.optimizer.init(self.tree)
-        held = [self.tree, self.optimizer.state]
-        self.take_step = mx.compile(self._step, held, held) if compiled else self._step
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        self.take_step([to_mlx(grad) for grad in grads])
-
-    def train(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.take_step(gradients(self.tree["params"], x, y))
-
-    def _step(self, grads: Sequence[mx.array]) -> None:
-        self.tree.update(self.optimizer.apply_gradients({"params": grads}, self.tree))
-
-    def _states(self) -> list[dict[str, mx.array]]:
-        return self.optimizer.state["params"]
-
-    def read(self) -> Snapshot:
-        named = ({"param": param, **state} for param, state in zip(self.tree["params"], self._states(), strict=True))
-        return [{name: np.array(array) for name, array in each.items()} for each in named]
-
-    def posterior(self) -> Snapshot:
-        known = map(self.optimizer.posterior, self._states())
-        return [{name: np.array(array) for name, array in each._asdict().items()} for each in known]
-
-
 RUNNERS = {
-    "mlx": partial(MlxRunner, compiled=False),
-    "mlx-compiled": partial(MlxRunner, compiled=True),
+    "mlx": partial(AdapterRunner, MlxDriver, gradients),
+    "mlx-compiled": partial(AdapterRunner, partial(MlxDriver, compiled=True), gradients),
     "core-mlx": partial(CoreRunner, Library(mx, to_mlx, np.array, gradients)),
 }
 

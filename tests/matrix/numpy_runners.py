@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from matrix.core_runner import RULES, CoreRunner, Library
-from matrix.experiments import Snapshot, of_steps
-
-import vsgd.numpy
+from drivers.numpy_driver import NumpyDriver
+from matrix.adapter_runner import AdapterRunner
+from matrix.core_runner import CoreRunner, Library
 
 
 def gradients(params: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
@@ -27,33 +26,8 @@ def gradients(params: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray) -> lis
     return [x.T @ of_hidden, of_hidden.sum(axis=0), hidden.T @ of_logits, of_logits.sum(axis=0)]
 
 
-class NumpyRunner:
-    """The NumPy adapter."""
-
-    def __init__(self, kind: str, params: Sequence[np.ndarray], *, lr: Any, **hyper: float) -> None:
-        self.names = RULES[kind].state_names
-        self.params = [param.copy() for param in params]
-        self.optimizer = getattr(vsgd.numpy, kind)(self.params, **hyper)
-        self.lr, self.count = of_steps(lr, self.optimizer.lr), 0
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        self.optimizer.lr = self.lr(self.count)
-        self.count += 1
-        self.optimizer.step(grads)
-
-    def train(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.step(gradients(self.params, x, y))
-
-    def read(self) -> Snapshot:
-        states = zip(self.params, self.optimizer.state, strict=True)
-        return [{"param": param.copy(), **{name: state[name].copy() for name in self.names}} for param, state in states]
-
-    def posterior(self) -> Snapshot:
-        return [self.optimizer.posterior(index)._asdict() for index in range(len(self.params))]
-
-
 RUNNERS = {
-    "numpy": NumpyRunner,
+    "numpy": partial(AdapterRunner, NumpyDriver, gradients),
     "core-numpy": partial(CoreRunner, Library(np, np.array, np.array, gradients)),
 }
 

@@ -26,7 +26,7 @@ from matrix.experiments import (
     trained,
     training,
 )
-from matrix.numpy_runners import NumpyRunner
+from matrix.numpy_runners import RUNNERS as NUMPY
 
 from vsgd.posterior import Posterior
 
@@ -52,7 +52,7 @@ def reference(experiment: str) -> Run:
     chosen = EXPERIMENTS[experiment]
     if chosen.case is not None and chosen.hyper is None:
         return golden(chosen.case).after
-    return run(NumpyRunner, chosen, "float64", training() if chosen.case is None else None)
+    return run(NUMPY["numpy"], chosen, "float64", training() if chosen.case is None else None)
 
 
 def compared(experiment: Experiment) -> set[str]:
@@ -100,7 +100,7 @@ def test_the_bound_is_ten_roundings(experiment: str, dtype: str) -> None:
         rng = np.random.default_rng(seed)
         ends = [np.where(rng.random(param.shape) < 0.5, exact(-np.inf), exact(np.inf)) for param in data.params0]
         moved = [np.nextafter(param.astype(dtype), end) for param, end in zip(data.params0, ends, strict=True)]
-        one, other = (trained(NumpyRunner, kind, data._replace(params0=params), dtype) for params in (data.params0, moved))
+        one, other = (trained(NUMPY["numpy"], kind, data._replace(params0=params), dtype) for params in (data.params0, moved))
         drifts.append(deviation(one, other, axis=None).error)
     bound = TOLERANCE["training"][dtype]
     assert max(drifts) < bound / 5

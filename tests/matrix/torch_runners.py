@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from matrix.core_runner import RULES, CoreRunner, Library
-from matrix.experiments import Snapshot, of_steps
+from drivers.torch_driver import TorchDriver, to_numpy
+from matrix.adapter_runner import AdapterRunner
+from matrix.core_runner import CoreRunner, Library
 
-import vsgd.torch
 from vsgd.backends.torch import foreach
 
 _device = torch.device("cpu")
@@ -31,61 +31,9 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy()).to(_device)
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy().copy()
-
-
-class TorchRunner:
-    """The torch adapter with these flags."""
-
-    def __init__(
-        self,
-        kind: str,
-        params: Sequence[np.ndarray],
-        *,
-        lr: Any,
-        compiled: bool = False,
-        flags: dict[str, bool],
-        **hyper: float,
-    ) -> None:
-        self.names = RULES[kind].state_names
-        # Autograd refuses a differentiable step on a leaf that it tracks.
-        tracked = not flags.get("differentiable")
-        self.params = [torch.nn.Parameter(from_numpy(param), tracked) for param in params]
-        self.optimizer = getattr(vsgd.torch, kind)(self.params, **hyper, **flags)
-        self.group = self.optimizer.param_groups[0]
-        self.lr, self.count = of_steps(lr, self.group["lr"]), 0
-        self.take_step = self.optimizer.step
-        if compiled:
-            # As a tensor, for the compiler takes a number for a constant of the function.
-            self.group["lr"] = torch.zeros((), dtype=torch.float64, device=_device)
-            torch.compiler.reset()
-            self.take_step = torch.compile(self.take_step)
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        self._step([from_numpy(grad) for grad in grads])
-
-    def train(self, x: np.ndarray, y: np.ndarray) -> None:
-        self._step(gradients(self.params, x, y))
-
-    def _step(self, grads: Sequence[torch.Tensor]) -> None:
-        lr = self.lr(self.count)
-        self.count += 1
-        if isinstance(self.group["lr"], torch.Tensor):
-            self.group["lr"].fill_(lr)
-        else:
-            self.group["lr"] = lr
-        for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad
-        self.take_step()
-
-    def read(self) -> Snapshot:
-        named = ({"param": param, **self.optimizer.state[param]} for param in self.params)
-        return [{name: to_numpy(tensors[name]) for name in ("param", *self.names)} for tensors in named]
-
-    def posterior(self) -> Snapshot:
-        known = map(self.optimizer.posterior, self.params)
-        return [{name: to_numpy(tensor) for name, tensor in each._asdict().items()} for each in known]
+def drive(*arguments: Any, **options: Any) -> TorchDriver:
+    """Make a driver where the scope says."""
+    return TorchDriver(*arguments, device=_device, **options)
 
 
 _TENSORS = Library(torch, from_numpy, to_numpy, gradients)
@@ -94,15 +42,16 @@ _LISTS = _TENSORS._replace(
     pack=lambda tensors: [foreach.TensorList(tensors)],
     unpack=lambda lists: lists[0].tensors,
 )
+_runner = partial(AdapterRunner, drive, gradients)
 RUNNERS = {
-    "torch-loop": partial(TorchRunner, flags={"foreach": False, "fused": False}),
-    "torch-foreach": partial(TorchRunner, flags={"foreach": True}),
-    "torch-fused": partial(TorchRunner, flags={"fused": True}),
-    "torch-triton": partial(TorchRunner, flags={"fused": True}),
-    "torch-triton-capturable": partial(TorchRunner, flags={"fused": True, "capturable": True}),
-    "torch-differentiable": partial(TorchRunner, flags={"differentiable": True}),
-    "torch-compiled": partial(TorchRunner, flags={}, compiled=True),
-    "torch-compiled-foreach": partial(TorchRunner, flags={"foreach": True, "capturable": True}, compiled=True),
+    "torch-loop": partial(_runner, foreach=False, fused=False),
+    "torch-foreach": partial(_runner, foreach=True),
+    "torch-fused": partial(_runner, fused=True),
+    "torch-triton": partial(_runner, fused=True),
+    "torch-triton-capturable": partial(_runner, fused=True, capturable=True),
+    "torch-differentiable": partial(_runner, differentiable=True),
+    "torch-compiled": partial(_runner, compiled=True),
+    "torch-compiled-foreach": partial(_runner, foreach=True, capturable=True, compiled=True),
     "core-torch": partial(CoreRunner, _TENSORS),
     "core-torch-lists": partial(CoreRunner, _LISTS),
 }

@@ -11,7 +11,8 @@ from functools import partial
 
 import triton
 from matrix import torch_runners
-from matrix.torch_runners import TorchRunner, scope
+from matrix.adapter_runner import AdapterRunner
+from matrix.torch_runners import drive, gradients, scope
 
 from vsgd.backends.torch import dispatch, loop
 
@@ -21,7 +22,7 @@ dispatch.FUSED["cpu"] = dispatch.FUSED["cuda"]
 # So that no step is taken by another engine.
 loop.Loop.accepts = lambda *_: False
 
-RUNNERS = {"torch-triton-interpreted": partial(TorchRunner, flags={"fused": True})}
+RUNNERS = {"torch-triton-interpreted": partial(AdapterRunner, drive, gradients, fused=True)}
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -38,14 +37,6 @@ def floatx_of(name: str, precision: str) -> AbstractContextManager[None]:
     from adapters.keras.keras_problems import floatx
 
     return floatx(precision)
-
-
-def engine_of(name: str) -> Callable[..., Any]:
-    if name == "keras":
-        from adapters.keras.keras_problems import keras_engine
-
-        return keras_engine
-    return functools.partial(start, name)
 
 
 def live() -> dict[str, int]:
@@ -103,7 +94,7 @@ def trajectory(step: Any, read: Any, dtype: Any, begin: np.ndarray) -> Iterator[
 
 
 def soak(name: str, dtype: Any, param: np.ndarray) -> dict[str, np.ndarray]:
-    step, read = engine_of(name)("VSGD", [param.astype(dtype)], lr=LR)
+    step, read = start(name, "VSGD", [param.astype(dtype)], lr=LR)
     states = trajectory(step, read, dtype, START)
     next(states)
     before = live(), compiled(), resident()

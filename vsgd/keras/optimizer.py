@@ -54,8 +54,11 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         return [_KERAS_NAMES.get(name, name) for name in cls._plain_rule.hyperparameters._fields]
 
     def _select_hyperparameters(self) -> Any:
-        fields = self._rule.hyperparameters._fields
-        return self._rule.select_hyperparameters({name: getattr(self, _KERAS_NAMES.get(name, name)) for name in fields})
+        options = {name: getattr(self, _KERAS_NAMES.get(name, name)) for name in self._rule.hyperparameters._fields}
+        # The backends would take an integer for one of 32 bits.
+        return self._rule.select_hyperparameters(
+            {name: float(value) if isinstance(value, int) else value for name, value in options.items()}
+        )
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, from which `from_config` makes an equal optimizer."""

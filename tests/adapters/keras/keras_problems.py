@@ -86,17 +86,6 @@ def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
     pytest.skip("torch.compile has its test in test_keras_training.py")
 
 
-def keras_engine(kind: str, params: Sequence[np.ndarray], **hyper: Any) -> Any:
-    """The adapter as the engines of `engines.py` are."""
-    variables = variables_of(params)
-    optimizer = make(kind, **hyper)
-
-    def step(grads: Sequence[np.ndarray | None]) -> None:
-        optimizer.apply(tensors(grads), variables)
-
-    return step, lambda: read(optimizer, variables)
-
-
 # Variables of many shapes, and gradients of theirs.
 _shapes = ((), (3,), (2, 1, 3), (0,))
 _draw = np.random.default_rng(3).standard_normal

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drivers import start
 from drivers.trajectories import Golden, assert_follows, golden, stack
 
 keras = pytest.importorskip("keras")
@@ -22,7 +23,6 @@ from adapters.keras.keras_problems import (  # noqa: E402
     assert_equal_runs,
     floatx,
     jitted_apply,
-    keras_engine,
     make,
     numpy_run,
     read,
@@ -30,7 +30,6 @@ from adapters.keras.keras_problems import (  # noqa: E402
     to_numpy,
     variables_of,
 )
-from contract.test_extremes import GRADIENTS, assert_sound  # noqa: E402
 from drivers.rules import RULES  # noqa: E402
 
 import vsgd.numpy  # noqa: E402
@@ -101,7 +100,7 @@ HYPER: dict[str, dict[str, float]] = {
 @dtypes
 def test_variables_of_many_shapes_in_one_apply_equal_numpy(kind: str, dtype: str) -> None:
     with floatx(dtype):
-        step, state = keras_engine(kind, as_dtype(PARAMS, dtype), **HYPER[kind])
+        step, state = start("keras", kind, as_dtype(PARAMS, dtype), **HYPER[kind])
         for grads in GRADS:
             step(as_dtype(grads, dtype))
         assert_equal_runs(state(), numpy_run(kind, PARAMS, GRADS, **HYPER[kind]), {"float64": 1e-12, "float32": 1e-5}[dtype])
@@ -119,55 +118,6 @@ def test_the_defaults_are_the_other_adapters(kind: str) -> None:
         if name not in ("params", "weight_decay"):
             assert ours[name] == parameter.default
     assert ours["weight_decay"] is None
-
-
-@kinds
-@pytest.mark.parametrize("gradients", GRADIENTS)
-def test_state_stays_finite_and_positive_in_float32(kind: str, gradients: str) -> None:
-    step, state = keras_engine(kind, [np.ones(9, np.float32)])
-    for grad in GRADIENTS[gradients].astype(np.float32):
-        step([grad])
-    assert_sound(state(), kind)
-
-
-@kinds
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_shows_in_its_own_element_only(kind: str, bad: float) -> None:
-    start = [np.ones(40, np.float32), np.ones(3, np.float32)]
-    step, state = keras_engine(kind, start)
-    clean_step, clean_state = keras_engine(kind, start)
-    for t in range(3):
-        grad, other = rng.standard_normal(40).astype(np.float32), rng.standard_normal(3).astype(np.float32)
-        clean_step([grad, other])
-        step([np.where((np.arange(40) == 17) & (t == 1), np.float32(bad), grad), other])
-    (hit, spared), (clean, clean_spared) = state(), clean_state()
-    for name, value in hit.items():
-        np.testing.assert_array_equal(np.delete(value, 17), np.delete(clean[name], 17))
-        np.testing.assert_array_equal(spared[name], clean_spared[name])
-    assert not np.isfinite(hit["param"][17])
-
-
-@kinds
-@pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_half_precision_variables_have_float32_state(kind: str, name: str) -> None:
-    half = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name, name))
-    params = [np.asarray([1.0, -2.0, 0.5, 3.0], half)]
-    variables = variables_of(params)
-    optimizer = make(kind, lr=0.02)
-    arrays = [params[0].astype(np.float32)]
-    reference = getattr(vsgd.numpy, kind)(arrays, lr=0.02)
-    for _ in range(20):
-        # Small, so that the rates are less than float16 can hold.
-        grad = (1e-4 * rng.standard_normal(4)).astype(half)
-        optimizer.apply(tensors([grad]), variables)
-        reference.step([grad.astype(np.float32)])
-        arrays[0][...] = arrays[0].astype(half).astype(np.float32)
-    (ours,) = read(optimizer, variables)
-    assert variables[0].dtype == name
-    for state_name in RULES[kind].state_names:
-        assert ours[state_name].dtype == np.float32
-        np.testing.assert_allclose(ours[state_name], reference.state[0][state_name], rtol=1e-5)
-    np.testing.assert_array_equal(ours["param"].astype(np.float32), arrays[0])
 
 
 def test_tf_variables_in_a_gradient_tape_loop() -> None:
@@ -244,8 +194,8 @@ def test_the_rule_sees_sparse_gradients_dense() -> None:
 @kinds
 def test_the_arithmetic_is_in_the_dtype_of_the_state_whatever_the_gradients(kind: str) -> None:
     with allow_float64():
-        step, state = keras_engine(kind, as_dtype(PARAMS[1:], "float32"))
-        wide_step, wide_state = keras_engine(kind, as_dtype(PARAMS[1:], "float32"))
+        step, state = start("keras", kind, as_dtype(PARAMS[1:], "float32"))
+        wide_step, wide_state = start("keras", kind, as_dtype(PARAMS[1:], "float32"))
         for grads in GRADS:
             step(as_dtype(grads[1:], "float32"))
             wide_step(as_dtype(as_dtype(grads[1:], "float32"), "float64"))
@@ -276,26 +226,6 @@ def test_a_bad_argument_is_named(arguments: dict[str, Any], message: str) -> Non
 def test_constant_vsgd_checks_its_own_kappa() -> None:
     with pytest.raises(ValueError, match=r"Invalid kappa value: 2.0 \(kappa must be a number in \(0.5, 1\]\)"):
         ConstantVSGD(kappa=2.0)
-
-
-@kinds
-@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
-def test_a_complex_variable_is_two_real_ones(kind: str, dtype: str) -> None:
-    real = {"complex64": "float32", "complex128": "float64"}[dtype]
-    with floatx(real):
-        param, *grads = (rng.standard_normal((2, 3)).astype(real) for _ in range(6))
-        (variable,) = variables = variables_of([param[0] + 1j * param[1]])
-        assert variable.dtype == dtype
-        optimizer = make(kind, lr=0.125)
-        step, state = keras_engine(kind, list(param), lr=0.125)
-        for grad in grads:
-            optimizer.apply(tensors([grad[0] + 1j * grad[1]]), variables)
-            step(list(grad))
-    (ours,), parts = read(optimizer, variables), state()
-    for name, value in ours.items():
-        assert value.dtype == dtype
-        np.testing.assert_allclose(value.real, parts[0][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
-        np.testing.assert_allclose(value.imag, parts[1][name], rtol={"float32": 1e-6, "float64": 1e-14}[real], err_msg=name)
 
 
 def test_on_tensorflow_the_update_of_a_variable_is_one_compiled_call() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drivers import start
 
 keras = pytest.importorskip("keras")
 
@@ -15,7 +16,6 @@ from adapters.keras.keras_problems import (  # noqa: E402
     as_dtype,
     assert_equal_runs,
     floatx,
-    keras_engine,
     make,
     numpy_run,
     read,
@@ -46,7 +46,7 @@ def test_clipped_gradients_equal_those_clipped_by_hand(clip: dict[str, float]) -
         return [grad * min(1, bound / norm) for grad, norm in zip(grads, norms, strict=True)]
 
     with floatx("float64"):
-        step, state = keras_engine("VSGD", params, **clip)
+        step, state = start("keras", "VSGD", params, **clip)
         for grads in all_grads:
             step(grads)
         expected = numpy_run("VSGD", params, [clipped(grads) for grads in all_grads])
@@ -107,7 +107,7 @@ def test_accumulated_gradients_equal_their_mean(kind: str) -> None:
     params, all_grads = PARAMS[1:3], [grads[1:3] for grads in GRADS]
     means = [[np.mean(grads, axis=0) for grads in zip(*all_grads[i : i + 4], strict=True)] for i in range(0, 12, 4)]
     with floatx("float64"):
-        step, state = keras_engine(kind, params, gradient_accumulation_steps=4)
+        step, state = start("keras", kind, params, gradient_accumulation_steps=4)
         for t, grads in enumerate(all_grads, start=1):
             step(grads)
             assert_equal_runs(state(), numpy_run(kind, params, means[: t // 4]), 1e-12)
@@ -115,8 +115,8 @@ def test_accumulated_gradients_equal_their_mean(kind: str) -> None:
 
 @kinds
 def test_scaled_losses_change_no_bit(kind: str) -> None:
-    step, state = keras_engine(kind, as_dtype(PARAMS[1:], "float32"), loss_scale_factor=1024.0)
-    plain_step, plain_state = keras_engine(kind, as_dtype(PARAMS[1:], "float32"))
+    step, state = start("keras", kind, as_dtype(PARAMS[1:], "float32"), loss_scale_factor=1024.0)
+    plain_step, plain_state = start("keras", kind, as_dtype(PARAMS[1:], "float32"))
     for grads in GRADS:
         plain_step(as_dtype(grads[1:], "float32"))
         step([grad * np.float32(1024) for grad in as_dtype(grads[1:], "float32")])
@@ -129,7 +129,7 @@ def test_scaled_losses_change_no_bit(kind: str) -> None:
 def test_a_variable_without_gradient_is_untouched_and_counts_the_common_steps() -> None:
     params = PARAMS[1:3]
     with floatx("float64"):
-        step, state = keras_engine("VSGD", params)
+        step, state = start("keras", "VSGD", params)
         before = None
         for grads in GRADS[:3]:
             step([grads[1], None])
@@ -179,7 +179,7 @@ def test_without_a_variable_that_is_stepped_there_is_no_noise_scale() -> None:
 @kinds
 def test_stateless_apply_equals_apply(kind: str) -> None:
     params = as_dtype(PARAMS[1:3], "float32")
-    step, state = keras_engine(kind, params)
+    step, state = start("keras", kind, params)
     variables = variables_of(params)
     optimizer = make(kind)
     optimizer.build(variables)

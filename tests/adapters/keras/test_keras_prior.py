@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drivers import start
 
 pytest.importorskip("keras")
 
-from adapters.keras.keras_problems import BACKEND, floatx, keras_engine, make, tensors, to_numpy
+from adapters.keras.keras_problems import BACKEND, floatx, make, tensors, to_numpy
 from keras import ops
 
 import vsgd.numpy
@@ -97,7 +98,7 @@ def test_a_loss_times_a_power_of_two_changes_no_bit(kind: str, dtype: str) -> No
         grads = [[s * grad for grad in batch] for batch in batches]
         strength = prior_strength_from([tensors(batch) for batch in grads])
         hyper = {"lr": 0.1, "prior_strength": strength, "prior_shape": 0.0, "eps": eps}
-        step, read = keras_engine(kind, [np.ones_like(grad) for grad in grads[0]], **hyper)
+        step, read = start("keras", kind, [np.ones_like(grad) for grad in grads[0]], **hyper)
         for batch in 4 * grads:
             step(batch)
         units = {"mu_g": s, "b_g": s * s, "b_ghat": s * s, "b": s * s}

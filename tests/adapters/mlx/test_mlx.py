@@ -38,15 +38,3 @@ def test_a_network_learns_the_digits_and_a_saved_run_goes_on(cls: type, tmp_path
     model.update(weights)
     other.state = utils.tree_unflatten(list(mx.load(str(saved)).items()))
     assert equal(train(other, epochs=1), expected)
-
-
-@classes
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
-def test_half_precision_equals_float32_rounded_after_each_step(cls: type, dtype: Any) -> None:
-    one, other, param = cls(0.1), cls(0.1), {"weight": mx.ones(5, dtype)}
-    for grad in mx.random.normal((4, 5)).astype(dtype):
-        wide = [{"weight": array.astype(mx.float32)} for array in (grad, param["weight"])]
-        param = one.apply_gradients({"weight": grad}, param)
-        assert param["weight"].dtype == dtype
-        assert equal(param["weight"], other.apply_gradients(*wide)["weight"].astype(dtype))
-    assert {array.dtype for array in one.state["weight"].values()} == {mx.float32}

@@ -188,19 +188,6 @@ def test_numpy_numbers_are_numbers(make: Callable[..., Any]) -> None:
 
 
 @transformations
-def test_a_complex_number_is_two_real_ones(make: Callable[..., Any]) -> None:
-    reals, imaginaries = gradients(5, 4), gradients(5, 4)
-    together, state = directions(
-        make(), jnp.ones(4, jnp.complex64), [jax.lax.complex(*pair) for pair in zip(reals, imaginaries, strict=True)]
-    )
-    for part, grads in ((jnp.real, reals), (jnp.imag, imaginaries)):
-        alone, alone_state = directions(make(), jnp.ones(4), grads)
-        assert_same([part(each) for each in together], alone)
-        for name in alone_state._fields[1:-2]:
-            assert_same(part(getattr(state, name)), getattr(alone_state, name))
-
-
-@transformations
 def test_plain_numbers_and_numpy_arrays_are_parameters(make: Callable[..., Any]) -> None:
     params = {"number": 1.0, "array": np.ones(3, np.float32)}
     grads = [{"number": 0.5, "array": np.full(3, 0.5, np.float32)}] * 3

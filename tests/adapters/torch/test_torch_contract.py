@@ -167,22 +167,6 @@ def test_without_gradients_nothing_happens(cls: type, kwargs: dict[str, Any]) ->
     assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
 
 
-@engines
-def test_a_parameter_unfrozen_late_starts_as_new(engine: dict[str, Any]) -> None:
-    (params, _), (fresh, _) = problem(), problem()
-    optimizer = VSGD(params, **engine)
-    for seed in range(8):
-        params[0].grad = randn_like(params, seed)[0]
-        params[1].grad = randn_like(params, seed)[1] if seed >= 5 else None
-        optimizer.step()
-    alone = VSGD([fresh[1]], **engine)
-    for seed in range(5, 8):
-        fresh[1].grad = randn_like(params, seed)[1]
-        alone.step()
-    assert_close(params[1], fresh[1], rtol=0, atol=0)
-    assert optimizer.state[params[1]]["step"] == 3
-
-
 def test_hooks_run_around_the_step_in_order() -> None:
     params, closure = problem()
     calls: list[str] = []

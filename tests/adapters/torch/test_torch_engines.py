@@ -99,22 +99,6 @@ def test_all_engines_agree_on_all_kinds_of_parameters(cls: type, block: int, mon
     assert reference[-1] not in reference_optimizer.state
 
 
-@classes
-@engines
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_equals_float32_rounded_after_each_step(cls: type, engine: dict[str, Any], dtype: torch.dtype) -> None:
-    param, master = nn.Parameter(torch.ones(9, dtype=dtype)), nn.Parameter(torch.ones(9))
-    one, other = cls([param], lr=0.1, **engine), cls([master], lr=0.1, foreach=False)
-    for seed in range(5):
-        (grad,) = randn_like([param], seed)
-        param.grad, master.grad = grad, grad.float()
-        one.step()
-        other.step()
-        master.data = master.data.to(dtype).float()
-        assert_close(param.detach().float(), master.detach(), rtol=0, atol=0)
-    assert all(one.state[param][name].dtype is torch.float32 for name in STATE_NAMES[cls])
-
-
 @pytest.mark.parametrize("hyper", list(itertools.product([0.0, 0.1], [False, True])))
 @classes
 def test_autograd_runs_through_a_differentiable_step(cls: type, hyper: tuple[float, bool]) -> None:

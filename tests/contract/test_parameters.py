@@ -1,0 +1,85 @@
+"""Parameters of all dtypes, and those that have a gradient now and then."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+from drivers import DRIVERS, make_driver
+from drivers.emulation import round_to_nearest
+from drivers.precision import x64
+from drivers.rules import RULES
+
+import vsgd.numpy
+
+drivers = pytest.mark.parametrize("driver", DRIVERS)
+kinds = pytest.mark.parametrize("kind", RULES)
+
+
+def allow_double(driver: str, dtype: str) -> AbstractContextManager[Any]:
+    return x64() if driver.startswith("optax") and dtype == "complex128" else nullcontext()
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@kinds
+@drivers
+def test_a_complex_parameter_is_two_real_ones(driver: str, kind: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    real = {"complex64": np.float32, "complex128": np.float64}[dtype]
+    param, *grads = rng.standard_normal((6, 2, 7, 3)).astype(real)
+    with allow_double(driver, dtype):
+        one = make_driver(driver, kind, [param[0] + 1j * param[1]], promise="complex64", weight_decay=0.125)
+        two = make_driver(driver, kind, list(param), weight_decay=0.125)
+        for grad in grads:
+            one.step([grad[0] + 1j * grad[1]])
+            two.step(list(grad))
+        (ours,), (re, im) = one.read(), two.read()
+    for name, value in ours.items():
+        assert value.dtype == dtype
+        # XLA may contract a product and a sum in one of them and not in the other.
+        rtol = 0 if driver.startswith(("numpy", "torch")) else 4 * np.finfo(real).eps
+        np.testing.assert_allclose(value.real, re[name], rtol=rtol, err_msg=name)
+        np.testing.assert_allclose(value.imag, im[name], rtol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@kinds
+@drivers
+def test_half_precision_is_float32_rounded_after_each_step(driver: str, kind: str, dtype: str) -> None:
+    def to_half(array: np.ndarray) -> np.ndarray:
+        return round_to_nearest(array) if dtype == "bfloat16" else array.astype(np.float16).astype(np.float32)
+
+    half = make_driver(driver, kind, [np.ones(9, np.float32)], dtype, promise=f"{dtype} parameters", lr=0.125)
+    reference = [np.ones(9, np.float32)]
+    optimizer = getattr(vsgd.numpy, kind)(reference, lr=0.125)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        # Small, so that the rates are less than float16 can hold.
+        grad = to_half(1e-4 * rng.standard_normal(9).astype(np.float32))
+        half.step([grad])
+        optimizer.step([grad])
+        reference[0][...] = to_half(reference[0])
+        (ours,) = half.read()
+        np.testing.assert_array_equal(ours.pop("param").astype(np.float32), reference[0])
+    for name, value in ours.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, optimizer.state[0][name], rtol=1e-5, err_msg=name)
+
+
+@kinds
+@drivers
+def test_a_parameter_without_gradient_is_left_alone_and_starts_as_new(driver: str, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    params = [rng.standard_normal(3).astype(np.float32), rng.standard_normal((2, 5)).astype(np.float32)]
+    one = make_driver(driver, kind, params, promise="counts of their own", weight_decay=0.125)
+    alone = make_driver(driver, kind, params[1:], weight_decay=0.125)
+    for t in range(8):
+        first, late = (rng.standard_normal(param.shape).astype(np.float32) for param in params)
+        one.step([first, late if t >= 5 else None])
+        if t >= 5:
+            alone.step([late])
+    (_, ours), (theirs,) = one.read(), alone.read()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
