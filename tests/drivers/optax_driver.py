@@ -92,7 +92,8 @@ class OptaxDriver:
         path.write_bytes(pickle.dumps(jax.tree.map(np.asarray, (self.params, self.state))))
 
     def load(self, path: Path) -> None:
-        self.params, self.state = jax.tree.map(jnp.asarray, pickle.loads(path.read_bytes()))
+        with x64(self.double):
+            self.params, self.state = jax.tree.map(jnp.asarray, pickle.loads(path.read_bytes()))
 
 
 def _to_numpy(array: jax.Array) -> np.ndarray:

@@ -61,7 +61,7 @@ class KerasRunner(AdapterRunner):
             self.driver.apply(list(self.gradients(values, x, y)))
             return
         if self.model is None:
-            # Told, for Keras' default policy keeps the first float type that it saw.
+            # Given, because Keras' default policy keeps the first float type that it saw.
             dtype = x.dtype.name
             hidden = keras.layers.Dense(32, activation="tanh", dtype=dtype, name="hidden")
             head = keras.layers.Dense(10, dtype=dtype, name="head")

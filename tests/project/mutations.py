@@ -1,4 +1,4 @@
-"""Break lines of `vsgd/` chosen at random, one at a time, and tell which the tests notice.
+"""Break lines of `vsgd/` chosen at random, one at a time, and print which ones the tests notice.
 
     python tests/project/mutations.py --seed 0 --lines 10 -- -m "not slow" tests/core tests/contract
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vsgd import rounding
 from vsgd.backends.torch.foreach import Foreach
-from vsgd.backends.torch.leaves import Engine, Leaf, StepOptions, make_leaf
+from vsgd.backends.torch.leaves import Engine, Leaf, Plan, StepOptions, make_leaf
 from vsgd.backends.torch.loop import Loop
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -163,7 +163,7 @@ class Collected(NamedTuple):
 
 
 class _Planned(NamedTuple):
-    plan: Any
+    plan: Plan
     rounding: tuple[bool, int]  # the options that decide the leaves' noise
 
 
