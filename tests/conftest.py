@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in here if find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"--require: not installed: {', '.join(missing)}")
+    # Processes share what XLA compiles, in a run and in the next ones; numba and inductor do so by themselves.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
