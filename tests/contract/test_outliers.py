@@ -1,4 +1,4 @@
-"""Gradients that are cut to what the state predicts."""
+"""Gradients beyond what the state predicts are cut, and believed if they last."""
 
 from __future__ import annotations
 
@@ -38,35 +38,65 @@ def run(engine: str, kind: str, grads: list[np.ndarray], **hyper: Any) -> dict[s
 def test_without_outliers_nothing_changes(engine: str, kind: str) -> None:
     plain = run(engine, kind, gradients(30))
     guarded = run(engine, kind, gradients(30), outlier_threshold=1e6)
-    for name in plain:
-        np.testing.assert_array_equal(guarded[name], plain[name])
+    # XLA contracts other products in another program.
+    ulps = 4 if engine.endswith("jit") else 0
+    for name, values in plain.items():
+        tolerance = ulps * np.finfo(np.float32).eps * np.abs(values).max()
+        np.testing.assert_allclose(guarded[name], values, rtol=0, atol=tolerance)
 
 
 @engines
-def test_one_corrupted_batch_ruins_b_without_it_and_not_with_it(engine: str) -> None:
-    grads, corrupted = gradients(600), 200
-    clean = run(engine, "VSGD", grads)["b_ghat"]
+@pytest.mark.parametrize("corrupted", [0, 3, 200])
+def test_one_corrupted_batch_ruins_the_noise_estimate_without_it_and_not_with_it(engine: str, corrupted: int) -> None:
+    clean = run(engine, "VSGD", gradients(600))["b_ghat"]
     after = gradients(600, corrupted)
     ruined = run(engine, "VSGD", after)["b_ghat"]
     kept = run(engine, "VSGD", after, outlier_threshold=5.0)["b_ghat"]
-    # 400 steps later the noise is still thought a thousand times as large.
+    # At the end of the run the estimate is still a thousand times too high.
     assert np.median(ruined / clean) > 1e3
-    assert np.median(kept / clean) == pytest.approx(1.0, abs=0.1)
+    assert np.median(kept / clean) == pytest.approx(1.0, abs=0.12)
 
 
 @engines
 @kinds
-def test_what_is_cut_is_cut_to_the_limit(engine: str, kind: str) -> None:
-    rule = RULES[kind]
-    before = run(engine, kind, gradients(20), outlier_threshold=3.0)
-    state = tuple(before[name] for name in rule.state_names)
-    limit = 3.0 * np.sqrt(predict_variance(state, rule.variance_scales(rule.hyperparameters())))
+def test_what_is_cut_widens_the_rates_and_is_cut_to_the_widened_limit(engine: str, kind: str) -> None:
+    rule, threshold = RULES[kind], 3.0
+    hyper = rule.hyperparameters()
+    before = run(engine, kind, gradients(20), outlier_threshold=threshold)
+    mu_g, *rates = state = tuple(before[name].astype(np.float64) for name in rule.state_names)
+    scales = rule.variance_scales(hyper)
+    widening = 1.1 + threshold**2 * 21.0 ** -hyper[rule.hyperparameters._fields.index("eps") - 1]
+    limit = threshold * np.sqrt(widening * predict_variance(state, scales))
+    drift, noise = rates[0] * scales[0], rates[-1] * scales[1]
     for sign in (-1.0, 1.0):
-        far = np.full(SIZE, sign * np.inf, np.float32)
-        at_the_limit = (before["mu_g"] + sign * limit).astype(np.float32)
-        ends = [run(engine, kind, [*gradients(20), grad], outlier_threshold=3.0) for grad in (far, at_the_limit)]
-        for name in rule.state_names:
-            np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-5)
+        after = run(engine, kind, [*gradients(20), np.full(SIZE, sign * np.inf, np.float32)], outlier_threshold=threshold)
+        np.testing.assert_allclose(after["mu_g"], mu_g + sign * limit * drift / (drift + noise), rtol=1e-5, atol=1e-7)
+        for name, rate in zip(rule.state_names[1:], rates, strict=True):
+            np.testing.assert_allclose(after[name], rate * widening, rtol=1e-5)
+
+
+@engines
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_it_converges_where_gradients_dwarf_the_prior(engine: str, noise: float) -> None:
+    rng, param = np.random.default_rng(0), np.full(16, 10.0, np.float32)
+    step, read = start(engine, "VSGD", [param], lr=0.02, outlier_threshold=5.0)
+    for _ in range(2000):
+        step([(2 * (param + 1) + noise * rng.standard_normal(16)).astype(np.float32)])
+        param = read()[0]["param"]
+    assert np.abs(param + 1).mean() < 0.2
+
+
+@engines
+@kinds
+def test_gradients_that_grow_tenfold_for_good_are_believed_within_50_steps(engine: str, kind: str) -> None:
+    grads = gradients(250)
+    for grad in grads[200:]:
+        grad *= 10
+    plain, guarded = run(engine, kind, grads), run(engine, kind, grads, outlier_threshold=5.0)
+    noise = RULES[kind].state_names[-1]
+    # Of a noise a hundred times as large.
+    assert 0.9 < np.median(guarded[noise] / plain[noise]) < 2
+    assert guarded["mu_g"].mean() > 0.9 * plain["mu_g"].mean()
 
 
 @engines
