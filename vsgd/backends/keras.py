@@ -65,6 +65,16 @@ class Scalars(NamedTuple):
     step: Any
 
 
+def convert_gradient(grad: Any) -> Any:
+    """Return a gradient as a tensor, or as `tf.IndexedSlices` with a shape; None stays None."""
+    if getattr(grad, "dense_shape", None) is not None:
+        # TensorFlow finds the shape only if a tensor holds it.
+        return type(grad)(grad.values, grad.indices, ops.convert_to_tensor(grad.dense_shape))
+    if hasattr(grad, "todense"):
+        return grad.todense()
+    return grad if grad is None or ops.is_tensor(grad) else ops.convert_to_tensor(grad)
+
+
 def choose_state_dtype(variable: Any, state_dtype: str) -> str:
     """Return the dtype of a variable's state.
 

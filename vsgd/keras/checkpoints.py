@@ -8,12 +8,15 @@ from typing import Any
 import keras
 from keras import ops
 
+from vsgd.backends.keras import split_complex
 
-def assign_all(variables: Sequence[Any], argument: str, values: Sequence[Any]) -> None:
+
+def assign_all(variables: Sequence[Any], positive: Sequence[Any], argument: str, values: Sequence[Any]) -> None:
     """Assign a value to each variable, or to none.
 
     Args:
         variables: the optimizer's variables.
+        positive: those whose values are above zero.
         argument: the name of the values in errors.
         values: arrays, one for each variable.
 
@@ -22,6 +25,10 @@ def assign_all(variables: Sequence[Any], argument: str, values: Sequence[Any]) -
     """
     pairs = list(zip(variables, values, strict=True))
     arrays = [_convert(f"{argument}[{number}]", variable, value) for number, (variable, value) in enumerate(pairs)]
+    checked = {*map(id, positive)}
+    for number, (variable, array) in enumerate(zip(variables, arrays, strict=True)):
+        if id(variable) in checked and any(bool(ops.any(part <= 0)) for part in split_complex(array)):
+            raise ValueError(f"{argument}[{number}] has numbers <= 0, but {variable.path} must be above zero")
     for variable, array in zip(variables, arrays, strict=True):
         variable.assign(array)
 
@@ -39,6 +46,17 @@ def _convert(name: str, variable: Any, value: Any) -> Any:
     if not any(word in array.dtype.name for word in ("float", "int", *(["complex"] if is_complex else []))):
         raise ValueError(f"{name} is of {array.dtype}, but must be of numbers that fit {variable.path} of {variable.dtype}")
     return ops.convert_to_tensor(array, dtype=variable.dtype)
+
+
+def check_dtype(variable: Any) -> None:
+    """Check that a variable has floating or complex numbers: others would be cut to integers at each step.
+
+    Raises:
+        ValueError: it has other numbers.
+    """
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    if not dtype.startswith(("float", "bfloat", "complex")):
+        raise ValueError(f"variable {get_name(variable)} is of {dtype}, but must be of floating or complex numbers")
 
 
 def check_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from keras import ops
 from vsgd import core, rounding
 from vsgd.backends import keras as backend
 from vsgd.backends.keras import Scalars
-from vsgd.keras.checkpoints import assign_all, check_shapes
+from vsgd.keras.checkpoints import assign_all, check_dtype, check_shapes
 from vsgd.keras.posterior import PosteriorMixin
 from vsgd.outliers import choose_rule
 from vsgd.validation import validate_flags, validate_numbers, validate_state_dtype
@@ -43,6 +43,8 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         for name, value in (("weight_decay", arguments["weight_decay"]), ("outlier_threshold", options["outlier_threshold"])):
             if value is not None:
                 validate_numbers(**{name: value})
+        if isinstance(arguments["weight_decay"], int):
+            arguments["weight_decay"] = float(arguments["weight_decay"])  # TensorFlow takes an integer for one of 32 bits
         super().__init__(**arguments)
         self._rule = choose_rule(self._plain_rule, options["outlier_threshold"])
         options["seed"] = int(options["seed"])  # the configuration cannot hold NumPy's integers
@@ -54,11 +56,8 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         return [_KERAS_NAMES.get(name, name) for name in cls._plain_rule.hyperparameters._fields]
 
     def _select_hyperparameters(self) -> Any:
-        options = {name: getattr(self, _KERAS_NAMES.get(name, name)) for name in self._rule.hyperparameters._fields}
-        # The backends would take an integer for one of 32 bits.
-        return self._rule.select_hyperparameters(
-            {name: float(value) if isinstance(value, int) else value for name, value in options.items()}
-        )
+        names = self._rule.hyperparameters._fields
+        return self._rule.select_hyperparameters({name: getattr(self, _KERAS_NAMES.get(name, name)) for name in names})
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, from which `from_config` makes an equal optimizer."""
@@ -70,9 +69,14 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
 
         Args:
             variables: the variables that the optimizer will update.
+
+        Raises:
+            ValueError: a variable has neither floating nor complex numbers. Nothing has changed.
         """
         if self.built:
             return
+        for variable in variables:
+            check_dtype(variable)
         super().build(variables)
         values = self._rule.initial_state(self._select_hyperparameters())
         initial = dict(zip(self._rule.state_names, values, strict=True))
@@ -131,7 +135,8 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         """Take one step as the base class does, but refuse gradients of other shapes, which would broadcast.
 
         Args:
-            grads: for each variable a gradient of its shape, or None to leave the variable as it is.
+            grads: for each variable a gradient of its shape, or None to leave the variable as it is. Nested lists,
+                `tf.IndexedSlices` and JAX's sparse arrays are gradients, too.
             trainable_variables: the variables; None: those that the optimizer was built with.
 
         Raises:
@@ -139,6 +144,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
                 changed.
         """
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        grads = [backend.convert_gradient(grad) for grad in grads]
         check_shapes(grads, variables)
         super().apply(grads, trainable_variables if trainable_variables is None else variables)
 
@@ -195,7 +201,8 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Load arrays that `save_own_variables` saved: all of them or none.
 
-        As in Keras, a store with another number of arrays is not loaded, with a warning. Values are not checked.
+        As in Keras, a store with another number of arrays is not loaded, with a warning. Adam's state has as many arrays as
+        Constant VSGD's: it is refused if a second moment is zero, and loaded otherwise.
 
         Args:
             store: arrays by "0", "1", ... in the order of `variables`.
@@ -211,7 +218,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         if missing:
             raise ValueError(f"store lacks {', '.join(missing)}, but must have arrays for all variables, named by number")
         # All are read before one is assigned, because a damaged file may fail at any array.
-        assign_all(self.variables, "store", [store[name] for name in names])
+        assign_all(self.variables, self._list_rates(), "store", [store[name] for name in names])
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set the values of all variables, or of none.
@@ -226,4 +233,8 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
             super().set_weights(weights)  # raises the base class's error
         if len(weights) != len(self.variables):
             raise ValueError(f"weights has {len(weights)} arrays, but the optimizer has {len(self.variables)} variables")
-        assign_all(self.variables, "weights", weights)
+        assign_all(self.variables, self._list_rates(), "weights", weights)
+
+    def _list_rates(self) -> list[Any]:
+        """Return the state arrays after `mu_g`: the prior keeps them above zero."""
+        return [array for states in self._states if states for array in states[1:]]
