@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 from vsgd.ops import Array, ArrayOps
@@ -64,8 +65,12 @@ class Rule:
     variance_scales: Callable[[Any], tuple[Any, Any]]
 
     def select_hyperparameters(self, options: Mapping[str, Any]) -> Any:
-        """Return the rule's hyperparameters from a mapping that holds at least these."""
-        return self.hyperparameters(*(options[name] for name in self.hyperparameters._fields))
+        """Return the rule's hyperparameters from a mapping that holds at least these.
+
+        Numbers become Python floats: NumPy's would compute in their own precision, and backends take an integer as 32 bits.
+        """
+        values = (options[name] for name in self.hyperparameters._fields)
+        return self.hyperparameters(*(float(value) if isinstance(value, Real) else value for value in values))
 
 
 def descend(param: Array, direction: Array, lr: Array, decay: Array) -> Any:

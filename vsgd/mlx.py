@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 try:
@@ -30,12 +31,14 @@ class _RuleOptimizer(Optimizer):
     def __init__(self, learning_rate: LearningRate, weight_decay: float, **options: Any) -> None:
         super().__init__()
         self._rule = choose_rule(self._plain_rule, options["outlier_threshold"])
-        self.hyper = self._rule.select_hyperparameters(options)
         if not callable(learning_rate):
-            validate_numbers(learning_rate=learning_rate)
-        validate_numbers(weight_decay=weight_decay, **self.hyper._asdict())
-        self.weight_decay = weight_decay
-        self._maybe_schedule("learning_rate", learning_rate)
+            validate_numbers(mx.array, learning_rate=learning_rate)
+        names = self._rule.hyperparameters._fields
+        validate_numbers(weight_decay=weight_decay, **{name: options[name] for name in names})
+        self.hyper = self._rule.select_hyperparameters(options)
+        self.weight_decay = float(weight_decay)
+        # MLX takes an integer for one of 64 bits.
+        self._maybe_schedule("learning_rate", float(learning_rate) if isinstance(learning_rate, Real) else learning_rate)
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
         """Create the state of one parameter."""

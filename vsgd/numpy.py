@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,15 +39,14 @@ class _RuleOptimizer:
 
     def __init__(self, params: Iterable[np.ndarray], lr: float, weight_decay: float, **options: Any) -> None:
         self._rule = choose_rule(self._plain_rule, options["outlier_threshold"])
-        hyper = self._rule.select_hyperparameters(options)
-        validate_numbers(lr=lr, weight_decay=weight_decay, **hyper._asdict())
+        names = self._rule.hyperparameters._fields
+        validate_numbers(lr=lr, weight_decay=weight_decay, **{name: options[name] for name in names})
         if not isinstance(params, Iterable):
             raise ValueError(f"params is {type(params).__name__}, but must be a list of arrays")
         self.params = [_check_param(index, param) for index, param in enumerate(params)]
         self.lr = lr
         self.weight_decay = weight_decay
-        # Python floats: a power of NumPy's integers fails, and NumPy's float64 would widen the arithmetic.
-        self.hyper = type(hyper)(*(float(value) if isinstance(value, Real) else value for value in hyper))
+        self.hyper = self._rule.select_hyperparameters(options)
         self.state = [self._make_state(param) for param in self.params]
 
     def _make_state(self, param: np.ndarray) -> dict[str, Any]:
@@ -83,8 +81,9 @@ class _RuleOptimizer:
         direction, new_arrays = update(_view_as_real(grad.astype(dtype)), tuple(map(_view_as_real, arrays)), coefficients)
         for array, new in zip(arrays, new_arrays, strict=True):
             _view_as_real(array)[...] = new
-        decay = 1 - self.lr * self.weight_decay
-        _view_as_real(param)[...] = core.descend(_view_as_real(param.astype(dtype)), direction, self.lr, decay)
+        lr = float(self.lr)
+        decay = 1 - lr * float(self.weight_decay)
+        _view_as_real(param)[...] = core.descend(_view_as_real(param.astype(dtype)), direction, lr, decay)
 
     def posterior(self, index: int) -> Posterior:
         """Return the posterior of a parameter's gradient: the uncertainty of the gradient, not of the weights.

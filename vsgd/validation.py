@@ -28,7 +28,7 @@ _FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
 _RANGES = {
     "lr": _Range("learning rate", *_NON_NEGATIVE),
     "learning_rate": _Range("learning rate", *_NON_NEGATIVE),
-    "variance_ratio": _Range("variance_ratio value", *_POSITIVE),
+    "variance_ratio": _Range("variance_ratio value", "a number in [1e-15, 1e15]", lambda x: 1e-15 <= x <= 1e15),
     "prior_strength": _Range("prior_strength value", *_ABOVE_UNDERFLOW),
     "kappa": _Range("kappa value", *_FORGETTING),
     "kappa1": _Range("kappa1 value", *_FORGETTING),
@@ -36,7 +36,8 @@ _RANGES = {
     "eps": _Range("epsilon value", *_NON_NEGATIVE),
     "epsilon": _Range("epsilon value", *_NON_NEGATIVE),
     "weight_decay": _Range("weight_decay value", *_NON_NEGATIVE),
-    "outlier_threshold": _Range("outlier_threshold value", *_POSITIVE),
+    # Its square is finite and positive in float32, even after all factors of `vsgd.outliers`.
+    "outlier_threshold": _Range("outlier_threshold value", "a number in [0.001, 1e6]", lambda x: 1e-3 <= x <= 1e6),
     "batch_size": _Range("batch_size value", *_POSITIVE),
     "scale": _Range("scale value", *_POSITIVE),
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
@@ -102,12 +103,11 @@ def document_options(**descriptions: str) -> Callable[[_Documented], _Documented
     return decorate
 
 
-def validate_numbers(**values: Any) -> None:
-    """Check hyperparameters that are Python numbers.
-
-    Arrays, tensors and tracers of one element pass, since their value may not be known yet.
+def validate_numbers(array_type: Any = None, /, **values: Any) -> None:
+    """Check hyperparameters: Python's and NumPy's numbers, and an adapter's arrays of no dimension.
 
     Args:
+        array_type: the type of arrays that pass whatever their value, which may not be known yet; None: arrays are refused.
         **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, `outlier_threshold`, `batch_size`,
             `scale`, and the fields of `vsgd.core.Hyperparameters` and `ConstantHyperparameters`, where `epsilon` may replace
             `eps`.
@@ -126,16 +126,19 @@ def validate_numbers(**values: Any) -> None:
         if value is None and name in _MAY_BE_NONE:
             continue
         label, allowed, holds = _RANGES[name]
-        if isinstance(value, Real):
+        # NumPy's numbers have a dtype. Other kinds, such as fractions, are no numbers to the frameworks.
+        if isinstance(value, int | float) or (isinstance(value, Real) and hasattr(value, "dtype")):
             # NumPy's float32 overflows when it is compared with Python's largest float.
             is_numpy_float = hasattr(value, "dtype") and not isinstance(value, Integral)
             valid = holds(float(value) if is_numpy_float else value)
-        else:
+        elif array_type is not None and isinstance(value, array_type):
             # Complex too: `optax.inject_hyperparams` makes all numbers complex if a parameter is.
-            is_number = any(word in str(getattr(value, "dtype", "")) for word in ("float", "int", "complex"))
-            valid = is_number and {*getattr(value, "shape", ())} <= {1}
+            kinds = ["int"] if name == "seed" else ["float", "int", "complex"]
+            valid = any(kind in str(value.dtype) for kind in kinds) and not value.shape
+        else:
+            valid = False
         if not valid:
-            raise ValueError(f"Invalid {label}: {value!r} ({name} must be {allowed})")
+            raise ValueError(f"Invalid {label}: {_quote(value)} ({name} must be {allowed})")
 
 
 def validate_flags(**flags: Any) -> None:
@@ -154,9 +157,9 @@ def validate_flags(**flags: Any) -> None:
         ValueError: Invalid foreach value: 'no' (foreach must be True, False or None)
     """
     for name, value in flags.items():
-        # By equality, to accept NumPy's booleans.
-        if getattr(value, "shape", ()) != () or (value is not None and value not in (True, False)):
-            raise ValueError(f"Invalid {name} value: {value!r} ({name} must be True, False or None)")
+        is_number = isinstance(value, int) or (str(getattr(value, "dtype", "")) == "bool" and not value.shape)
+        if value is not None and not (is_number and value in (0, 1)):
+            raise ValueError(f"Invalid {name} value: {_quote(value)} ({name} must be True, False or None)")
 
 
 def validate_state_dtype(state_dtype: Any) -> None:
@@ -175,4 +178,10 @@ def validate_state_dtype(state_dtype: Any) -> None:
     """
     if not isinstance(state_dtype, str) or state_dtype not in STATE_DTYPES:
         allowed = " or ".join(map(repr, STATE_DTYPES))
-        raise ValueError(f"Invalid state_dtype value: {state_dtype!r} (state_dtype must be {allowed})")
+        raise ValueError(f"Invalid state_dtype value: {_quote(state_dtype)} (state_dtype must be {allowed})")
+
+
+def _quote(value: Any) -> str:
+    """Return a value for an error, on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -112,7 +112,7 @@ def test_nan_shows_and_nowhere_else(engine: str) -> None:
 @pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), "3"])
 @engines
 def test_a_bad_threshold_is_refused(engine: str, threshold: Any) -> None:
-    with pytest.raises(ValueError, match="outlier_threshold must be a finite number > 0"):
+    with pytest.raises(ValueError, match="outlier_threshold must be a number in"):
         run(engine, "VSGD", [], outlier_threshold=threshold)
 
 

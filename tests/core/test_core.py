@@ -164,10 +164,10 @@ def test_the_initial_state_is_the_authors_first_division(prior_strength: float) 
     [
         ({"lr": -0.1}, "Invalid learning rate: -0.1 (lr must be a finite number >= 0)"),
         ({"lr": float("inf")}, "Invalid learning rate: inf (lr must be a finite number >= 0)"),
-        ({"lr": 10**400}, f"Invalid learning rate: {10**400} (lr must be a finite number >= 0)"),
+        ({"lr": 10**400}, f"Invalid learning rate: 1{'0' * 96}... (lr must be a finite number >= 0)"),
         ({"eps": float("nan")}, "Invalid epsilon value: nan (eps must be a finite number >= 0)"),
         ({"weight_decay": "0"}, "Invalid weight_decay value: '0' (weight_decay must be a finite number >= 0)"),
-        ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a finite number > 0)"),
+        ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a number in [1e-15, 1e15])"),
         ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"kappa": 0.5}, "Invalid kappa value: 0.5 (kappa must be a number in (0.5, 1])"),
         ({"kappa1": 1.5}, "Invalid kappa1 value: 1.5 (kappa1 must be a number in (0.5, 1])"),
@@ -184,4 +184,4 @@ def test_good_numbers_and_values_not_yet_known_pass() -> None:
     validate_numbers(
         lr=0, eps=0.0, weight_decay=0, variance_ratio=1, prior_strength=1e-30, kappa=1, kappa1=0.51, kappa2=np.float32(1)
     )
-    validate_numbers(lr=np.array(-1.0), prior_strength=np.array([0.0]))
+    validate_numbers(np.ndarray, lr=np.array(-1.0), prior_strength=np.array(0.0))

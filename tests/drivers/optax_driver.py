@@ -20,7 +20,7 @@ from drivers.rules import RULES
 from vsgd.posterior import NoiseScale, Posterior
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def make_solver(kind: str, jit: bool, **options: Any) -> tuple[Any, Callable[..., Any]]:
     """Return a transformation and its step; cached, so that equal ones are compiled once."""
     make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -35,15 +34,6 @@ def get_dtype(array: Any) -> Any:
     return array.dtype if hasattr(array, "dtype") else jnp.result_type(array)
 
 
-def make_weakly_typed(*values: Any) -> tuple[Any, ...]:
-    """Return numbers as Python floats, which take on an array's dtype; NumPy's would widen it, and large integers overflow."""
-    weak = []
-    for value in values:
-        is_large = isinstance(value, int) and 2**31 <= abs(value) <= sys.float_info.max
-        weak.append(float(value) if isinstance(value, Real) and (hasattr(value, "dtype") or is_large) else value)
-    return tuple(weak)
-
-
 def cast_hyperparameters(hyper: Any, dtype: Any) -> Any:
     """Return hyperparameters whose arrays have the dtype of the arithmetic; Python numbers take it on by themselves."""
     return hyper._replace(
@@ -56,7 +46,7 @@ def cast_hyperparameters(hyper: Any, dtype: Any) -> Any:
 
 
 def _cast(name: str, value: Any, dtype: Any) -> jax.Array:
-    value = jnp.asarray(value)
+    value = jnp.real(jnp.asarray(value))
     if name == "prior_strength" and value.dtype == jnp.float16:
         # `inject_hyperparams` rounds to the parameters' dtype: 1e-8 becomes 0, which would make everything NaN.
         return jnp.maximum(value.astype(dtype), float(jnp.finfo(value.dtype).smallest_subnormal))

@@ -77,7 +77,7 @@ def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseSca
         >>> bool(noise_scale(state, batch_size=32).overall.trace > 0)
         True
     """
-    validate_numbers(batch_size=batch_size)
+    validate_numbers(jax.Array, batch_size=batch_size)
 
     def estimate(param_state: ParamState) -> NoiseScale:
         posteriors = (compute_posterior(state, param_state.scales) for state in param_state.get_real_states())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from vsgd.optax.numerics import (
     choose_arithmetic_dtype,
     get_dtype,
     join_complex,
-    make_weakly_typed,
     split_complex,
 )
 from vsgd.optax.state import get_arrays
@@ -29,7 +29,7 @@ Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def scale_by_rule(
-    plain_rule: core.Rule, make_state: Callable[..., Any], state_dtype: str, seed: Any, **options: Any
+    plain_rule: core.Rule, make_state: type[Any], state_dtype: str, seed: Any, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Return a transformation that replaces gradients by the directions of a rule.
 
@@ -40,10 +40,9 @@ def scale_by_rule(
         seed: the seed of stochastic rounding.
         **options: the rule's hyperparameters and `outlier_threshold`.
     """
-    options = dict(zip(options, make_weakly_typed(*options.values()), strict=True))
     rule = choose_rule(plain_rule, options["outlier_threshold"])
+    validate_numbers(jax.Array, **{name: options[name] for name in rule.hyperparameters._fields}, seed=seed)
     hyper = rule.select_hyperparameters(options)
-    validate_numbers(**hyper._asdict(), seed=seed)
     validate_state_dtype(state_dtype)
     update_real = rule.make_update(jnp)
     compute_words = make_words(seed)
@@ -54,6 +53,8 @@ def scale_by_rule(
 
     def init(params: optax.Params) -> Any:
         def fill(param: Any, index: int) -> jax.Array:
+            if not jnp.issubdtype(get_dtype(param), jnp.inexact):
+                raise ValueError(f"params has an array of {get_dtype(param)}, but must have floating or complex numbers")
             dtype = choose_arithmetic_dtype(get_dtype(param))
             real = jnp.finfo(dtype).dtype
             value = jnp.asarray(rule.initial_state(cast_hyperparameters(hyper, real))[index], real)
@@ -68,6 +69,8 @@ def scale_by_rule(
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        if getattr(state, "_fields", None) != make_state._fields:
+            raise ValueError(f"state is {type(state).__name__}, but must be {make_state.__name__}")
         count = optax.safe_increment(state.count)
 
         @functools.cache
@@ -110,7 +113,9 @@ def descend(
 ) -> optax.GradientTransformationExtraArgs:
     """Return a chain of a scaling, decoupled weight decay and the step size."""
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    validate_numbers(**{name: rate for name, rate in rates.items() if not callable(rate)})
+    validate_numbers(jax.Array, **{name: rate for name, rate in rates.items() if not callable(rate)})
+    # As Python floats, which take on an array's dtype; NumPy's would widen it.
+    learning_rate, weight_decay = (float(rate) if isinstance(rate, Real) else rate for rate in rates.values())
     return optax.chain(
         scaling,
         optax.add_decayed_weights(weight_decay, mask),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,6 +25,9 @@ from vsgd.backends.torch.leaves import choose_state_dtype, is_plain
 _FOREIGN_ARRAYS = {"mug", "bg", "bhg"}
 _FOREIGN_NAMES = {"ghattg": "variance_ratio", "ps": "prior_strength", "tau1": "kappa1", "tau2": "kappa2"}
 _FOREIGN_CONSTANTS = {"pa2", "pbg2", "pbhg2", "step", "weight_decouple"}
+
+# Other optimizers, by a name in their groups or state.
+_OWNERS = {"betas": "Adam or a relative", "exp_avg": "Adam or a relative", "nesterov": "SGD", "momentum_buffer": "SGD"}
 
 
 def check_form(state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]]) -> None:
@@ -170,17 +174,20 @@ def _hide_state(
 def _check_present(class_name: str, given: dict[str, Any], names: Iterable[str], where: str) -> None:
     missing = [name for name in names if name not in given]
     if missing:
+        owner = next((f"of {owner} and " for name, owner in _OWNERS.items() if name in given), "")
         present = ", ".join(map(str, given))
-        raise ValueError(f"state_dict is not of a {class_name}: {where} has {present} and lacks {', '.join(missing)}")
+        raise ValueError(f"state_dict is {owner}not of a {class_name}: {where} has {present} and lacks {', '.join(missing)}")
 
 
 def _check_step(index: Any, step: Any) -> None:
     if isinstance(step, Tensor):
-        valid = step.numel() == 1 and not step.is_complex() and step.dtype is not torch.bool
+        valid = step.layout is torch.strided and not step.is_meta and step.numel() == 1
+        valid = valid and not step.is_complex() and step.dtype is not torch.bool
         # A count on an accelerator is not read back.
         valid = valid and (step.device.type != "cpu" or 0 <= step.item() < math.inf)
     else:
-        valid = isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step <= sys.float_info.max
+        is_number = isinstance(step, int | float | np.integer | np.floating) and not isinstance(step, bool)
+        valid = is_number and bool(0 <= step <= sys.float_info.max)
     if not valid:
         raise ValueError(f"step of parameter {index} is {step!r}, but must be a finite number >= 0")
 

@@ -61,7 +61,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
         validate_flags(**{name: group[name] for name in _FLAGS if name in group})
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])
         names = ("lr", "weight_decay", "seed", *rule.hyperparameters._fields)
-        validate_numbers(**{name: group[name] for name in names})
+        validate_numbers(Tensor, **{name: _read_if_known(group[name]) for name in names})
         validate_state_dtype(group["state_dtype"])
         if group["foreach"] and group["differentiable"]:
             raise RuntimeError("`foreach` does not support `differentiable`")
@@ -193,11 +193,14 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
     def _read_options(self, group: dict[str, Any]) -> StepOptions:
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])
         on_device = torch.compiler.is_compiling() or bool(group["capturable"] or group["differentiable"])
+        # NumPy's numbers would compute in their own precision.
+        rates = group["lr"], group["weight_decay"]
+        lr, weight_decay = (rate if isinstance(rate, Tensor) else float(rate) for rate in rates)
         return StepOptions(
             rule,
             rule.select_hyperparameters(group),
-            _to_scalar(group["lr"]) if on_device else group["lr"],
-            group["weight_decay"],
+            _to_scalar(lr) if on_device else lr,
+            weight_decay,
             maximize=group["maximize"],
             foreach=group["foreach"],
             fused=group["fused"],
@@ -265,17 +268,17 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
                 continue
             state = self.state[param]
             if len(state) == 0:
-                self._init_state(group, param, state)
+                state.update(self._make_state(group, param))  # at once: an error leaves none of it
             params.append(param)
             grads.append(param.grad)
             counts.append(state["step"])
             for name, tensors in zip(self._plain_rule.state_names, states, strict=True):
                 tensors.append(state[name])
 
-    def _init_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Tensor]) -> None:
-        state["step"] = self._make_step_count(group, param, 0.0)
+    def _make_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         rule = self._plain_rule
         initial = rule.initial_state(rule.hyperparameters(*map(_read_number, rule.select_hyperparameters(group))))
+        state = {"step": self._make_step_count(group, param, 0.0)}
         for name, value in zip(rule.state_names, initial, strict=True):
             state[name] = torch.full_like(
                 param,
@@ -284,6 +287,20 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
                 memory_format=torch.preserve_format,
                 requires_grad=False,
             )
+        return state
+
+
+def _read_if_known(value: Any) -> Any:
+    """Return the number of a tensor of one element that is in reach, the text of one that never has a number.
+
+    Reading a tensor on an accelerator would wait for it, and reading a traced one would break the trace.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return value
+    if value.is_meta or value.layout is not torch.strided:
+        return repr(value)
+    known = type(value) in (Tensor, torch.nn.Parameter) and value.device.type == "cpu"
+    return _read_number(value) if known else value.reshape(())
 
 
 def _read_number(value: Any) -> Any:

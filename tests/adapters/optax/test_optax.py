@@ -236,7 +236,7 @@ def test_state_names() -> None:
         ({"learning_rate": -1}, "Invalid learning rate: -1 (learning_rate must be a finite number >= 0)"),
         ({"learning_rate": None}, "Invalid learning rate: None (learning_rate must be a finite number >= 0)"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1 (weight_decay must be a finite number >= 0)"),
-        ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a finite number > 0)"),
+        ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a number in [1e-15, 1e15])"),
         ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"eps": "0"}, "Invalid epsilon value: '0' (eps must be a finite number >= 0)"),
     ],

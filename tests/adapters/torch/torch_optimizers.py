@@ -46,7 +46,7 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         (
             {"variance_ratio": 0.0},
             ValueError,
-            r"^Invalid variance_ratio value: 0.0 \(variance_ratio must be a finite number > 0\)",
+            r"^Invalid variance_ratio value: 0.0 \(variance_ratio must be a number in \[1e-15, 1e15\]\)",
         ),
         ({"prior_strength": 0.0}, ValueError, r"^Invalid prior_strength value: 0.0 \(.* a finite number >= 1e-30\)$"),
         ({"prior_strength": "1e-8"}, ValueError, "^Invalid prior_strength value: '1e-8' "),
