@@ -11,3 +11,10 @@ The package imports no framework. Import the adapter that you need:
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name in ("VSGD", "ConstantVSGD"):
+        adapters = "vsgd.torch, vsgd.keras, vsgd.mlx or vsgd.numpy"
+        raise AttributeError(f"vsgd has no {name} of its own: import it from {adapters}; vsgd.optax has vsgd and constant_vsgd")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ try:
     from mlx.optimizers import Optimizer
     from mlx.utils import tree_flatten, tree_map
 except ImportError as error:
-    raise ImportError("vsgd.mlx needs MLX: pip install 'vsgd[mlx]'") from error
+    raise ImportError("vsgd.mlx needs MLX: run pip install '.[mlx]' in a clone of vsgd") from error
 
 from vsgd import core, prior
 from vsgd.outliers import choose_rule

@@ -94,7 +94,7 @@ def _make_robust(
     """
 
     def drop_threshold(hyper: Any) -> Any:
-        return rule.hyperparameters(*hyper[:-1])
+        return rule.hyperparameters(*tuple(hyper)[:-1])
 
     def compute_coefficients(step: Any, hyper: Any) -> Any:
         plain = drop_threshold(hyper)

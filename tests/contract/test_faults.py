@@ -72,7 +72,8 @@ def find_number(value: Any) -> float | None:
     """Return the real number that a value is, or None."""
     with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError):
         # `optax.inject_hyperparams` makes all numbers complex if a parameter is.
-        number = complex(value) if isinstance(value, int | float) or hasattr(value, "dtype") else 1j
+        is_number = isinstance(value, int | float) or hasattr(value, "dtype")
+        number = complex(getattr(value, "item", lambda: value)()) if is_number else 1j
         return None if number.imag else number.real
     return None
 

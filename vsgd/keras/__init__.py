@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     if error.name != "keras":  # Keras is installed, and its error names the missing backend
         raise
-    raise ImportError("vsgd.keras needs Keras 3: pip install 'vsgd[keras]'") from error
+    raise ImportError("vsgd.keras needs Keras 3: run pip install '.[keras]' in a clone of vsgd") from error
 
 from vsgd import core
 from vsgd.keras.prior import prior_strength_from

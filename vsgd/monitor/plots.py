@@ -1,4 +1,4 @@
-"""Plots of a monitor's looks, with matplotlib: `pip install 'vsgd[examples]'`."""
+"""Plots of a monitor's looks, with matplotlib: `pip install matplotlib`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ try:
     import jax
     import optax
 except ImportError as error:
-    raise ImportError("vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'") from error
+    raise ImportError("vsgd.optax needs JAX and optax: run pip install '.[optax]' in a clone of vsgd") from error
 
 from vsgd import core
 from vsgd.optax.posteriors import noise_scale, posterior, surprise

@@ -7,7 +7,7 @@ from typing import Any
 try:
     from torch import Tensor
 except ImportError as error:
-    raise ImportError("vsgd.torch needs PyTorch: pip install 'vsgd[torch]'") from error
+    raise ImportError("vsgd.torch needs PyTorch: run pip install '.[torch]' in a clone of vsgd") from error
 
 from torch.optim.optimizer import ParamsT
 

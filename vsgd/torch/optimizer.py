@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    ParamsT,
-    _get_capturable_supported_devices,
-    _get_scalar_dtype,
-    _to_scalar,
-    _use_grad_for_differentiable,
-)
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from vsgd import core
 from vsgd.backends.torch.dispatch import FUSED, Collected, Stepper, check_fused, load_fused
 from vsgd.backends.torch.leaves import StepOptions, choose_state_dtype
+from vsgd.backends.torch.private import (
+    check_graph_capture,
+    choose_count_dtype,
+    list_capturable_devices,
+    make_0d,
+    run_with_grad_mode,
+)
 from vsgd.outliers import choose_rule
 from vsgd.torch.checkpoints import check_form, hide_tensors, show_tensors, translate_checkpoint
 from vsgd.torch.posterior import PosteriorMixin, sum_shards
@@ -109,7 +109,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
     def _make_step_count(group: dict[str, Any], param: Tensor, value: float) -> Tensor:
         # On the CPU unless a graph captures it: reading it back from an accelerator would wait for the device.
         device = param.device if group["capturable"] else "cpu"
-        return torch.tensor(value, dtype=_get_scalar_dtype(), device=device)
+        return torch.tensor(value, dtype=choose_count_dtype(), device=device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
             self._check_group({**self.defaults, **group})
         return state_dict
 
-    @_use_grad_for_differentiable
+    @run_with_grad_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -160,7 +160,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
             ImportError: the engine of `fused=True` is missing.
             AssertionError: `capturable=True` on a device without graphs.
         """
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
 
         loss = None
         if closure is not None:
@@ -199,7 +199,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
         return StepOptions(
             rule,
             rule.select_hyperparameters(group),
-            _to_scalar(lr) if on_device else lr,
+            make_0d(lr) if on_device else lr,
             weight_decay,
             maximize=group["maximize"],
             foreach=group["foreach"],
@@ -230,7 +230,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
             for device_type in {param.device.type for param in params}:
                 load_fused(device_type, required=True)
         if group["capturable"]:
-            supported = _get_capturable_supported_devices()
+            supported = list_capturable_devices()
             for param in params:
                 step = self.state.get(param, {}).get("step", param)
                 if param.device.type != step.device.type or param.device.type not in supported:

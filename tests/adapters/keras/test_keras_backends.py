@@ -104,7 +104,7 @@ def test_importing_the_adapter_imports_its_backend_only() -> None:
 def test_without_keras_3_the_adapter_names_the_extra(lacking: str) -> None:
     script = f"import sys, types; sys.modules['keras'] = {lacking}; import vsgd.keras"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "ImportError: vsgd.keras needs Keras 3: pip install 'vsgd[keras]'" in done.stderr
+    assert "ImportError: vsgd.keras needs Keras 3: run pip install '.[keras]' in a clone of vsgd" in done.stderr
 
 
 def test_without_its_backend_keras_says_so() -> None:

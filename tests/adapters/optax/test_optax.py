@@ -275,7 +275,7 @@ def test_weight_decay_needs_the_parameters() -> None:
 def test_without_its_framework_the_adapter_names_the_extra(missing: str) -> None:
     script = f"import sys; sys.modules['{missing}'] = None; import vsgd.optax"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "ImportError: vsgd.optax needs JAX and optax: pip install 'vsgd[optax]'" in done.stderr
+    assert "ImportError: vsgd.optax needs JAX and optax: run pip install '.[optax]' in a clone of vsgd" in done.stderr
 
 
 def test_the_adapter_imports_no_other_framework() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,6 @@ from vsgd.backends.torch.foreach import Foreach
 from vsgd.backends.torch.leaves import Engine, Leaf, Plan, StepOptions, make_leaf
 from vsgd.backends.torch.loop import Loop
 
-HAS_NUMBA = importlib.util.find_spec("numba") is not None
-
 
 class FusedEngine(NamedTuple):
     """Where a device's fused engine is, and what it needs.
@@ -26,35 +25,42 @@ class FusedEngine(NamedTuple):
         module: its module in `vsgd.backends.torch`.
         name: its class.
         package: the package that it imports.
-        missing: the error message where the package is missing.
+        oldest: the package's oldest version that has what the engine needs.
+        command: the command that installs it.
         on_device: whether it can step with counts that are tensors.
     """
 
     module: str
     name: str
     package: str
-    missing: str
+    oldest: tuple[int, int]
+    command: str
     on_device: bool
 
 
 #: The fused engine of each type of device.
 FUSED = {
-    "cpu": FusedEngine("fused_cpu", "FusedCpu", "numba", "fused=True needs numba: pip install 'vsgd[fused]'", on_device=False),
-    "cuda": FusedEngine(
-        "fused_cuda", "FusedCuda", "triton", "fused=True on CUDA needs triton: pip install 'triton>=3.6'", on_device=True
-    ),
+    "cpu": FusedEngine("fused_cpu", "FusedCpu", "numba", (0, 61), "pip install 'numba>=0.61'", on_device=False),
+    # Older ones flush subnormals to zero.
+    "cuda": FusedEngine("fused_cuda", "FusedCuda", "triton", (3, 6), "pip install 'torch>=2.10'", on_device=True),
 }
 
 
 def check_fused(device_types: Iterable[str]) -> None:
-    """Check that the packages of these devices' fused engines are installed.
+    """Check that the packages of these devices' fused engines are installed, in a version that has what they need.
 
     Raises:
-        ImportError: one is missing.
+        ImportError: one is missing or too old.
     """
-    for engine in (FUSED[device_type] for device_type in set(device_types) & FUSED.keys()):
-        if importlib.util.find_spec(engine.package) is None:
-            raise ImportError(engine.missing)
+    for device_type in set(device_types) & FUSED.keys():
+        engine = FUSED[device_type]
+        version = "none"
+        if importlib.util.find_spec(engine.package) is not None:
+            version = str(importlib.import_module(engine.package).__version__)
+            if tuple(map(int, version.split(".")[:2])) >= engine.oldest:
+                continue
+        needed = f"{engine.package} {'.'.join(map(str, engine.oldest))} or newer"
+        raise ImportError(f"VSGD's fused step on {device_type} needs {needed}, but found {version}: run {engine.command}")
 
 
 def load_fused(device_type: str, required: bool) -> Engine | None:
@@ -73,7 +79,13 @@ def load_fused(device_type: str, required: bool) -> Engine | None:
     if required:
         check_fused([device_type])
         raise ImportError(f"the engine of fused=True cannot be imported: {engine}") from engine
+    _warn_once(f"VSGD takes slow steps, because {engine}")
     return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 @functools.cache
@@ -81,6 +93,7 @@ def _import_fused(device_type: str) -> Any:
     # At the first use: importing numba takes half a second.
     entry = FUSED[device_type]
     try:
+        check_fused([device_type])
         return getattr(importlib.import_module(f"vsgd.backends.torch.{entry.module}"), entry.name)()
     except ImportError as error:
         return error
@@ -92,7 +105,7 @@ def wants_fused(options: StepOptions, device_type: str) -> bool:
         return False
     if options.on_device and not FUSED[device_type].on_device:
         return False
-    return bool(options.fused) or (device_type == "cpu" and HAS_NUMBA and _is_automatic(options))
+    return bool(options.fused) or (device_type == "cpu" and _is_automatic(options))
 
 
 def _is_automatic(options: StepOptions) -> bool:
@@ -221,10 +234,9 @@ class Stepper:
             return
         group, params, counts = groups[index], collected.params, collected.counts
         keys = _make_base_keys(index, groups, params)
-        leaves = [
-            make_leaf(param, grad, tuple(state), key, group["stochastic_rounding"])
-            for param, grad, key, *state in zip(params, collected.grads, keys, *collected.states, strict=True)
-        ]
+        # A list, because the compiler of torch 2.6 cannot leave a loop over `zip`.
+        rows = list(zip(params, collected.grads, keys, *collected.states, strict=True))
+        leaves = [make_leaf(param, grad, tuple(state), key, group["stochastic_rounding"]) for param, grad, key, *state in rows]
         if options.on_device:
             torch._foreach_add_(counts, 1)
             for engine, indices in assign_leaves(leaves, options):

@@ -14,11 +14,7 @@ from torch import Tensor
 from vsgd import rounding
 from vsgd.backends import numba as numba_kernel
 from vsgd.backends.torch.leaves import Engine, Leaf, StepOptions, is_flat, is_plain, list_tensors
-
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # a private name, which another torch may lack
-    TensorGuards = None  # type: ignore[assignment,misc]
+from vsgd.backends.torch.private import TensorGuards
 
 # NumPy has no bfloat16: the kernel takes its bits.
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vsgd import core
+from vsgd.backends.torch.private import locate_shard
 
 #: Elements in a block on the CPU: a block's arrays and temporaries fit into the caches.
 CPU_BLOCK = 65536
@@ -88,12 +90,14 @@ class Leaf(NamedTuple):
     noise: Noise | None = None
 
 
-class Engine(Protocol):
+class Engine(ABC):  # not a `Protocol`, whose subclasses change when they are first made, and compiled code with them
     """One way to run the core on leaves. `vsgd.backends.torch.dispatch` gives each leaf to the first engine that accepts it."""
 
+    @abstractmethod
     def accepts(self, leaf: Leaf) -> bool:
         """Return whether the engine can step this leaf."""
 
+    @abstractmethod
     def step(self, leaves: Sequence[Leaf], counts: float | Sequence[Tensor], options: StepOptions) -> None:
         """Take one step, in place.
 
@@ -193,10 +197,7 @@ def make_leaf(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = N
 
 def _locate_shard(array: Any) -> Part:
     """Return where a shard is in the whole tensor, without strides if it is a contiguous piece of it."""
-    # Imported here, because a build of torch may lack it.
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(array.shape, array.device_mesh, array.placements)
+    shape, offset = locate_shard(array)
     first = sum(start * stride for start, stride in zip(offset, array.stride(), strict=True))
     sizes_and_strides = zip(shape, array.to_local().stride(), array.stride(), strict=True)
     strides = sorted(((local, whole) for size, local, whole in sizes_and_strides if size != 1), reverse=True)
