@@ -39,11 +39,8 @@ def equal_share(one: Read, other: Read) -> float:
     return float(np.mean(np.concatenate([np.ravel(a == b) for a, b in pairs])))
 
 
-@pytest.mark.parametrize("seed", [0, -7, 2**40 + 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@kinds
-@drivers
-def test_each_step_rounds_as_the_definition_says(driver: str, kind: str, dtype: str, seed: int) -> None:
+def share_rounded_otherwise(driver: str, kind: str, dtype: str, seed: int) -> float:
+    """How many of the rounded values are not those of the definition."""
     rule, lr, decay = RULES[kind], 0.0625, 0.125
     made = make_driver(driver, kind, draw(0), dtype, promise="bfloat16", lr=lr, weight_decay=decay, seed=seed, **COMPACT)
     initial = [round_to_nearest(np.float32(value)) for value in rule.initial_state(rule.hyperparameters())]
@@ -75,10 +72,18 @@ def test_each_step_rounds_as_the_definition_says(driver: str, kind: str, dtype: 
                 assert not np.any((apart > 1) & (np.abs(theirs) > 1e-4))
                 differ, total = differ + np.count_nonzero(apart), total + apart.size
         before = after
-    # A last digit of float32, which compilers round in other ways, decides in one of some ten thousand roundings.
-    assert differ < total / 1000
     assert total > 40_000
     assert {each.dtype for each in made.list_state()} == {"bfloat16"}
+    return differ / total
+
+
+@pytest.mark.parametrize("seed", [0, -7, 2**40 + 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@kinds
+@drivers
+def test_each_step_rounds_as_the_definition_says(driver: str, kind: str, dtype: str, seed: int) -> None:
+    # A last digit of float32, which compilers round in other ways, decides in one of some ten thousand roundings.
+    assert share_rounded_otherwise(driver, kind, dtype, seed) < 1e-3
 
 
 @kinds

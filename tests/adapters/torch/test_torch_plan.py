@@ -8,258 +8,170 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from adapters.torch.torch_optimizers import randn_like  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.testing import assert_close  # noqa: E402
+from adapters.torch.torch_optimizers import randn_like, set_grads, train
+from torch import Tensor, nn
+from torch.testing import assert_close
 
-from vsgd.backends.torch import dispatch  # noqa: E402
-from vsgd.torch import VSGD  # noqa: E402
+from vsgd.backends.torch import dispatch
+from vsgd.torch import VSGD
 
+Params = list[nn.Parameter]
+Change = Callable[[Params, VSGD], Any]
 SHAPES = ((4, 4), (5,), (3, 2))
 
 
-def start(**engine: Any) -> tuple[list[nn.Parameter], VSGD]:
+def start(**engine: Any) -> tuple[Params, VSGD]:
     params = [nn.Parameter(tensor) for tensor in randn_like([torch.empty(shape) for shape in SHAPES], seed=99)]
     return params, VSGD([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}], **engine)
 
 
-def step(params: list[nn.Parameter], optimizer: VSGD, seed: int) -> None:
-    for param, grad in zip(params, randn_like(params, seed), strict=True):
-        param.grad = grad
-    optimizer.step()
+def assert_as_the_loop(steps: int, prepare: Callable[[int, Params, VSGD], Any]) -> tuple[Params, VSGD]:
+    """Compare fused steps with the loop's; before each, `prepare` changes what the gradients of its seed are set on."""
+    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
+    for seed in range(steps):
+        for each, optimizer in ((params, fused), (others, loop)):
+            prepare(seed, each, optimizer)
+            optimizer.step()
+        assert_close(params, others)
+        assert_close([dict(fused.state[param]) for param in params], [dict(loop.state[param]) for param in others])
+    return params, fused
 
 
-def assert_same(params: list[nn.Parameter], optimizer: VSGD, others: list[nn.Parameter], other: VSGD) -> None:
-    assert_close(params, others)
-    assert_close([dict(optimizer.state[param]) for param in params], [dict(other.state[param]) for param in others])
+def replace_state(params: Params, optimizer: VSGD, **values: Callable[[Tensor], Tensor]) -> None:
+    state = optimizer.state[params[1]]
+    state.update({name: change(state[name]) for name, change in values.items()})
 
 
-def replace_state(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.state[params[0]]["b_g"] = optimizer.state[params[0]]["b_g"] * 100
-
-
-def replace_all_state_of_a_parameter(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.state[params[1]] = {name: value + 1 for name, value in optimizer.state[params[1]].items()}
-
-
-def forget_a_parameter(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    del optimizer.state[params[1]]
-
-
-def exchange_data_of_state(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def exchange_data_of_state(params: Params, optimizer: VSGD) -> None:
     state = optimizer.state[params[0]]["b_ghat"]
     state.data = state.data * 100
 
 
-def turn_state_where_it_lies(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.state[params[0]]["mu_g"].t_()
-
-
-def replace_count(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.state[params[1]]["step"] = torch.tensor(50.0)
-
-
-def write_count(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.state[params[1]]["step"].fill_(50)
-
-
-def exchange_data(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def exchange_data(params: Params, optimizer: VSGD) -> None:
     params[0].data = params[0].data + 1
 
 
-def turn_data_where_it_lies(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    address = params[0].data_ptr()
+def turn_data_where_it_lies(params: Params, optimizer: VSGD) -> None:
     params[0].data = params[0].data.t()
-    assert params[0].data_ptr() == address
 
 
-def widen_data(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def convert_data(params: Params, dtype: torch.dtype) -> None:
     for param in params:
-        param.grad, param.data = None, param.data.double()
+        param.grad, param.data = None, param.data.to(dtype)
 
 
-def narrow_data(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    for param in params:
-        param.grad, param.data = None, param.data.bfloat16()
-
-
-def load(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def load(params: Params, optimizer: VSGD) -> None:
     state_dict = optimizer.state_dict()
     for index, state in state_dict["state"].items():
         state_dict["state"][index] = {name: value * 2 for name, value in state.items()}
     optimizer.load_state_dict(state_dict)
 
 
-def exchange_parameters(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def exchange_parameters(params: Params, optimizer: VSGD) -> None:
     params[0] = nn.Parameter(params[0].detach() + 1)
     optimizer.param_groups[0]["params"][0] = params[0]
 
 
-def add_a_parameter(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def add_a_parameter(params: Params, optimizer: VSGD) -> None:
     params.append(nn.Parameter(torch.ones(6)))
     optimizer.param_groups[0]["params"].append(params[-1])
 
 
-def add_a_group(params: list[nn.Parameter], optimizer: VSGD) -> None:
+def add_a_group(params: Params, optimizer: VSGD) -> None:
     params.append(nn.Parameter(torch.ones(6)))
     optimizer.add_param_group({"params": params[-1:], "weight_decay": 0.5})
 
 
-def swap_groups(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.param_groups.reverse()
-
-
-def change_options(params: list[nn.Parameter], optimizer: VSGD) -> None:
-    optimizer.param_groups[0].update(lr=torch.tensor(0.5), weight_decay=0.1, variance_ratio=3.0, maximize=True)
-
-
-CHANGES: list[Callable[[list[nn.Parameter], VSGD], None]] = [
-    replace_state,
-    replace_all_state_of_a_parameter,
-    forget_a_parameter,
-    exchange_data_of_state,
-    turn_state_where_it_lies,
-    replace_count,
-    write_count,
-    exchange_data,
-    turn_data_where_it_lies,
-    widen_data,
-    narrow_data,
-    load,
-    exchange_parameters,
-    add_a_parameter,
-    add_a_group,
-    swap_groups,
-    change_options,
-]
+CHANGES: dict[str, Change] = {
+    "one state array replaced": lambda params, optimizer: replace_state(params, optimizer, b_g=lambda array: array * 100),
+    "all state of a parameter replaced": lambda params, optimizer: optimizer.state.update(
+        {params[1]: {name: value + 1 for name, value in optimizer.state[params[1]].items()}}
+    ),
+    "a parameter forgotten": lambda params, optimizer: optimizer.state.pop(params[1]),
+    "data of state exchanged": exchange_data_of_state,
+    "state turned where it lies": lambda params, optimizer: optimizer.state[params[0]]["mu_g"].t_(),
+    "a count replaced": lambda params, optimizer: replace_state(params, optimizer, step=lambda _: torch.tensor(50.0)),
+    "a count of float64": lambda params, optimizer: replace_state(params, optimizer, step=Tensor.double),
+    "a count of int64": lambda params, optimizer: replace_state(params, optimizer, step=Tensor.long),
+    "a count written": lambda params, optimizer: optimizer.state[params[1]]["step"].fill_(50),
+    "data exchanged": exchange_data,
+    "data turned where it lies": turn_data_where_it_lies,
+    "data of float64": lambda params, optimizer: convert_data(params, torch.float64),
+    "data of bfloat16": lambda params, optimizer: convert_data(params, torch.bfloat16),
+    "state loaded": load,
+    "a parameter exchanged": exchange_parameters,
+    "a parameter added": add_a_parameter,
+    "a group added": add_a_group,
+    "groups swapped": lambda params, optimizer: optimizer.param_groups.reverse(),
+    "other options": lambda params, optimizer: optimizer.param_groups[0].update(
+        lr=torch.tensor(0.5), weight_decay=0.1, variance_ratio=3.0, maximize=True
+    ),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_steps_counts(change: Callable[[list[nn.Parameter], VSGD], None]) -> None:
-    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
-    for seed in range(8):
+def test_a_change_between_steps_counts(change: str) -> None:
+    def prepare(seed: int, params: Params, optimizer: VSGD) -> None:
         if seed in (3, 5):  # where the last step was the first of its kind, and where it repeated one
-            change(params, fused)
-            change(others, loop)
-        step(params, fused, seed)
-        step(others, loop, seed)
-        assert_same(params, fused, others, loop)
+            CHANGES[change](params, optimizer)
+        set_grads(params, seed)
 
-
-def transposed(grad: Tensor) -> Tensor:
-    return grad.t().contiguous().t()
+    assert_as_the_loop(8, prepare)
 
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
-    "in another order of memory": transposed,
+    "in another order of memory": lambda grad: grad.t().contiguous().t(),
     "with gaps": lambda grad: torch.stack([grad, grad], -1)[..., 0],
     "a lazy negative": lambda grad: torch._neg_view(-grad),
     "none": lambda grad: None,
     "zero": torch.zeros_like,
+    "of another dtype": Tensor.double,
 }
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_a_gradient_of_another_kind_counts_as_what_it_is(kind: str) -> None:
-    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
-    for seed in range(8):
-        for each, optimizer in ((params, fused), (others, loop)):
-            for index, (param, grad) in enumerate(zip(each, randn_like(each, seed), strict=True)):
-                param.grad = GRADIENTS[kind](grad) if index == 0 and seed in (3, 5, 6) else grad
-            optimizer.step()
-        assert_same(params, fused, others, loop)
+    def prepare(seed: int, params: Params, optimizer: VSGD) -> None:
+        set_grads(params, seed)
+        if seed in (3, 5, 6):
+            grad = GRADIENTS[kind](params[0].grad)
+            if kind == "of another dtype":  # where its memory was exchanged behind autograd's back
+                params[0].grad.data = grad
+            else:
+                params[0].grad = grad
 
-
-def test_a_gradient_of_another_dtype_counts_as_what_it_is() -> None:
-    # Where its memory was exchanged behind autograd's back.
-    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
-    for seed in range(5):
-        for each, optimizer in ((params, fused), (others, loop)):
-            for param, grad in zip(each, randn_like(each, seed), strict=True):
-                param.grad = grad
-            if seed == 3:
-                each[0].grad.data = each[0].grad.data.double()
-            optimizer.step()
-        assert_same(params, fused, others, loop)
+    assert_as_the_loop(8, prepare)
 
 
 def test_parameters_that_come_and_go_are_stepped_once_each() -> None:
-    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
     present = [(0,), (0,), (0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (1, 2), (0, 2), (0, 1, 2), (0, 1, 2)]
-    for seed, chosen in enumerate(present):
-        for each, optimizer in ((params, fused), (others, loop)):
-            for index, (param, grad) in enumerate(zip(each, randn_like(each, seed), strict=True)):
-                param.grad = grad if index in chosen else None
-            optimizer.step()
-    assert_same(params, fused, others, loop)
+
+    def prepare(seed: int, params: Params, optimizer: VSGD) -> None:
+        set_grads(params, seed)
+        for index in {0, 1, 2}.difference(present[seed]):
+            params[index].grad = None
+
+    params, fused = assert_as_the_loop(len(present), prepare)
     assert [fused.state[param]["step"].item() for param in params] == [9, 7, 6]
-
-
-def test_parameters_of_all_kinds_share_a_group() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(3, 2, generator=generator)
-    tensors = [shared, shared.double(), shared.bfloat16(), torch.complex(shared, shared), shared.double() + 1, shared[:, 0]]
-    (params, others) = ([nn.Parameter(tensor.clone()) for tensor in tensors] for _ in range(2))
-    fused, loop = VSGD(params, fused=True), VSGD(others, foreach=False)
-    for seed in range(5):
-        step(params, fused, seed)
-        step(others, loop, seed)
-    assert_same(params, fused, others, loop)
-
-
-def test_a_count_in_double_precision_is_one() -> None:
-    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
-    for optimizer, each in ((fused, params), (loop, others)):
-        step(each, optimizer, 0)
-        optimizer.state[each[0]]["step"] = optimizer.state[each[0]]["step"].double()
-        optimizer.state[each[1]]["step"] = optimizer.state[each[1]]["step"].long()
-        step(each, optimizer, 1)
-        step(each, optimizer, 2)
-    assert_same(params, fused, others, loop)
-
-
-def test_a_refused_gradient_stops_the_step_before_it_begins() -> None:
-    params, optimizer = start(fused=True)
-    for seed in range(2):
-        params[1].grad = None
-        params[0].grad = randn_like(params, seed)[0]
-        optimizer.step()
-    before = params[0].detach().clone()
-    params[1].grad = torch.ones(5).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-    assert_close(params[0].detach(), before, rtol=0, atol=0)
-    assert optimizer.state[params[0]]["step"] == 2
 
 
 def test_nothing_holds_the_gradients_after_the_step() -> None:
     params, optimizer = start(fused=True)
     grads = []
     for seed in range(3):
-        step(params, optimizer, seed)
+        train(optimizer, params, range(seed, seed + 1))
         grads += [weakref.ref(param.grad) for param in params]
     optimizer.zero_grad()
     assert [grad() for grad in grads] == [None] * 9
 
 
-def test_another_way_to_step_is_taken_at_once() -> None:
-    params, optimizer = start(fused=True)
-    for seed in range(2):
-        step(params, optimizer, seed)
-    optimizer.param_groups[0]["capturable"] = True
-    with pytest.raises(AssertionError, match="capturable"):
-        step(params, optimizer, 2)
-    assert optimizer.state[params[0]]["step"] == 2
-
-
 def test_state_that_a_load_replaced_is_freed() -> None:
     params, optimizer = start(fused=True)
-    for seed in range(3):
-        step(params, optimizer, seed)
+    train(optimizer, params, range(3))
     old = weakref.ref(optimizer.state[params[0]]["b_g"])
     saved = {name: value.clone() for name, value in optimizer.state_dict()["state"][0].items()}
     state_dict = optimizer.state_dict()
@@ -271,12 +183,12 @@ def test_state_that_a_load_replaced_is_freed() -> None:
 @pytest.mark.parametrize("option", [{"seed": 1}, {"stochastic_rounding": True}], ids=str)
 def test_the_plan_of_earlier_options_is_freed(option: dict[str, Any]) -> None:
     params, optimizer = start(fused=True)
-    step(params, optimizer, 0)
+    train(optimizer, params, range(1))
     optimizer.param_groups[0].update(option)
-    step(params, optimizer, 1)
+    train(optimizer, params, range(1))
     old = weakref.ref(optimizer.state[params[0]]["b_g"])
     optimizer.state[params[0]]["b_g"] = optimizer.state[params[0]]["b_g"].clone()
-    step(params, optimizer, 2)
+    train(optimizer, params, range(1))
     assert old() is None
 
 
@@ -288,9 +200,5 @@ def test_without_the_check_of_the_compiler_each_step_is_one_of_its_own(monkeypat
     batches = []
     monkeypatch.setattr(engine, "Batch", lambda *made_of, batch=engine.Batch: batches.append(made_of) or batch(*made_of))
     monkeypatch.setattr(dispatch, "_import_fused", lambda device: engine.FusedCpu())
-    (params, fused), (others, loop) = start(fused=True), start(foreach=False)
-    for seed in range(4):
-        step(params, fused, seed)
-        step(others, loop, seed)
+    assert_as_the_loop(4, lambda seed, params, optimizer: set_grads(params, seed))
     assert len(batches) == 2 * 4  # for each group at each step
-    assert_same(params, fused, others, loop)
