@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import compileall
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("numba")
-pytest.importorskip("torch")
+
+from adapters.torch.torch_optimizers import run_script
 
 import vsgd
 
@@ -33,40 +30,46 @@ STEP = """
 """
 
 
-def run(package: Path, before: str = "") -> tuple[int, int]:
+# Numba finds no place in any of those that it tries.
+NOWHERE = """
+    import numba.core.caching as caching
+    caching.CacheImpl._locator_classes = []
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package."""
+    shutil.copytree(Path(vsgd.__file__).parent, tmp_path / "vsgd", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "vsgd"
+
+
+def run(folder: Path, script: str = STEP) -> list[int]:
     """Cache hits and misses of a fused step, checked against the loop, in a new process with the package of this folder."""
     # No bytecode files: numba's key tells a function of one from the same function of its source. Where pip installed the
     # package, every run has the files.
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(package / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", before + textwrap.dedent(STEP)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
-    assert done.returncode == 0, done.stderr
-    hits, misses = map(int, done.stdout.split())
-    return hits, misses
+    environment = {"NUMBA_CACHE_DIR": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return list(map(int, run_script(script, folder=folder, **environment)))
 
 
-def test_an_edited_core_is_compiled_anew(tmp_path: Path) -> None:
-    shutil.copytree(Path(vsgd.__file__).parent, tmp_path / "vsgd", ignore=shutil.ignore_patterns("__pycache__"))
-    core = tmp_path / "vsgd" / "core.py"
-    assert run(tmp_path) == (0, 1)
-    assert run(tmp_path) == (1, 0)
+def test_an_edited_core_is_compiled_anew(package: Path) -> None:
+    core = package / "core.py"
+    assert run(package.parent) == [0, 1]
+    assert run(package.parent) == [1, 0]
     # The loop runs what stands in the file: the two disagree where the cache serves what stood there before.
     for old, new in [("decay - lr * direction", "decay + lr * direction"), ("drift = gain * innovation", "drift = innovation")]:
         core.write_text(core.read_text().replace(old, new))
-        assert run(tmp_path) == (0, 1)
+        assert run(package.parent) == [0, 1]
 
 
 def test_the_kernel_runs_where_nothing_can_be_written(tmp_path: Path) -> None:
-    # Numba finds no place in any of those that it knows.
-    nowhere = "import numba.core.caching as caching\ncaching.CacheImpl._locator_classes = []\n"
-    assert run(tmp_path, nowhere) == (0, 1)
+    assert run(tmp_path, NOWHERE + STEP) == [0, 1]
     assert not (tmp_path / "cache").exists()
 
 
-def test_without_source_files_another_engine_steps(tmp_path: Path) -> None:
-    shutil.copytree(Path(vsgd.__file__).parent, tmp_path / "vsgd", ignore=shutil.ignore_patterns("__pycache__"))
-    compileall.compile_dir(tmp_path / "vsgd", quiet=1, legacy=True)
-    for source in (tmp_path / "vsgd").rglob("*.py"):
+def test_without_source_files_another_engine_steps(package: Path) -> None:
+    compileall.compile_dir(package, quiet=1, legacy=True)
+    for source in package.rglob("*.py"):
         source.unlink()
     script = """
         import torch
@@ -80,8 +83,5 @@ def test_without_source_files_another_engine_steps(tmp_path: Path) -> None:
         except ImportError as error:
             print(error)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "vsgd's compiled kernels need the package's source files" in done.stdout
+    said = run_script(script, folder=package.parent, PYTHONPATH="")
+    assert "vsgd's compiled kernels need the package's source files" in " ".join(said)

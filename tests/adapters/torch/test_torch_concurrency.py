@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import textwrap
-import threading
+from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
-from drivers.processes import TESTS
+import torch
+from adapters.torch.torch_optimizers import engines, run_script, train
+from torch import nn
+from torch.testing import assert_close
 
-torch = pytest.importorskip("torch")
-
-from adapters.torch.torch_optimizers import ENGINES  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.testing import assert_close  # noqa: E402
-
-from vsgd.torch import VSGD  # noqa: E402
+from vsgd.torch import VSGD
 
 SIZE = 300_000  # enough that the kernel uses its threads
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 
 
-def stepped(engine: dict[str, Any], seed: int, steps: int = 5) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    param = nn.Parameter(torch.randn(SIZE, generator=generator))
-    optimizer = VSGD([param], **engine)
-    for _ in range(steps):
-        param.grad = torch.randn(SIZE, generator=generator)
-        optimizer.step()
-    return param.detach()
-
-
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-def test_optimizers_step_in_several_threads_at_once(engine: dict[str, Any]) -> None:
-    results: dict[int, torch.Tensor] = {}
-    threads = [threading.Thread(target=lambda seed=seed: results.update({seed: stepped(engine, seed)})) for seed in range(4)]
+def run_at_once(work: Callable[[int], Any], number: int) -> None:
+    threads = [Thread(target=work, args=(seed,)) for seed in range(number)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def stepped(engine: dict[str, Any], seed: int, steps: int = 5) -> torch.Tensor:
+    param = nn.Parameter(torch.ones(SIZE))
+    train(VSGD([param], **engine), [param], range(steps * seed, steps * (seed + 1)))
+    return param.detach()
+
+
+@engines
+def test_optimizers_step_in_several_threads_at_once(engine: dict[str, Any]) -> None:
+    results: dict[int, torch.Tensor] = {}
+    run_at_once(lambda seed: results.update({seed: stepped(engine, seed)}), 4)
     for seed in range(4):
         assert_close(results[seed], stepped(engine, seed), rtol=0, atol=0)
 
@@ -50,43 +46,33 @@ def test_concurrent_steps_survive_each_threading_layer_of_numba(layer: str) -> N
     pytest.importorskip("numba")
     # In a process of its own: the layer is chosen once, and workqueue ends the process where calls overlap.
     script = """
-        import sys, threading, numba
+        import sys, numba
         numba.config.THREADING_LAYER = sys.argv[1]
-        sys.path.insert(0, sys.argv[2])
-        from adapters.torch.test_torch_concurrency import stepped
-        threads = [threading.Thread(target=stepped, args=({"fused": True}, seed, 50)) for seed in range(4)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
+        from adapters.torch.test_torch_concurrency import run_at_once, stepped
+        run_at_once(lambda seed: stepped({"fused": True}, seed, 50), 4)
         print(numba.threading_layer())
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), layer, str(TESTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout.split()) == (0, [layer]), done.stderr
+    assert run_script(script, layer) == [layer]
 
 
 def test_threads_may_share_parameters() -> None:
     # As in Hogwild: steps of one may overwrite those of the other, but every element moves, down, and nothing breaks.
     pytest.importorskip("numba")
     param = nn.Parameter(torch.zeros(SIZE))
-    grad = torch.ones(SIZE)
 
-    def work() -> None:
+    def work(seed: int) -> None:
         mine = nn.Parameter(param.detach())  # the same memory
         optimizer = VSGD([mine], lr=0.1, fused=True)
-        mine.grad = grad
+        mine.grad = torch.ones(SIZE)
         for _ in range(20):
             optimizer.step()
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_at_once(work, 2)
     assert param.isfinite().all()
     assert (param < 0).all()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@forks
 def test_data_loader_workers_fork_between_steps() -> None:
     pytest.importorskip("numba")
     # In a process of its own, which other tests have given no threads.
@@ -114,12 +100,10 @@ def test_data_loader_workers_fork_between_steps() -> None:
         (with_workers, steps), (without, _) = train(2), train(0)
         print(steps, torch.equal(with_workers, without))
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.split() == ["8.0", "True"]
+    assert run_script(script) == ["8.0", "True"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@forks
 def test_a_forked_child_steps_by_itself() -> None:
     pytest.importorskip("numba")
     # In a process of its own: the child of a fork inherits threads and locks. The child calls nothing else of torch that is
@@ -145,6 +129,4 @@ def test_a_forked_child_steps_by_itself() -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(status, os.read(read, 32) == step_and_hash())
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.split() == ["0", "True"]
+    assert run_script(script) == ["0", "True"]

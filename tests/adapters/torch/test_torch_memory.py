@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import textwrap
 
 import pytest
-
-pytest.importorskip("torch")
-
-from adapters.torch.torch_optimizers import ENGINES
+from adapters.torch.torch_optimizers import engines, run_script
 
 MEASURE = """
     import sys, torch
@@ -37,9 +32,8 @@ MEASURE = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@engines
 def test_a_step_needs_at_most_64_mb(engine: dict[str, bool]) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE), repr(engine)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (peak,) = run_script(MEASURE, repr(engine))
     # 192 MiB of parameters, of which 5% are 10 MiB: the larger bound holds. One temporary of a parameter's size breaks it.
-    assert int(done.stdout) <= 64e6
+    assert int(peak) <= 64e6

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drivers import HAS_NUMBA
+from drivers.processes import TESTS
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -63,3 +69,11 @@ def assert_same_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) 
 
     assert_close(states(one), states(other), rtol=0, atol=0)
     assert all(state for state in states(one))
+
+
+def run_script(script: str, *arguments: str, folder: Path = TESTS, **environment: str) -> list[str]:
+    """What a script prints, in words, in a process of its own that starts in this folder."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
