@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.torch.torch_optimizers import classes, problem, train
+from adapters.torch.torch_optimizers import classes, problem, set_grads, train
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
@@ -83,16 +83,11 @@ def test_a_cuda_graph_captures_the_step(cls: type, engine: dict[str, bool]) -> N
         pytest.importorskip("triton")
     (params, _), (others, _) = problem(), problem()
     params = [nn.Parameter(param.detach().cuda()) for param in params]
-    optimizer = cls(params, capturable=True, **engine)
-    grads = [torch.zeros_like(param) for param in params]
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
-    eager = cls(others, foreach=False)
-    # Torch's recipe: warm up on a side stream, then capture. With lr at its value, gradients not zero.
+    optimizer, eager = cls(params, capturable=True, **engine), cls(others, foreach=False)
+    set_grads(params, 0)
+    # Torch's recipe: warm up on a side stream, then capture.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    for grad in grads:
-        grad.fill_(1.0)
     with torch.cuda.stream(stream):
         optimizer.step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -101,8 +96,7 @@ def test_a_cuda_graph_captures_the_step(cls: type, engine: dict[str, bool]) -> N
         optimizer.step()
     for _ in range(3):
         graph.replay()
-    for param in others:
-        param.grad = torch.ones_like(param)
+    set_grads(others, 0)
     for _ in range(4):
         eager.step()
     assert_close([param.cpu() for param in params], others)

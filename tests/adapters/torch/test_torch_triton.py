@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from itertools import product
@@ -26,12 +24,13 @@ import triton
 import triton.language as tl
 from contract.test_compact import share_rounded_otherwise
 from drivers import DRIVERS
-from drivers.processes import TESTS
+from drivers.numpy_driver import NumpyDriver
+from drivers.processes import run_python
 from drivers.rules import RULES
+from drivers.torch_driver import TorchDriver
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import vsgd.numpy
 import vsgd.torch
 from vsgd import core, rounding
 from vsgd.backends import kernels
@@ -39,11 +38,9 @@ from vsgd.backends.torch import dispatch, fused_cuda
 
 
 def test_interpreted_it_is_numpys_step() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("torch_interpreted.py"))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    failures = {name: outcome for name, outcome in json.loads(done.stdout).items() if outcome != "passed"}
+    done = run_python("torch", str(Path(__file__).with_name("torch_interpreted.py")), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout
+    failures = {name: outcome for name, outcome in json.loads(done.stdout.splitlines()[-1]).items() if outcome != "passed"}
     assert not failures, "\n".join(f"{name}: {outcome}" for name, outcome in failures.items())
 
 
@@ -165,20 +162,20 @@ def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("kind", RULES)
 def test_on_a_gpu_it_is_numpys_step_bit_for_bit(kind: str, dtype: type) -> None:
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(size).astype(dtype) for size in (5, 1024, 2500, 100_000)]
-    params = [torch.nn.Parameter(torch.from_numpy(array).cuda()) for array in arrays]
-    reference = getattr(vsgd.numpy, kind)(arrays, weight_decay=0.1)
-    optimizer = getattr(vsgd.torch, kind)(params, weight_decay=0.1, fused=True)
+
+    def draw() -> list[np.ndarray]:
+        return [rng.standard_normal(size).astype(dtype) for size in (5, 1024, 2500, 100_000)]
+
+    params = draw()
+    ours = TorchDriver(kind, params, device="cuda", weight_decay=0.1, fused=True)
+    reference = NumpyDriver(kind, params, weight_decay=0.1)
     for _ in range(10):
-        grads = [rng.standard_normal(array.shape).astype(dtype) for array in arrays]
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = torch.from_numpy(grad).cuda()
+        grads = draw()
+        ours.step(grads)
         reference.step(grads)
-        optimizer.step()
-    for param, array, state in zip(params, arrays, reference.state, strict=True):
-        np.testing.assert_array_equal(param.detach().cpu().numpy(), array)
-        for name in RULES[kind].state_names:
-            np.testing.assert_array_equal(optimizer.state[param][name].cpu().numpy(), state[name])
+    for arrays, expected in zip(ours.read(), reference.read(), strict=True):
+        for name in expected:
+            np.testing.assert_array_equal(arrays[name], expected[name])
 
 
 @pytest.mark.gpu
