@@ -141,20 +141,6 @@ def test_maximize_is_minimizing_the_negative_and_leaves_the_gradient_alone(cls: 
     assert_same_state(up, down)
 
 
-@classes
-@configs
-def test_without_gradients_nothing_happens(cls: type, kwargs: dict[str, Any]) -> None:
-    params, _ = problem()
-    optimizer = cls(params, **kwargs)
-    for seeds in (range(0), range(2)):
-        train(optimizer, params, seeds)
-        before, state = copy.deepcopy(params), copy.deepcopy(optimizer.state_dict()["state"])
-        optimizer.zero_grad()
-        optimizer.step()
-        assert_close(params, before, rtol=0, atol=0)
-        assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
-
-
 def test_step_returns_the_closures_loss_and_runs_it_with_gradients() -> None:
     params, closure = problem()
     optimizer = VSGD(params)
