@@ -17,18 +17,6 @@ from torch.testing._internal.common_optimizers import get_error_inputs_for_all_o
 
 from vsgd.torch import VSGD
 
-KWARGS: list[dict[str, Any]] = [
-    {"lr": 0.001},
-    {"lr": torch.tensor(0.001)},
-    {"weight_decay": 0.1, "maximize": True},
-    {"variance_ratio": 10.0, "prior_strength": 1e-6, "eps": 1e-6},
-]
-#: Each with each engine, but for what the constructor refuses.
-CONFIGS = [
-    {**kwargs, **engine} for kwargs in KWARGS for engine in ENGINES if not (engine.get("foreach") and kwargs is KWARGS[1])
-]
-configs = pytest.mark.parametrize("kwargs", CONFIGS, ids=str)
-
 
 @classes
 def test_torchs_error_inputs_are_refused(cls: type) -> None:
@@ -151,10 +139,10 @@ def test_step_returns_the_closures_loss_and_runs_it_with_gradients() -> None:
 
 
 @classes
-@configs
-def test_deepcopy_and_pickle_continue_alike(cls: type, kwargs: dict[str, Any]) -> None:
+@engines
+def test_deepcopy_and_pickle_continue_alike(cls: type, engine: dict[str, Any]) -> None:
     params, _ = problem()
-    optimizer = cls(params, **kwargs)
+    optimizer = cls(params, eps=1e-6, weight_decay=0.1, maximize=True, **engine)
     train(optimizer, params, range(3))
     copies = [copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))]
     train(optimizer, params, range(3, 6))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from typing import Any
 
 import pytest
 import torch
 from adapters.torch.torch_optimizers import assert_same_state, classes, engines, problem, train
+from drivers.processes import TESTS
 from drivers.torch_driver import TorchDriver
 from drivers.trajectories import CASES, assert_follows, golden, stack
 from torch import nn
@@ -79,9 +81,8 @@ def test_state_that_was_looked_at_before_the_first_gradient_loads() -> None:
 def authors_state_dict(case: str, step: int) -> dict[str, Any]:
     """What the authors' code would have saved: from their recorded arrays, in the form of their `VSGD.state_dict()`."""
     known = golden(case)
-    theirs = {"variance_ratio": "ghattg", "prior_strength": "ps", "kappa1": "tau1", "kappa2": "tau2"}
-    defaults = {"variance_ratio": 30.0, "prior_strength": 1e-8, "kappa1": 0.81, "kappa2": 0.9, "weight_decay": 0.0, "eps": 1e-8}
-    hyper = {**defaults, **known.hyper}
+    defaults = {"ghattg": 30.0, "ps": 1e-8, "tau1": 0.81, "tau2": 0.9, "weight_decay": 0.0, "eps": 1e-8}
+    hyper = json.loads((TESTS / "golden" / "cases.json").read_text())[case]["hyper"]
     arrays = [
         {
             "mug": torch.from_numpy(after["mu_g"][step - 1]),
@@ -92,11 +93,7 @@ def authors_state_dict(case: str, step: int) -> dict[str, Any]:
         }
         for after in known.after
     ]
-    group = {theirs.get(name, name): value for name, value in hyper.items()}
-    return {
-        "state": dict(enumerate(arrays)),
-        "param_groups": [{**group, "lr": float(known.lr[step]), "params": list(range(len(arrays)))}],
-    }
+    return {"state": dict(enumerate(arrays)), "param_groups": [{**defaults, **hyper, "params": list(range(len(arrays)))}]}
 
 
 @engines

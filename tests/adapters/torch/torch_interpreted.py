@@ -1,18 +1,14 @@
-"""The Triton kernel in Triton's interpreter: with `TRITON_INTERPRET=1`, `python torch_interpreted.py` runs the checks.
-
-Prints, as JSON, what became of each: "passed", or the traceback.
-"""
+"""The Triton kernel in Triton's interpreter, which `TRITON_INTERPRET=1 pytest torch_interpreted.py` runs."""
 
 from __future__ import annotations
 
-import json
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from contract.test_compact import share_rounded_otherwise
 from drivers import DRIVERS, Spec
@@ -21,7 +17,6 @@ from drivers.rules import RULES
 from drivers.torch_driver import TorchDriver
 
 import vsgd.torch
-import vsgd.torch.optimizer
 from vsgd import core, rounding
 from vsgd.backends.torch import dispatch, foreach, fused_cuda, loop
 from vsgd.backends.torch.leaves import Leaf, Noise, StepOptions, get_arithmetic_dtype, list_tensors
@@ -29,11 +24,16 @@ from vsgd.backends.torch.leaves import Leaf, Noise, StepOptions, get_arithmetic_
 # Shorter than a chunk, none at all, whole chunks, and whole chunks with a rest.
 SIZES = (5, 0, 2048, 2500)
 ENGINE = fused_cuda.FusedCuda()
-CHECKS: dict[str, Callable[[], None]] = {}
+kinds = pytest.mark.parametrize("kind", RULES)
 
 
-def check(function: Callable[[], None]) -> None:
-    CHECKS[function.__name__] = function
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(dispatch.FUSED, "cpu", dispatch.FUSED["cuda"])
+    monkeypatch.setattr("vsgd.torch.optimizer._get_capturable_supported_devices", lambda: ["cpu"])
+    # The interpreter computes beyond the end of a tensor, too, where all is 0.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        yield
 
 
 def options(rule: core.Rule, lr: float = 0.01, weight_decay: float = 0.1, **others: Any) -> StepOptions:
@@ -84,11 +84,12 @@ def assert_steps(leaves: Sequence[Leaf], count: int, options: StepOptions) -> No
         torch.testing.assert_close(list(leaf.state), arrays, rtol=0, atol=0)
 
 
-@check
-def bits() -> None:
+@pytest.mark.parametrize("maximize", [False, True])
+@kinds
+def test_bits(kind: str, maximize: bool) -> None:
     """Every bit of NumPy's step and of the rounding's definition, for all dtypes beside each other, at any address."""
     single, double, half, brain = torch.float32, torch.float64, torch.float16, torch.bfloat16
-    kinds = [  # the dtypes of parameter, gradient and state; whether the parameter is rounded at random, None: nothing is
+    columns = [  # the dtypes of parameter, gradient and state; whether the parameter is rounded at random, None: nothing is
         (single, single, single, None),
         (double, double, double, None),
         (half, half, single, None),
@@ -99,25 +100,23 @@ def bits() -> None:
         (brain, brain, brain, True),
         (brain, brain, single, True),
     ]
-    for rule, maximize in product(RULES.values(), (False, True)):
-        rng = np.random.default_rng(4)
-        leaves = []
-        for (dtype, grad, stored, rounds_param), (number, size) in product(kinds, enumerate(SIZES)):
-            memory = torch.from_numpy(rng.standard_normal(size + 1)).to(dtype)
-            leaf = start(rule, memory[1:] if number % 2 else memory[:-1], grad, stored, first=number)
-            if rounds_param is not None:
-                # One lies beyond what 32 bits count.
-                origin = number - (0, 0, 777, 2**31 - 1000)[number]
-                leaf = leaf._replace(noise=Noise(rounding.base_key(0, number), origin, rounds_param))
-            leaves.append(leaf)
-        assert all(map(ENGINE.accepts, leaves))
-        for count in (1, 2, 3):
-            feed(leaves, rng)
-            assert_steps(leaves, count, options(rule, maximize=maximize))
+    rule, rng = RULES[kind], np.random.default_rng(4)
+    leaves = []
+    for (dtype, grad, stored, rounds_param), (number, size) in product(columns, enumerate(SIZES)):
+        memory = torch.from_numpy(rng.standard_normal(size + 1)).to(dtype)
+        leaf = start(rule, memory[1:] if number % 2 else memory[:-1], grad, stored, first=number)
+        if rounds_param is not None:
+            # One lies beyond what 32 bits count.
+            origin = number - (0, 0, 777, 2**31 - 1000)[number]
+            leaf = leaf._replace(noise=Noise(rounding.base_key(0, number), origin, rounds_param))
+        leaves.append(leaf)
+    assert all(map(ENGINE.accepts, leaves))
+    for count in (1, 2, 3):
+        feed(leaves, rng)
+        assert_steps(leaves, count, options(rule, maximize=maximize))
 
 
-@check
-def alone() -> None:
+def test_alone() -> None:
     """Memory beside the tensors, and the gradients, stay as they are."""
     memory = torch.full((6, 3000), 7.0)
     param, grad, *state = (row[100:2700] for row in memory[:5])
@@ -128,46 +127,47 @@ def alone() -> None:
     assert (memory[:, 2700:] == 7).all()
 
 
-@check
-def compact() -> None:
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@kinds
+def test_compact(kind: str, dtype: str, capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the adapter, every bit of what NumPy and the definition of the rounding say."""
     # So that the kernel takes every step.
-    with mock.patch.object(loop.Loop, "step", None), mock.patch.object(foreach.Foreach, "step", None):
-        for capturable, kind, dtype in product((False, True), RULES, ("float32", "bfloat16")):
-            driver = Spec("torch_driver:TorchDriver", ("triton",), {"fused": True, "capturable": capturable}, {})
-            with mock.patch.dict(DRIVERS, {"torch-triton": driver}):
-                assert share_rounded_otherwise("torch-triton", kind, dtype, seed=5) == 0
+    monkeypatch.setattr(loop.Loop, "step", None)
+    monkeypatch.setattr(foreach.Foreach, "step", None)
+    driver = Spec("torch_driver:TorchDriver", ("triton",), {"fused": True, "capturable": capturable}, {})
+    monkeypatch.setitem(DRIVERS, "torch-triton", driver)
+    assert share_rounded_otherwise("torch-triton", kind, dtype, seed=5) == 0
 
 
-@check
-def capturable() -> None:
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02, dtype=torch.float64)])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@kinds
+def test_capturable(kind: str, stored: str, lr: Any) -> None:
     """Counts and step size as tensors, each parameter with its own count."""
-    shapes = ((5, np.float64), (2500, np.float64), (3, np.float32), (2500, np.float32))
-    for kind, stored, lr in product(RULES, ("float32", "bfloat16"), (0.02, torch.tensor(0.02, dtype=torch.float64))):
-        rng = np.random.default_rng(2)
-        arrays = [rng.standard_normal(size).astype(dtype) for size, dtype in shapes]
-        flags: dict[str, Any] = {"weight_decay": 0.1, "state_dtype": stored, "seed": 3}
-        ours = TorchDriver(kind, arrays, lr=lr, capturable=True, fused=True, **flags)
-        eager = TorchDriver(kind, arrays, lr=0.02, foreach=False, **flags)
-        for t in range(4):
-            # Of each dtype one is unfrozen late, so that its count is another.
-            unfrozen = [i in (0, 3) or t > 1 for i in range(4)]
-            grads = [rng.standard_normal(len(array)) if now else None for array, now in zip(arrays, unfrozen, strict=True)]
-            ours.step(grads)
-            eager.step(grads)
-        assert [ours.optimizer.state[param]["step"].item() for param in ours.params] == [4, 2, 2, 4]
-        for found, expected in zip(ours.read(), eager.read(), strict=True):
-            param, theirs = found.pop("param"), expected.pop("param")
-            bound = 1e-13 if param.dtype == np.float64 else 1e-6  # powers are torch's, or Python's
-            if param.dtype == np.float32 and stored == "bfloat16":
-                # A last bit tips a rounding, if hardly ever: the parameter then goes another way.
-                assert all((found[name] == expected[name]).mean() > 0.999 for name in found)
-                bound = 0.2 * 0.02
-            np.testing.assert_allclose(param, theirs, rtol=bound, atol=bound)
+    rng = np.random.default_rng(2)
+    dtypes = (np.float64, np.float64, np.float32, np.float32)
+    arrays = [rng.standard_normal(size).astype(dtype) for size, dtype in zip((5, 2500, 3, 2500), dtypes, strict=True)]
+    flags: dict[str, Any] = {"weight_decay": 0.1, "state_dtype": stored, "seed": 3}
+    ours = TorchDriver(kind, arrays, lr=lr, capturable=True, fused=True, **flags)
+    eager = TorchDriver(kind, arrays, lr=0.02, foreach=False, **flags)
+    for t in range(4):
+        # Of each dtype one is unfrozen late, so that its count is another.
+        grads = [rng.standard_normal(len(array)) if i in (0, 3) or t > 1 else None for i, array in enumerate(arrays)]
+        ours.step(grads)
+        eager.step(grads)
+    assert [ours.optimizer.state[param]["step"].item() for param in ours.params] == [4, 2, 2, 4]
+    for found, expected in zip(ours.read(), eager.read(), strict=True):
+        param, theirs = found.pop("param"), expected.pop("param")
+        bound = 1e-13 if param.dtype == np.float64 else 1e-6  # powers are torch's, or Python's
+        if param.dtype == np.float32 and stored == "bfloat16":
+            # A last bit tips a rounding, if hardly ever: the parameter then goes another way.
+            assert all((found[name] == expected[name]).mean() > 0.999 for name in found)
+            bound = 0.2 * 0.02
+        np.testing.assert_allclose(param, theirs, rtol=bound, atol=bound)
 
 
-@check
-def layouts() -> None:
+def test_layouts() -> None:
     """Through the adapter: the kernel takes dense layouts and complex numbers, another engine the rest."""
     rng = np.random.default_rng(3)
     values = [torch.from_numpy(rng.standard_normal(shape)) for shape in ((4, 3, 2, 2), (6, 7), (5, 2))]
@@ -186,8 +186,7 @@ def layouts() -> None:
     torch.testing.assert_close(params, twins)
 
 
-@check
-def tables() -> None:
+def test_tables() -> None:
     """Tables are kept while addresses stay, whatever else changes, and no longer."""
     old = leaves = [start(core.VSGD, torch.ones(size)) for size in (5, 2500)]
     kept, lengths = fused_cuda._make_cached_table, fused_cuda._make_cached_chunks
@@ -200,19 +199,3 @@ def tables() -> None:
         assert_steps(leaves, count, options(core.VSGD, 0.1 / count))
         assert kept.cache_info()[:2] == (hits, misses)
         assert lengths.cache_info()[:2] == (count - 1, 1)
-
-
-def outcome(function: Callable[[], None]) -> str:
-    try:
-        # The interpreter computes beyond the end of a tensor, too, where all is 0.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            function()
-    except Exception:
-        return traceback.format_exc()
-    return "passed"
-
-
-if __name__ == "__main__":
-    dispatch.FUSED["cpu"] = dispatch.FUSED["cuda"]
-    vsgd.torch.optimizer._get_capturable_supported_devices = lambda: ["cpu"]
-    print(json.dumps({name: outcome(function) for name, function in CHECKS.items()}))
