@@ -1,19 +1,20 @@
-"""What the tests of trainers need: one thread, and what two processes saw, started once for all."""
+"""What the tests of trainers need: one thread, their recipes, and what two processes saw, started once for all."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from drivers.processes import run_python
+from research.scripts import loaded
 
 HERE = Path(__file__).parent
+RECIPES = HERE.parents[1] / "docs" / "recipes"
 #: Those that two processes run, where they are installed.
 PACKAGES = [name for name in ("accelerate", "transformers", "lightning", "deepspeed") if find_spec(name) is not None]
 
@@ -34,6 +35,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def recipe(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The documentation's program for the trainer that the test's module names."""
+    monkeypatch.chdir(tmp_path)  # where a recipe may leave its checkpoint
+    with loaded(RECIPES / f"with_{request.module.TRAINER}.py") as module:
+        yield module
+
+
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each of two processes saw of a training, by the training's name."""
@@ -41,23 +50,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("two-processes")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, str(HERE / "torch_two_processes.py"), str(folder), *PACKAGES],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=240,
-        check=False,
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ended = run_python("torch", *launcher, str(HERE / "torch_two_processes.py"), str(folder), *PACKAGES, **environment)
     assert ended.returncode == 0, ended.stdout
     seen = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     return lambda name: [each[name] for each in seen]

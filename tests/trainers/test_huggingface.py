@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,17 +19,12 @@ from research.scripts import loaded  # noqa: E402
 from scaling.torch_problem import Trained, strayed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim.lr_scheduler import LinearLR  # noqa: E402
-from trainers import torch_plain  # noqa: E402
+from trainers.conftest import RECIPES  # noqa: E402
+from trainers.torch_plain import train  # noqa: E402
 
 from vsgd.torch import VSGD  # noqa: E402
 
-RECIPE = Path(__file__).parents[2] / "docs" / "recipes" / "with_huggingface.py"
-
-
-@pytest.fixture
-def recipe() -> Iterator[ModuleType]:
-    with loaded(RECIPE) as module:
-        yield module
+TRAINER = "huggingface"
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -67,30 +63,30 @@ def trained_by(trainer: transformers.Trainer) -> Trained:
     return Trained(trainer.model, trainer.optimizer.optimizer)
 
 
-def losses(trainer: transformers.Trainer) -> list[float]:
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+def ungrouped(model: nn.Module) -> VSGD:
+    return VSGD(model.parameters(), lr=0.01)
 
 
-def test_the_recipe_with_the_trainers_groups(recipe: ModuleType, tmp_path: Path) -> None:
-    trainer = recipe.train_with_trainer_groups(str(tmp_path))
+#: By the recipe's function: the optimizer and its schedule.
+TRAININGS: dict[str, tuple[Callable[[nn.Module], VSGD], Callable[[VSGD], Any]]] = {
+    "train_with_trainer_groups": (
+        grouped,
+        partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=10, num_training_steps=116),
+    ),
+    "train_with_own_schedule": (ungrouped, partial(LinearLR, start_factor=0.1, total_iters=10)),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_recipe(name: str, recipe: ModuleType, tmp_path: Path) -> None:
+    trainer = getattr(recipe, name)(str(tmp_path))
+    make_optimizer, make_schedule = TRAININGS[name]
     model = fresh(recipe)
-    ended = Trained(model, grouped(model))
-    schedule = transformers.get_cosine_schedule_with_warmup(ended.optimizer, 10, 116)
-    for batches in epochs(trainer, 4):
-        torch_plain.train(ended, loss_of, batches, clip=torch_plain.to_norm_1, schedulers=[schedule])
+    ended = Trained(model, make_optimizer(model))
+    train(ended, epochs(trainer, 4), loss_of=loss_of, clip="norm", schedulers=[make_schedule(ended.optimizer)])
     assert strayed(trained_by(trainer), ended) == 0
-    assert losses(trainer)[-1] < 0.5 < losses(trainer)[0]
-
-
-def test_the_recipe_with_an_own_schedule(recipe: ModuleType, tmp_path: Path) -> None:
-    trainer = recipe.train_with_own_schedule(str(tmp_path))
-    model = fresh(recipe)
-    ended = Trained(model, VSGD(model.parameters(), lr=0.01))
-    warm_up = LinearLR(ended.optimizer, start_factor=0.1, total_iters=10)
-    for batches in epochs(trainer, 4):
-        torch_plain.train(ended, loss_of, batches, clip=torch_plain.to_norm_1, schedulers=[warm_up])
-    assert strayed(trained_by(trainer), ended) == 0
-    assert losses(trainer)[-1] < 0.5 < losses(trainer)[0]
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 < losses[0]
 
 
 def trainer_of(recipe: ModuleType, folder: Path, **options: Any) -> transformers.Trainer:
@@ -112,20 +108,15 @@ def test_accumulated_clipped_and_in_bfloat16(
     model = fresh(recipe)
     ended = Trained(model, grouped(model))
     batches = list(next(epochs(trainer, 1)))[: 10 * accumulate]
-    torch_plain.train(
-        ended,
-        loss_in_bfloat16 if bf16 else loss_of,
-        batches,
-        accumulate=accumulate,
-        clip=torch_plain.to_norm_1 if norm else torch_plain.untouched,
-    )
+    loss = loss_in_bfloat16 if bf16 else loss_of
+    train(ended, [batches], loss_of=loss, accumulate=accumulate, clip="norm" if norm else "nothing")
     assert strayed(trained_by(trainer), ended) == 0
 
 
 def test_the_trainer_decays_layer_scales_too(recipe: ModuleType, tmp_path: Path) -> None:
     model = recipe.make_convnext()
     names = {param: name for name, param in model.named_parameters()}
-    with loaded(RECIPE.with_name("torch_groups.py")) as groups:
+    with loaded(RECIPES / "torch_groups.py") as groups:
         matrices, _ = groups.decay_matrices_alone(model, 0.01)
     decayed = set(trainer_of(recipe, tmp_path).get_decay_parameter_names(model))
     scales = {name for name in names.values() if name.endswith("layer_scale_parameter")}
@@ -145,10 +136,3 @@ def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Pat
     assert {state["step"].item() for state in resumed.optimizer.optimizer.state.values()} == {40.0}
     schedules = [trainer.lr_scheduler.state_dict() for trainer in (resumed, uninterrupted)]
     assert schedules[0] == schedules[1]
-
-
-def test_two_processes(two_processes: Callable[[str], list[dict[str, Any]]]) -> None:
-    one, other = two_processes("transformers")
-    assert one["processes"] == 2
-    assert one == other
-    assert one["strayed"] == 0

@@ -1,4 +1,4 @@
-"""A training in plain torch, beside which those of the trainers are held."""
+"""A training in plain torch, with which those of the trainers are compared."""
 
 from __future__ import annotations
 
@@ -7,50 +7,84 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from scaling.torch_problem import Trained
+import torch
+from scaling.torch_problem import Trained, strayed
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+
+from vsgd.torch import VSGD
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 Clip = Callable[[Iterable[Tensor]], Any]
-
-#: How gradients may be cut, as torch does it.
-to_norm_1: Clip = partial(nn.utils.clip_grad_norm_, max_norm=1.0)
-to_values_of_a_hundredth: Clip = partial(nn.utils.clip_grad_value_, clip_value=0.01)
 
 
 def untouched(params: Iterable[Tensor]) -> None:
     """Gradients that are not cut."""
 
 
+#: How gradients may be cut, as torch does it.
+CLIPS: dict[str, Clip] = {
+    "nothing": untouched,
+    "norm": partial(nn.utils.clip_grad_norm_, max_norm=1.0),
+    "value": partial(nn.utils.clip_grad_value_, clip_value=0.01),
+}
+
+
+def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    images, labels = batch
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+def fresh(dtype: torch.dtype = torch.float32) -> tuple[Trained, LinearLR]:
+    """What the recipes train but for Hugging Face's, made anew."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)).to(dtype)
+    optimizer = VSGD(network.parameters(), lr=0.01, weight_decay=0.01)
+    return Trained(network, optimizer), LinearLR(optimizer, start_factor=0.1, total_iters=20)
+
+
 def train(
     trained: Trained,
-    loss_of: Loss,
-    batches: Iterable[Batch],
+    epochs: Iterable[Iterable[Batch]],
     *,
+    loss_of: Loss = loss_of,
     accumulate: int = 1,
-    clip: Clip = untouched,
+    clip: str = "nothing",
     schedulers: Sequence[Any] = (),
-) -> None:
-    """One epoch.
+) -> Trained:
+    """Train.
 
     Args:
         trained: what is trained.
+        epochs: the batches of each.
         loss_of: of a model and a batch.
-        batches: of the epoch.
-        accumulate: how many batches a step takes the mean gradient of; those left at the epoch's end weigh no more.
-        clip: cuts the gradients of parameters.
-        schedulers: counts the steps.
+        accumulate: how many batches a step takes the mean gradient of; those left at an epoch's end weigh no more.
+        clip: what cuts the gradients, of `CLIPS`.
+        schedulers: count the steps.
     """
     model, optimizer = trained
-    for part in together(batches, accumulate):
-        optimizer.zero_grad()
-        for batch in part:
-            (loss_of(model, batch) / accumulate).backward()
-        clip(model.parameters())
-        optimizer.step()
-        for scheduler in schedulers:
-            scheduler.step()
+    for batches in epochs:
+        for part in together(batches, accumulate):
+            optimizer.zero_grad()
+            for batch in part:
+                (loss_of(model, batch) / accumulate).backward()
+            CLIPS[clip](model.parameters())
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+    return trained
+
+
+def train_plainly(epochs: Iterable[Iterable[Batch]], dtype: torch.dtype = torch.float32, **how: Any) -> Trained:
+    """Train what the recipes train, anew, with their warm-up."""
+    trained, warm_up = fresh(dtype)
+    return train(trained, epochs, schedulers=[warm_up], **how)
+
+
+def assert_ends(trained: Trained, epochs: Iterable[Iterable[Batch]], dtype: torch.dtype = torch.float32, **how: Any) -> None:
+    """Compare a trainer's training with the plain one, bit for bit."""
+    assert strayed(trained, train_plainly(epochs, dtype, **how)) == 0
 
 
 def together(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:

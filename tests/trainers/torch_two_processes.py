@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -18,10 +19,8 @@ import torch
 import torch.distributed as dist
 from research.scripts import loaded
 from scaling.torch_problem import Trained, apart, strayed, whole
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, DistributedSampler, Subset
-from trainers import torch_plain
+from trainers.torch_plain import fresh, loss_of, train, train_plainly
 
 from vsgd.torch import VSGD
 
@@ -47,19 +46,6 @@ def in_turn(data: Any, epochs: int) -> Iterator[Iterable[Any]]:
         yield chain.from_iterable(zip(*shares, strict=True))
 
 
-def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    images, labels = batch
-    return nn.functional.cross_entropy(model(images), labels)
-
-
-def plain(recipe: ModuleType | None = None) -> tuple[Trained, LinearLR]:
-    """What the recipes train, that for Lightning where it is given."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)) if recipe is None else recipe.Digits().network
-    optimizer = VSGD(network.parameters(), weight_decay=0.01)
-    return Trained(network, optimizer), LinearLR(optimizer, start_factor=0.1, total_iters=20)
-
-
 def seen(processes: int, trained: Trained, ended: Trained) -> Seen:
     """How far a training strayed, and a digest of every bit of this process's replica."""
     bits = hashlib.sha256()
@@ -76,7 +62,7 @@ def accelerate(folder: Path) -> Seen:
     with loaded(RECIPES / "with_accelerate.py") as recipe:
         batches = DataLoader(some(recipe.make_loader().dataset), batch_size=64)
     accelerator = Accelerator(cpu=True)
-    trained, schedule = plain()
+    trained, schedule = fresh()
     network, optimizer, schedule, share = accelerator.prepare(*trained, schedule, batches)
     for batch in share:
         optimizer.zero_grad()
@@ -84,10 +70,9 @@ def accelerate(folder: Path) -> Seen:
         accelerator.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    ended, warm_up = plain()
+    ended, warm_up = fresh()
     # Accelerate steps a schedule once for each process.
-    schedulers = [warm_up, warm_up]
-    torch_plain.train(ended, loss_of, batches, accumulate=2, clip=torch_plain.to_norm_1, schedulers=schedulers)
+    train(ended, [batches], accumulate=2, clip="norm", schedulers=[warm_up, warm_up])
     return seen(accelerator.num_processes, trained, ended)
 
 
@@ -108,14 +93,9 @@ def huggingface(folder: Path) -> Seen:
         transformers.set_seed(0)
         network = recipe.make_convnext()
     ended = Trained(network, VSGD(network.parameters()))
-    torch_plain.train(
-        ended,
-        lambda model, batch: model(**batch).loss,
-        DataLoader(data, batch_size=64),
-        accumulate=2,
-        clip=torch_plain.to_norm_1,
-        schedulers=[transformers.get_constant_schedule_with_warmup(ended.optimizer, 20)],
-    )
+    warm_up = transformers.get_constant_schedule_with_warmup(ended.optimizer, 20)
+    batches = DataLoader(data, batch_size=64)
+    train(ended, [batches], loss_of=lambda model, batch: model(**batch).loss, accumulate=2, clip="norm", schedulers=[warm_up])
     return seen(arguments.world_size, Trained(trainer.model, trainer.optimizer.optimizer), ended)
 
 
@@ -129,10 +109,8 @@ def lightning_fit(recipe: ModuleType, model: Any, strategy: Any, options: dict[s
     return trainer
 
 
-def lightning_seen(recipe: ModuleType, trainer: Any, clip: torch_plain.Clip) -> Seen:
-    ended, warm_up = plain(recipe)
-    for batches in in_turn(some(recipe.make_loader().dataset), trainer.current_epoch):
-        torch_plain.train(ended, loss_of, batches, accumulate=2, clip=clip, schedulers=[warm_up])
+def lightning_seen(recipe: ModuleType, trainer: Any, clip: str) -> Seen:
+    ended = train_plainly(in_turn(some(recipe.make_loader().dataset), trainer.current_epoch), accumulate=2, clip=clip)
     return seen(trainer.world_size, Trained(trainer.lightning_module.network, trainer.optimizers[0]), ended)
 
 
@@ -141,7 +119,7 @@ def lightning_ddp(folder: Path) -> Seen:
     with loaded(RECIPES / "with_lightning.py") as recipe:
         torch.manual_seed(0)
         trainer = lightning_fit(recipe, recipe.Digits(), "ddp", {"max_epochs": 1, "gradient_clip_val": 1.0})
-        return lightning_seen(recipe, trainer, torch_plain.to_norm_1)
+        return lightning_seen(recipe, trainer, "norm")
 
 
 def lightning_fsdp2(folder: Path) -> Seen:
@@ -164,7 +142,7 @@ def lightning_fsdp2(folder: Path) -> Seen:
         resumed = fit(2, ckpt_path=folder / "sharded")
         params = list(resumed.lightning_module.parameters())
         here = sum(param.to_local().numel() for param in params) / sum(param.numel() for param in params)
-        return {**lightning_seen(recipe, resumed, torch_plain.untouched), "here": here}
+        return {**lightning_seen(recipe, resumed, "nothing"), "here": here}
 
 
 def deepspeed_zero(folder: Path) -> Seen:
@@ -192,9 +170,7 @@ def gathered_apart(engine: Any, data: Any, epochs: int) -> float:
     """How far the parameters of either process strayed, gathered where they are shared out."""
     import deepspeed
 
-    ended, warm_up = plain()
-    for batches in in_turn(data, epochs):
-        torch_plain.train(ended, loss_of, batches, accumulate=2, schedulers=[warm_up])
+    ended = train_plainly(in_turn(data, epochs), accumulate=2)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return max(apart(*pair) for pair in zip(engine.module.parameters(), ended.model.parameters(), strict=True))
 
@@ -212,6 +188,7 @@ def main() -> None:
     """`python torch_two_processes.py FOLDER PACKAGE...`, by torchrun: leaves in FOLDER what each process saw."""
     folder, *packages = sys.argv[1:]
     torch.set_num_threads(1)
+    os.chdir(folder)  # where a recipe may leave its checkpoint
     results = {name: run(Path(folder)) for package in packages for name, run in RUNS[package].items()}
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
 

@@ -1,0 +1,38 @@
+"""Each trainer in two processes, on the recipes of the documentation: it ends where a plain loop in one process ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+for package in ("torch", "sklearn"):
+    pytest.importorskip(package)
+
+Seen = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("accelerate", "accelerate"), ("transformers", "transformers"), ("lightning", "lightning, DDP")]
+)
+def test_replicas_are_equal(package: str, name: str, two_processes: Seen) -> None:
+    pytest.importorskip(package)
+    one, other = two_processes(name)
+    assert one["processes"] == 2
+    assert one == other
+    assert one["strayed"] == 0
+
+
+def test_lightning_by_fsdp2_resumed(two_processes: Seen) -> None:
+    pytest.importorskip("lightning")
+    for seen in two_processes("lightning, FSDP2"):
+        assert seen["here"] == 0.5
+        assert seen["strayed"] == 0
+
+
+def test_deepspeeds_recipe_and_each_stage_resumed(two_processes: Seen) -> None:
+    pytest.importorskip("deepspeed")
+    for seen in two_processes("deepspeed"):
+        assert seen["processes"] == 2
+        assert seen["strayed by"] == {"recipe": 0, "stage 0": 0, "stage 1": 0, "stage 2": 0, "stage 3": 0}
