@@ -15,8 +15,6 @@ from research.scripts import loaded
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[1] / "docs" / "recipes"
-#: Those that two processes run, where they are installed.
-PACKAGES = [name for name in ("accelerate", "transformers", "lightning", "deepspeed") if find_spec(name) is not None]
 
 collect_ignore_glob: list[str] = []
 if find_spec("torch") is None:
@@ -52,7 +50,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("two-processes")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ended = run_python("torch", *launcher, str(HERE / "torch_two_processes.py"), str(folder), *PACKAGES, **environment)
+    ended = run_python("torch", *launcher, str(HERE / "torch_two_processes.py"), str(folder), **environment)
     assert ended.returncode == 0, ended.stdout
     seen = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     return lambda name: [each[name] for each in seen]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -175,22 +176,23 @@ def gathered_apart(engine: Any, data: Any, epochs: int) -> float:
         return max(apart(*pair) for pair in zip(engine.module.parameters(), ended.model.parameters(), strict=True))
 
 
-#: By the package that each needs.
-RUNS: dict[str, dict[str, Callable[[Path], Seen]]] = {
-    "accelerate": {"accelerate": accelerate},
-    "transformers": {"transformers": huggingface},
-    "lightning": {"lightning, DDP": lightning_ddp, "lightning, FSDP2": lightning_fsdp2},
-    "deepspeed": {"deepspeed": deepspeed_zero},
+#: By the package that each needs, and what of it.
+RUNS: dict[str, Callable[[Path], Seen]] = {
+    "accelerate": accelerate,
+    "transformers": huggingface,
+    "lightning, DDP": lightning_ddp,
+    "lightning, FSDP2": lightning_fsdp2,
+    "deepspeed": deepspeed_zero,
 }
 
 
 def main() -> None:
-    """`python torch_two_processes.py FOLDER PACKAGE...`, by torchrun: leaves in FOLDER what each process saw."""
-    folder, *packages = sys.argv[1:]
+    """`python torch_two_processes.py FOLDER`, by torchrun: leaves in FOLDER what each process saw of what is installed."""
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     os.chdir(folder)  # where a recipe may leave its checkpoint
-    results = {name: run(Path(folder)) for package in packages for name, run in RUNS[package].items()}
-    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
+    results = {name: run(folder) for name, run in RUNS.items() if find_spec(name.partition(",")[0])}
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vsgd.backends.torch.leaves import is_plain
 from vsgd.torch import VSGD
 
 
-def assorted() -> list[nn.Parameter]:
+def train_assorted(cls: type, **options: Any) -> tuple[list[nn.Parameter], Any]:
     """Parameters of all kinds: 0-d, empty, all dtypes, dense in another order, with gaps, one that never has a gradient."""
     shapes = ((), (0, 3), (33, 9), (4, 3, 5, 5), (6, 5), (6, 8), (11,), (8, 3), (13,), (5, 2), (3,))
     tensors = randn_like([torch.empty(shape) for shape in shapes], seed=0)
@@ -24,11 +24,7 @@ def assorted() -> list[nn.Parameter]:
     tensors[4], tensors[5] = tensors[4].t(), tensors[5][:, ::2]
     for index, dtype in enumerate((torch.float64, torch.bfloat16, torch.float16, torch.complex64), start=6):
         tensors[index] = tensors[index].to(dtype)
-    return [nn.Parameter(tensor) for tensor in tensors]
-
-
-def train_assorted(cls: type, **options: Any) -> tuple[list[nn.Parameter], Any]:
-    params = assorted()
+    params = [nn.Parameter(tensor) for tensor in tensors]
     optimizer = cls(params, weight_decay=0.1, **options)
     generator = torch.Generator().manual_seed(1)
     for t in range(6):
