@@ -11,10 +11,12 @@ import pytest
 import torch
 from adapters.torch.torch_optimizers import assert_same_state, classes, engines, train
 from contract.summaries import check
+from drivers.torch_driver import to_numpy
 from torch.testing import assert_close
 
 import vsgd.torch.monitor
 from vsgd.monitor import Look, Monitor
+from vsgd.posterior import Posterior
 from vsgd.torch import VSGD
 from vsgd.torch.monitor import watch
 
@@ -41,7 +43,7 @@ def test_what_is_seen_is_what_the_posterior_says(
     told: list[Any] = []
 
     def tell(optimizer: Any, args: Any, kwargs: Any) -> None:
-        known = {param: [to_numpy(optimizer.posterior(param))] for param in params}
+        known = {param: [Posterior(*map(to_numpy, optimizer.posterior(param)))] for param in params}
         told.append((optimizer.noise_scale(batch_size=8), optimizer.surprise(), known))
 
     names = [(f"p{index}", param) for index, param in enumerate(params)]
@@ -62,16 +64,12 @@ def test_what_is_seen_is_what_the_posterior_says(
         check(seen.overall, [known[param][0] for param in params], scales.overall, (sizes * each).sum() / sizes.sum())
 
 
-def to_numpy(known: Any) -> Any:
-    return type(known)(*(part.numpy() for part in known))
-
-
 def test_large_tensors_are_sampled_and_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     params, optimizer = start(shapes=((300, 200), (99,), (50, 400)), steps=2)
     monkeypatch.setattr(vsgd.torch.monitor, "_BLOCK", 25_000)
     looks: list[Look] = []
     with watch(optimizer, Monitor(looks, every=2)):
-        known = [to_numpy(optimizer.posterior(param)) for param in params]
+        known = [Posterior(*map(to_numpy, optimizer.posterior(param))) for param in params]
         scales = optimizer.noise_scale(batch_size=1)
         optimizer.step()
     for summary, snr in [

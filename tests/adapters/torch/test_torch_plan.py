@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from adapters.torch.torch_optimizers import randn_like, set_grads, train
+from adapters.torch.torch_optimizers import assert_same_state, randn_like, set_grads, train
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -170,19 +170,28 @@ def test_nothing_holds_the_gradients_after_the_step() -> None:
     assert [grad() for grad in grads] == [None] * 9
 
 
-@pytest.mark.parametrize("option", [{}, {"seed": 1}, {"stochastic_rounding": True}], ids=str)
-def test_state_that_was_replaced_is_freed(option: dict[str, Any]) -> None:
+def test_state_that_a_load_replaced_is_freed() -> None:
     params, optimizer = start(fused=True)
     train(optimizer, params, range(3))
-    if option:  # which makes another plan
-        optimizer.param_groups[0].update(option)
-        train(optimizer, params, range(1))
     old = weakref.ref(optimizer.state[params[0]]["b_g"])
-    if option:
-        optimizer.state[params[0]]["b_g"] = optimizer.state[params[0]]["b_g"].clone()
-        train(optimizer, params, range(1))
-    else:
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert old() is None
+
+
+@pytest.mark.parametrize("option", [{"seed": 1}, {"stochastic_rounding": True}], ids=str)
+def test_other_noise_counts_at_once_and_the_plan_of_earlier_noise_is_freed(option: dict[str, Any]) -> None:
+    params, optimizer = start(fused=True, state_dtype="bfloat16")
+    convert_data(params, torch.bfloat16)
+    train(optimizer, params, range(3))
+    others, unplanned = copy.deepcopy((params, optimizer))
+    for each, of in ((optimizer, params), (unplanned, others)):
+        each.param_groups[0].update(option)
+        train(each, of, range(1))
+    assert_close(params, others, rtol=0, atol=0)
+    assert_same_state(optimizer, unplanned)
+    old = weakref.ref(optimizer.state[params[0]]["b_g"])
+    optimizer.state[params[0]]["b_g"] = optimizer.state[params[0]]["b_g"].clone()
+    train(optimizer, params, range(1))
     assert old() is None
 
 
