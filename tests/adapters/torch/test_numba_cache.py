@@ -83,5 +83,5 @@ def test_without_source_files_another_engine_steps(package: Path) -> None:
         except ImportError as error:
             print(error)
     """
-    said = run_script(script, folder=package.parent, PYTHONPATH="")
+    said = run_script(script, folder=package.parent)
     assert "vsgd's compiled kernels need the package's source files" in " ".join(said)

@@ -71,9 +71,11 @@ def assert_same_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) 
     assert all(state for state in states(one))
 
 
-def run_script(script: str, *arguments: str, folder: Path = TESTS, **environment: str) -> list[str]:
+def run_script(script: str, *arguments: str, folder: Path = TESTS.parent, **environment: str) -> list[str]:
     """What a script prints, in words, in a process of its own that starts in this folder."""
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
