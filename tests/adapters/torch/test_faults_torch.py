@@ -79,9 +79,16 @@ FAULTS: dict[str, tuple[Callable[[StateDict], Any], str]] = {
     "state that is none": (change(*STATE, to=3), "the state of 1 is int, but must be a dict"),
     "a name more": (change(*STATE, "exp_avg", to=torch.ones(5)), "the state of parameter 1 has exp_avg too"),
     "a name less": (drop(*STATE, "b_g"), "the state of parameter 1 has .* and lacks b_g"),
+    "another optimizer": (saved_by(torch.optim.SGD), "state_dict is of SGD and not of a VSGD"),
     **{
-        f"a step of {step}": (change(*STATE, "step", to=step), "step of parameter 1 is .*, but must be a finite number >= 0")
-        for step in ("three", True, -1, *map(torch.tensor, (True, -1.0, float("nan"), [1.0, 1.0])))
+        f"a step of {step}": (
+            change(*STATE, "step", to=step),
+            "(?s)step of parameter 1 is .*, but must be a finite number >= 0",
+        )
+        for step in (
+            *("three", True, -1, *map(torch.tensor, (True, -1.0, float("nan"), [1.0, 1.0]))),
+            *(torch.ones((), device="meta"), torch.ones(1).to_sparse()),
+        )
     },
     "integers": (change(*STATE, "b_g", to=torch.ones(5).int()), "b_g of parameter 1 is of torch.int32, but must be of numbers"),
     "complex": (change(*STATE, "b_g", to=torch.ones(5) * 1j), "b_g of parameter 1 is of torch.complex64, but must be"),

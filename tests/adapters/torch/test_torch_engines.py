@@ -87,7 +87,7 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
     cls: type, foreach: bool, tensor_lr: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No CPU can capture a graph; that the step reads nothing back can be had here all the same.
-    monkeypatch.setattr("vsgd.torch.optimizer._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("vsgd.torch.optimizer.list_capturable_devices", lambda: ["cpu"])
     monkeypatch.setattr("vsgd.backends.torch.leaves.CPU_BLOCK", 4)
     (params, _), (others, _) = problem(dtype=torch.float64), problem(dtype=torch.float64)
     lr = torch.tensor(0.01, dtype=torch.float64) if tensor_lr else 0.01

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from adapters.torch.torch_optimizers import assert_same_state, randn_like, set_g
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vsgd.backends.torch import dispatch
+from vsgd.backends.torch import fused_cpu
 from vsgd.torch import VSGD
 
 Params = list[nn.Parameter]
@@ -196,12 +195,9 @@ def test_other_noise_counts_at_once_and_the_plan_of_earlier_noise_is_freed(optio
 
 
 def test_without_the_check_of_the_compiler_each_step_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
-    spec = importlib.util.find_spec("vsgd.backends.torch.fused_cpu")
-    engine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engine)
+    monkeypatch.setattr(fused_cpu, "TensorGuards", None)
     batches = []
-    monkeypatch.setattr(engine, "Batch", lambda *made_of, batch=engine.Batch: batches.append(made_of) or batch(*made_of))
-    monkeypatch.setattr(dispatch, "_import_fused", lambda device: engine.FusedCpu())
+    batch = fused_cpu.Batch
+    monkeypatch.setattr(fused_cpu, "Batch", lambda *made_of: batches.append(made_of) or batch(*made_of))
     assert_as_the_loop(4, lambda seed, params, optimizer: set_grads(params, seed))
     assert len(batches) == 2 * 4  # for each group at each step

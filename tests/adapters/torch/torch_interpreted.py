@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize("kind", RULES)
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(dispatch.FUSED, "cpu", dispatch.FUSED["cuda"])
-    monkeypatch.setattr("vsgd.torch.optimizer._get_capturable_supported_devices", lambda: ["cpu"])
+    monkeypatch.setattr("vsgd.torch.optimizer.list_capturable_devices", lambda: ["cpu"])
     # The interpreter computes beyond the end of a tensor, too, where all is 0.
     with np.errstate(invalid="ignore", divide="ignore"):
         yield
