@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from drivers.trajectories import CASES, golden, stack
+from packaging.requirements import Requirement
 
 DTYPES = ("float64", "float32")
 DEVICES = ("cpu", "gpu")
@@ -92,7 +94,7 @@ _KERAS_TORCH = frozenset(
 )
 
 _CPU, _GPU = DEVICES[:1], DEVICES[1:]
-_TORCH, _JAX, _OPTAX, _TRITON, _MLX = ("torch",), ("jax",), ("jax", "optax"), ("torch", "triton"), ("mlx",)
+_TORCH, _JAX, _OPTAX, _TRITON, _MLX = ("torch",), ("jax",), ("jax", "optax"), ("torch", "triton>=3.6"), ("mlx",)
 RUNNERS = {
     "numpy": Spec("numpy", devices=_CPU),
     "core-numpy": Spec("numpy", devices=_CPU),
@@ -213,8 +215,13 @@ def is_reference(name: str, experiment: str, dtype: str) -> bool:
     return (name, dtype) == ("numpy", "float64") and not experiment.startswith("golden")
 
 
-def missing(packages: Sequence[str]) -> list[str]:
-    return [name for name in packages if find_spec(name) is None]
+def missing(requirements: Sequence[str]) -> list[str]:
+    """Return those of these packages, with or without a version, that are not installed."""
+    return [each for each in requirements if not _is_installed(Requirement(each))]
+
+
+def _is_installed(package: Requirement) -> bool:
+    return find_spec(package.name) is not None and (not package.specifier or version(package.name) in package.specifier)
 
 
 def devices(name: str) -> Sequence[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 import torch
 import triton
@@ -149,10 +149,17 @@ def test_without_triton_fused_on_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "vsgd.backends.torch.fused_cuda")
     dispatch._import_fused.cache_clear()
-    with pytest.raises(ImportError, match=r"^fused=True on CUDA needs triton: pip install 'triton>=3.6'$"):
+    with pytest.raises(ImportError, match=r"fused step on cuda needs triton 3\.6 or newer, but found none: run pip install"):
         dispatch.load_fused("cuda", required=True)
-    assert dispatch.load_fused("cuda", required=False) is None
+    with pytest.warns(UserWarning, match="VSGD takes slow steps, because VSGD's fused step on cuda needs triton 3.6"):
+        assert dispatch.load_fused("cuda", required=False) is None
     dispatch._import_fused.cache_clear()
+
+
+def test_an_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(ImportError, match=r"needs triton 3\.6 or newer, but found 3\.5\.1"):
+        dispatch.check_fused(["cuda"])
 
 
 @pytest.mark.gpu
