@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,23 +40,6 @@ def diverged() -> dict[str, Any]:
 def distance(setting: Setting, best: float) -> float:
     """How many decades the learning rate is from the best one."""
     return abs(math.log10(setting.trial.learning_rate / best))
-
-
-@dataclass
-class Surface:
-    """Finds a record for each setting, and notes what was asked for.
-
-    Attributes:
-        make: the record of a setting, or None.
-        asked: the settings.
-    """
-
-    make: Callable[[Setting], dict[str, Any] | None]
-    asked: list[Setting] = field(default_factory=list)
-
-    def __call__(self, setting: Setting) -> dict[str, Any] | None:
-        self.asked.append(setting)
-        return self.make(setting)
 
 
 def middle(entrant: str) -> float:

@@ -17,23 +17,24 @@ keras = pytest.importorskip("keras")
 for package in ("scipy", "tqdm"):
     pytest.importorskip(package)
 
-from research.small_comparison import RUNS  # noqa: E402
+from research import small_comparison  # noqa: E402
 
 from experiments import records, spread  # noqa: E402
+from experiments.__main__ import main  # noqa: E402
 from experiments.comparison import Setting, Trial  # noqa: E402
-
-ROOT = Path(__file__).parents[3]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "tests" / "research" / "small_comparison.py"), str(folder), keras.backend.backend()]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, small_comparison.__file__, str(folder), keras.backend.backend()]
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def finish(folder: Path) -> None:
+    process = start(folder)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
 
 
 def alive(pid: int) -> bool:
@@ -55,7 +56,7 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     path = tmp_path / "quadratic.jsonl"
     process = start(tmp_path)
     wait_until(lambda: len(records.read_jsonl(path)) >= 2)
-    workers = children(process.pid)
+    workers = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
     process.kill()
     process.wait()
     try:
@@ -66,49 +67,46 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
             os.kill(worker, signal.SIGKILL)
         process.communicate()
     kept = path.read_bytes()
-    before = records.read_jsonl(path)
-    assert 2 <= len(before) < RUNS
+    assert 2 <= len(records.read_jsonl(path)) < small_comparison.RUNS
     path.write_bytes(kept + kept[:50])  # as if one had been killed as it wrote
 
-    again = start(tmp_path)
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output
-    assert path.read_bytes().startswith(kept)
-    after = records.read_jsonl(path)
-    assert len(after) == len({json.dumps(each["key"]) for each in after}) == RUNS
-    # Nothing is left to do: no process is started, and nothing written.
+    finish(tmp_path)
     whole = path.read_bytes()
-    third = start(tmp_path)
-    output, _ = third.communicate(timeout=60)
-    assert third.returncode == 0, output
+    assert whole.startswith(kept)
+    after = records.read_jsonl(path)
+    assert len(after) == len({json.dumps(each["key"]) for each in after}) == small_comparison.RUNS
+    (environment,) = records.read_jsonl(tmp_path / "environments.jsonl")
+    assert {each["environment"] for each in after} == {environment["key"]["environment"]}
+    assert environment["versions"]["keras"] == keras.__version__
+    # Nothing is left to do, and nothing is written.
+    finish(tmp_path)
     assert path.read_bytes() == whole
-    environments = records.read_jsonl(tmp_path / "environments.jsonl")
-    assert {each["environment"] for each in after} == {each["key"]["environment"] for each in environments}
-    assert environments[0]["versions"]["keras"] == keras.__version__
 
 
 def test_records_are_short(tmp_path: Path) -> None:
     store = spread.Store(tmp_path)
     setting = Setting("quadratic", "vsgd", Trial(0.01, "cosine"), 0, "jax")
-    found = {"curve": [1 / 3, None, 2.0], "losses": [123456.789], "final": {"test": {"loss": 1e-9 / 3}}, "seconds": 2 / 3}
+    found = {"curve": [1 / 3, None, 2.0], "final": {"test": {"loss": 1e-9 / 3}}}
     store.add(setting, spread.round_numbers(found), {"cpu": "a CPU"})
-    assert store.find(setting) == spread.Store(tmp_path).find(setting)
-    record = store.find(setting)
-    assert record["curve"] == [0.3333, None, 2.0]
-    assert record["final"] == {"test": {"loss": 3.333e-10}}
+    record = spread.Store(tmp_path).find(setting)
+    assert {name: record[name] for name in found} == {"curve": [0.3333, None, 2.0], "final": {"test": {"loss": 3.333e-10}}}
     assert store.find(setting._replace(seed=1)) is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        ((["cifar"], ["vsgd"], 1), "^task is 'cifar', but must be one of"),
-        ((["quadratic"], ["adam"], 1), "^entrant is 'adam', but must be one of"),
-        ((["quadratic"], ["vsgd"], 0), "^workers is 0, but must be at least 1$"),
+        (["--tasks", "cifar"], "task is 'cifar', but must be one of quadratic, mnist1d-mlp, "),
+        (["--tasks", "quadratic@0"], "task is 'quadratic@0', but after '@' it must have a positive integer"),
+        (["--tasks", "quadratic@x"], "task is 'quadratic@x', but after '@' it must have a positive integer"),
+        (["--entrants", "adam"], "entrant is 'adam', but must be one of vsgd, vsgd-kappas, "),
+        (["--workers", "0"], "workers is 0, but must be at least 1"),
     ],
 )
-def test_what_is_not_there_is_named_before_anything_runs(arguments: tuple, message: str, tmp_path: Path) -> None:
-    names, entrants, workers = arguments
-    with pytest.raises(ValueError, match=message):
-        spread.run_comparison(names, entrants, spread.Store(tmp_path), workers, "jax")
+def test_what_is_not_there_is_named_before_anything_runs(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--results", str(tmp_path), *options])
+    assert f"error: {message}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,24 +1,25 @@
-"""One thread and one Keras backend for the tests of the experiments."""
+"""One thread and one Keras backend for the tests of research code."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line names a backend to the whole process."""
+    """Restore the Keras backend, which the command line sets for the whole process."""
     if "KERAS_BACKEND" in os.environ:
         monkeypatch.setenv("KERAS_BACKEND", os.environ["KERAS_BACKEND"])
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models as small as these are slower on several, in PyTorch."""
-    if os.environ.get("KERAS_BACKEND") != "torch":
+    """Train on one thread, as the scripts do; on several, such small models are slower in PyTorch."""
+    if find_spec("torch") is None:
         yield
         return
     import torch
