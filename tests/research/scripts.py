@@ -1,23 +1,39 @@
-"""Examples and other scripts as modules."""
+"""Examples and other scripts, as commands and as modules."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from reporting.examples import load_example
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, code: int = 0) -> str:
+    """Run `python COMMAND...` from the repository's root.
+
+    Args:
+        *command: Python's arguments.
+        code: the status that it must exit with.
+
+    Returns:
+        What it prints; its errors if it must fail.
+    """
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
 
 @contextlib.contextmanager
 def loaded(script: Path) -> Iterator[ModuleType]:
-    """A script's module."""
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[spec.name]
+    """Load a script as a module."""
+    yield load_example(str(script.with_suffix("")))

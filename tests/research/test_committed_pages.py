@@ -20,16 +20,16 @@ from reporting.pages import replace_section  # noqa: E402
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def write_performance(folder: Path) -> None:
-    report.write_page(folder / "performance", folder / "performance.md")
+def write_performance(folder: Path, page: Path) -> None:
+    report.write_page(folder / "performance", page)
 
 
-def write_results(folder: Path) -> None:
-    main(["report", "--results", str(folder / "results"), "--page", str(folder / "results.md")])
+def write_results(folder: Path, page: Path) -> None:
+    main(["report", "--results", str(folder / "results"), "--page", str(page)])
 
 
-def write_tuning(folder: Path) -> None:
-    main(["sweep", "--results", str(folder / "results"), "--page", str(folder / "tuning.md")])
+def write_tuning(folder: Path, page: Path) -> None:
+    main(["sweep", "--results", str(folder / "results"), "--page", str(page)])
 
 
 @pytest.mark.usefixtures("without_pyplot")
@@ -42,7 +42,7 @@ def write_tuning(folder: Path) -> None:
     ],
 )
 def test_a_page_and_its_plots_are_written_from_their_records(
-    tmp_path: Path, name: str, records: str, write: Callable[[Path], None], sections: str
+    tmp_path: Path, name: str, records: str, write: Callable[[Path, Path], None], sections: str
 ) -> None:
     from matplotlib.image import imread
 
@@ -52,7 +52,7 @@ def test_a_page_and_its_plots_are_written_from_their_records(
     page.write_text(committed, encoding="utf-8")
     for section in re.findall(rf"<!-- /({sections}) -->", committed):
         replace_section(page, section, ["old"])
-    write(tmp_path)
+    write(tmp_path, page)
     # The benchmarks were recorded before this module was renamed.
     written = page.read_text(encoding="utf-8").replace("vsgd.backends.torch_fused", "vsgd.backends.torch.fused_cpu")
     assert written == committed
@@ -64,13 +64,15 @@ def test_a_page_and_its_plots_are_written_from_their_records(
 
 
 def test_without_records_every_cell_says_so(tmp_path: Path) -> None:
-    write_results(tmp_path)
+    page = tmp_path / "a" / "new" / "results.md"
+    write_results(tmp_path, page)
     paper_cells = len(paper.EXPERIMENTS) * len(paper.COMPARED)
     entrants, arms = len(comparison.ENTRANTS), len(comparison.ARMS)
     # A task has a verdict on each other entrant in each arm, a range for each entrant, a target, and rows of seven cells.
     cells_of_a_task = arms * (entrants - 1) + entrants + 1 + 7 * arms * entrants
-    page = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert page.startswith("# Results\n")
-    assert page.count(paper_report.MISSING) == paper_cells + len(tasks.TASKS) * cells_of_a_task
-    assert page.count("0-0-0 / 0-0-0") == arms * (entrants - 1)
-    assert len(re.findall(r"0 of 420 +\| 0 of 70", page)) == len(tasks.TASKS)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Results\n")
+    assert "](../../results/small-curves.png)" in text
+    assert text.count(paper_report.MISSING) == paper_cells + len(tasks.TASKS) * cells_of_a_task
+    assert text.count("0-0-0 / 0-0-0") == arms * (entrants - 1)
+    assert len(re.findall(r"0 of 420 +\| 0 of 70", text)) == len(tasks.TASKS)

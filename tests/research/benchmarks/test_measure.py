@@ -5,86 +5,73 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from benchmarks import machine, measure, shapes, suite, timing
 
 
-def test_a_paired_ratio_by_hand(module: Callable[[str], Any]) -> None:
+def test_a_paired_ratio_by_hand() -> None:
     # 2 / 1, 3 / 2 and 8 / 2; one round was sat out.
-    ratio = module("timing").compute_paired_ratio([2.0, 3.0, None, 8.0], [1.0, 2.0, 5.0, 2.0])
-    assert ratio == (2.0, 1.75, 3.0)
+    assert timing.compute_paired_ratio([2.0, 3.0, None, 8.0], [1.0, 2.0, 5.0, 2.0]) == (2.0, 1.75, 3.0)
 
 
 class Machine:
-    """A clock, and steps that move it; the machine grows slower with every round."""
+    """A clock, and steps that move it; the machine grows slower by a factor with every round."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
         self.now = 0.0
         self.slowness = 1.0
-        self.log: list[tuple[str, int]] = []
+        self.rounds: list[list[tuple[str, int]]] = []
 
     def step(self, name: str, seconds: float) -> Callable[[int], None]:
         def take(count: int) -> None:
-            self.log.append((name, count))
             self.now += count * seconds * self.slowness
+            if self.rounds:
+                self.rounds[-1].append((name, count))
 
         return take
 
     def slow_down(self) -> None:
-        self.slowness *= 2
-        self.log.append(("round", 0))
+        self.slowness *= self.factor
+        self.rounds.append([])
+
+    def interleave(self, seconds: dict[str, float], **limits: float) -> dict[str, list[float | None]]:
+        steps = {name: self.step(name, each) for name, each in seconds.items()}
+        return timing.interleave(steps, timing.Limits(**limits), self.slow_down, lambda: self.now)
 
 
-def rounds(log: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    found: list[list[tuple[str, int]]] = []
-    for entry in log:
-        if entry[0] == "round":
-            found.append([])
-        elif found:
-            found[-1].append(entry)
-    return found
-
-
-def test_a_machine_that_grows_slower_leaves_the_ratios_alone(module: Callable[[str], Any]) -> None:
-    timing, machine = module("timing"), Machine()
-    steps = {"base": machine.step("base", 1.0), "slow": machine.step("slow", 3.0)}
-    limits = timing.Limits(rounds=8, sample_seconds=0.5, competitor_seconds=1e9)
-    samples = timing.interleave(steps, limits, machine.slow_down, lambda: machine.now)
+def test_a_machine_that_grows_slower_leaves_the_ratios_alone() -> None:
+    slowing = Machine()
+    samples = slowing.interleave({"base": 1.0, "slow": 3.0}, rounds=8, sample_seconds=0.5, competitor_seconds=1e9)
     assert samples["base"] == [2.0**number for number in range(1, 9)]
     assert timing.compute_paired_ratio(samples["slow"], samples["base"]) == (3.0, 3.0, 3.0)
-    orders = {tuple(name for name, _ in entries) for entries in rounds(machine.log)}
+    orders = {tuple(name for name, _ in entries) for entries in slowing.rounds}
     assert orders == {("base", "slow"), ("slow", "base")}
 
 
-def test_short_steps_are_repeated_and_told_as_one(module: Callable[[str], Any]) -> None:
-    timing, machine = module("timing"), Machine()
-    limits = timing.Limits(rounds=2, sample_seconds=1.0, competitor_seconds=1e9)
-    samples = timing.interleave({"short": machine.step("short", 0.25)}, limits, machine.slow_down, lambda: machine.now)
+def test_short_steps_are_repeated_and_reported_as_one() -> None:
+    slowing = Machine()
+    samples = slowing.interleave({"short": 0.25}, rounds=2, sample_seconds=1.0, competitor_seconds=1e9)
     # One step settles, four are measured.
-    assert rounds(machine.log) == [[("short", 1), ("short", 4)]] * 2
+    assert slowing.rounds == [[("short", 1), ("short", 4)]] * 2
     assert samples == {"short": [0.5, 1.0]}
 
 
-def test_a_slow_competitor_sits_out_after_some_rounds(module: Callable[[str], Any]) -> None:
-    timing, machine = module("timing"), Machine()
-    steps = {"base": machine.step("base", 1.0), "slow": machine.step("slow", 100.0)}
-    limits = timing.Limits(rounds=6, sample_seconds=1.0, competitor_seconds=60.0)
-    samples = timing.interleave(steps, limits, lambda: None, lambda: machine.now)
+def test_a_slow_competitor_sits_out_after_some_rounds() -> None:
+    steady = Machine(factor=1.0)
+    samples = steady.interleave({"base": 1.0, "slow": 100.0}, rounds=6, sample_seconds=1.0, competitor_seconds=60.0)
     assert samples == {"base": [1.0] * 6, "slow": [100.0] * 3 + [None] * 3}
 
 
 # What is counted
 
 
-def test_shapes(module: Callable[[str], Any]) -> None:
-    shapes = module("shapes")
+def test_shapes() -> None:
     sizes = {shape.name: (len(shape.tensors), shape.parameters) for word in shapes.NAMED for shape in shapes.parse(word)}
     assert sizes == {"conv": (34, 9_414_090), "many": (300, 300 * 64), "large": (4, 4 * 4096**2)}
     assert [len(shape.tensors) for shape in shapes.parse("tensors")] == [1, 3, 10, 30, 100, 300, 1000, 3000]
@@ -94,30 +81,24 @@ def test_shapes(module: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("word", ["small", "tensors=", "tensors=0", "tensors=x", "conv=3"])
-def test_a_shape_that_is_none(module: Callable[[str], Any], word: str) -> None:
+def test_a_shape_that_is_none(word: str) -> None:
     with pytest.raises(ValueError, match=f"^shape is '{word}', but must be one of conv, many, large"):
-        module("shapes").parse(word)
+        shapes.parse(word)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
-def test_the_peak_is_of_memory_that_an_action_takes_and_gives_back(module: Callable[[str], Any]) -> None:
-    machine = module("machine")
+def test_the_peak_is_of_memory_that_an_action_takes_and_gives_back() -> None:
     if not machine.can_measure_peak():
         pytest.skip("the system does not let the peak start anew")
     # In a process of its own, as it is measured: what other tests have freed may be in this one still.
-    script = """
-        import numpy as np
-        from benchmarks import machine
-        np.ones(10_000_000)  # larger than what follows
-        print(machine.measure_peak_growth(lambda: np.ones(5_000_000)))
-    """
-    environment = {**os.environ, **machine.RETURN_MEMORY, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    assert int(subprocess.check_output(command, env=environment)) == pytest.approx(40e6, rel=0.05)
+    script = "import numpy as np; from benchmarks.machine import measure_peak_growth as measure\n"
+    script += "np.ones(10_000_000); print(measure(lambda: np.ones(5_000_000)))"  # the first is larger than what is measured
+    environment = {**os.environ, **machine.RETURN_MEMORY, "PYTHONPATH": str(Path(__file__).parents[3])}
+    assert int(subprocess.check_output([sys.executable, "-c", script], env=environment)) == pytest.approx(40e6, rel=0.05)
 
 
-def test_moving_memory_adds_every_element_once(module: Callable[[str], Any]) -> None:
-    memory = module("machine").Memory(8000)
+def test_moving_memory_adds_every_element_once() -> None:
+    memory = machine.Memory(8000)
     # Two arrays of 1000 float32, of which one is read, the other read and written.
     assert memory.moved == 3 * 4000
     for move in (memory._add_by_one_thread, memory._add_by_all_threads):
@@ -126,14 +107,9 @@ def test_moving_memory_adds_every_element_once(module: Callable[[str], Any]) -> 
         np.testing.assert_array_equal(memory._a, before + 1)
 
 
-def test_a_competitor_that_lacks_something_sits_out(module: Callable[[str], Any]) -> None:
-    suite, measure = module("suite"), module("measure")
-    competitors = {
-        "base": suite.Competitor(make=lambda problem: None),
-        "other": suite.Competitor(make=lambda problem: None),
-        "lacking": suite.Competitor(make=lambda problem: None, needs=("no_such_package",)),
-        "elsewhere": suite.Competitor(make=lambda problem: None, devices=("cuda",)),
-    }
+def test_a_competitor_that_lacks_something_sits_out() -> None:
+    needs = {"base": {}, "other": {}, "lacking": {"needs": ("no_such_package",)}, "elsewhere": {"devices": ("cuda",)}}
+    competitors = {name: suite.Competitor(make=lambda problem: None, **each) for name, each in needs.items()}
     small = suite.Suite("", ("base",), competitors, lambda shape, device: None, (), {}, "")
     assert measure.choose_competitors(small, None, "cpu") == ["base", "other"]
     assert measure.choose_competitors(small, None, "cuda") == ["base", "other", "elsewhere"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,28 +74,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that ended in its eleventh step, two after its third checkpoint."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.raises(InterruptionError):
-        fitted(folder, callbacks=[Interrupting(10)])
-    assert [each["step"] for each in records.read_jsonl(folder / "steps.jsonl")] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10]
-    return folder
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folders of runs that ended in their fifth step, after the first checkpoint, and in their eleventh, after the third."""
+    folders = {steps: tmp_path_factory.mktemp("interrupted") for steps in (4, 10)}
+    for steps, folder in folders.items():
+        with pytest.raises(InterruptionError):
+            fitted(folder, callbacks=[Interrupting(steps)])
+    return folders
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-# What else a process that is killed may leave, file by file in the order of writing.
-LEFT: dict[str, Callable[[Path], None]] = {
-    "whole": lambda backup: None,
-    "an older epoch beside the weights": lambda backup: (backup / "training_metadata.json").write_text(
-        '{"epoch": 2, "batch": 0}'
-    ),
-    "no epoch beside the weights": lambda backup: (backup / "training_metadata.json").write_text(""),
-    "half of the weights": lambda backup: cut(backup / "latest.weights.h5"),
-    "half of the copy": lambda backup: cut(backup / "latest.weights.h5.bkp"),
+# What else a process that is killed may leave, file by file in the order of writing: the steps it took, the file, its text or,
+# without a text, that its end is missing.
+LEFT = {
+    "whole": (10, None, None),
+    "an older epoch beside the weights": (10, "training_metadata.json", '{"epoch": 2, "batch": 0}'),
+    "no epoch beside the weights": (10, "training_metadata.json", ""),
+    "half of the weights": (10, "latest.weights.h5", None),
+    "half of the copy": (10, "latest.weights.h5.bkp", None),
+    "half of the first weights": (4, "latest.weights.h5", None),
 }
 
 
@@ -107,25 +102,22 @@ def assert_same(found: list[np.ndarray], folder: Path, uninterrupted: tuple[Path
     assert (folder / "steps.jsonl").read_text() == (expected_folder / "steps.jsonl").read_text()
 
 
-@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize(("steps", "file", "text"), LEFT.values(), ids=LEFT)
 def test_it_goes_on_as_if_nothing_had_happened(
-    tmp_path: Path, uninterrupted: tuple[Path, list[np.ndarray]], interrupted: Path, left: str
+    tmp_path: Path,
+    uninterrupted: tuple[Path, list[np.ndarray]],
+    interrupted: dict[int, Path],
+    steps: int,
+    file: str | None,
+    text: str | None,
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(interrupted, folder)
-    LEFT[left](folder / "backup")
-    # From other initial weights, which must not matter.
-    assert_same(fitted(folder, seed=1), folder, uninterrupted)
-
-
-def test_a_first_checkpoint_that_was_cut_off_is_begun_anew(
-    tmp_path: Path, uninterrupted: tuple[Path, list[np.ndarray]]
-) -> None:
-    with pytest.raises(InterruptionError):
-        fitted(tmp_path, callbacks=[Interrupting(4)])
-    assert not (tmp_path / "backup" / "latest.weights.h5.bkp").exists()
-    cut(tmp_path / "backup" / "latest.weights.h5")
-    assert_same(fitted(tmp_path), tmp_path, uninterrupted)
+    folder = shutil.copytree(interrupted[steps], tmp_path / "run")
+    assert [each["step"] for each in records.read_jsonl(folder / "steps.jsonl")][-1] == steps
+    if file is not None:
+        path = folder / "backup" / file
+        path.write_bytes(path.read_bytes()[:-100] if text is None else text.encode())
+    # From other initial weights, which must not matter where there is a checkpoint.
+    assert_same(fitted(folder, seed=0 if steps == 4 else 1), folder, uninterrupted)
 
 
 def test_a_test_whose_metrics_were_not_written_is_done_again(
@@ -143,53 +135,37 @@ def test_a_test_whose_metrics_were_not_written_is_done_again(
         with pytest.raises(InterruptionError):
             fitted(tmp_path)
     assert_same(fitted(tmp_path, seed=1), tmp_path, uninterrupted)
+    # What is trained to the end takes no step.
+    assert_same(fitted(tmp_path, seed=1, callbacks=[Interrupting(0)]), tmp_path, uninterrupted)
 
 
-def test_what_is_trained_to_the_end_takes_no_step(tmp_path: Path, uninterrupted: tuple[Path, list[np.ndarray]]) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted[0], folder)
-    assert_same(fitted(folder, seed=1, callbacks=[Interrupting(0)]), folder, uninterrupted)
+def cross_entropy(logits: Any, labels: np.ndarray) -> Any:
+    logits = keras.ops.convert_to_numpy(logits).astype(np.float64)
+    loss = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels])
+    return pytest.approx([loss, np.mean(logits.argmax(1) == labels)], rel=1e-5)
 
 
 def test_metrics_are_of_each_batch_alone(tmp_path: Path) -> None:
-    """The first step's from the initial weights, the tests' from the weights after 3 steps, computed by NumPy."""
+    """The steps' from the initial weights, the tests' from the weights after 3 steps, computed by NumPy."""
     model = new_model(0)
-    first, labels = batches.TrainBatches(IMAGES.train_x, IMAGES.train_y, 4, 0, 0, 12)[0]
-    logits = keras.ops.convert_to_numpy(model(first, training=True))
+    shown = batches.TrainBatches(IMAGES.train_x, IMAGES.train_y, 4, 0, 0, 12)
+    expected = [cross_entropy(model(shown[step][0], training=True), shown[step][1]) for step in range(2)]
     training.fit_model(model, OPTIMIZERS["sgd"].make(0.0), IMAGES, tmp_path, **{**SETTINGS, "iterations": 3})
     steps = records.read_jsonl(tmp_path / "steps.jsonl")
-    expected = cross_entropy(logits, labels)
-    assert steps[0]["loss"] == pytest.approx(expected, rel=1e-5)
-    assert steps[0]["accuracy"] == np.mean(logits.argmax(1) == labels)
-    test_logits = keras.ops.convert_to_numpy(model(IMAGES.test_x, training=False))
-    assert steps[3]["test_loss"] == pytest.approx(cross_entropy(test_logits, IMAGES.test_y), rel=1e-5)
-    assert steps[3]["test_accuracy"] == pytest.approx(np.mean(test_logits.argmax(1) == IMAGES.test_y))
-    # Another batch, of which the mean is none.
-    second, labels = batches.TrainBatches(IMAGES.train_x, IMAGES.train_y, 4, 0, 0, 12)[1]
-    logits = keras.ops.convert_to_numpy(model(second, training=True))
-    assert steps[1]["loss"] == pytest.approx(cross_entropy(logits, labels), rel=1e-5)
+    assert [[each["loss"], each["accuracy"]] for each in steps[:2]] == expected
+    assert [steps[3]["test_loss"], steps[3]["test_accuracy"]] == cross_entropy(
+        model(IMAGES.test_x, training=False), IMAGES.test_y
+    )
 
 
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    logits = logits.astype(np.float64)
-    chosen = logits[np.arange(len(labels)), labels]
-    return float(np.mean(np.log(np.exp(logits).sum(1)) - chosen))
-
-
-def test_the_course_of_a_run() -> None:
-    steps = [
-        {"step": 1, "loss": 4.0, "accuracy": 0.0},
-        {"step": 2, "loss": 2.0, "accuracy": 0.5},
-        {"step": 2, "test_loss": 3.0, "test_accuracy": 0.1},
-        {"step": 3, "loss": 1.0, "accuracy": 1.0},
-        {"step": 4, "loss": 0.0, "accuracy": 0.0},
-        {"step": 4, "test_loss": 2.0, "test_accuracy": 0.2},
-    ]
-    assert training.compute_curve(steps) == {
+def test_the_curve_has_means_of_the_steps_before_each_test() -> None:
+    steps = [{"step": step, "loss": loss, "accuracy": loss / 4} for step, loss in enumerate((4.0, 2.0, 1.0, 0.0), start=1)]
+    tests = [{"step": step, "test_loss": step / 2, "test_accuracy": step / 20} for step in (2, 4)]
+    curve = {
         "step": [2, 4],
         "loss": [3.0, 0.5],
-        "accuracy": [0.25, 0.5],
-        "test_loss": [3.0, 2.0],
+        "accuracy": [0.75, 0.125],
+        "test_loss": [1.0, 2.0],
         "test_accuracy": [0.1, 0.2],
     }
-    assert json.loads(json.dumps(training.compute_curve(steps))) == training.compute_curve(steps)
+    assert training.compute_curve([*steps[:2], tests[0], *steps[2:], tests[1]]) == curve
