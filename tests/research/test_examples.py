@@ -58,14 +58,15 @@ def test_a_batch_size_is_chosen_from_a_table_and_a_figure(tmp_path: Path) -> Non
 
     output = tmp_path / "figure.png"
     small = ["--sizes", "16", "256", "--rates", "0.004", "0.016", "--seeds", "1", "--target", "1.0", "--output", str(output)]
-    _, *rows, critical, _, last = run("examples/choose_batch_size.py", *small).splitlines()
+    lines = run("examples/choose_batch_size.py", *small).splitlines()
+    _, *rows, critical = lines[:4]
     (_, _, steps, samples), (_, _, few_steps, many_samples) = counts = [list(map(float, row.split())) for row in rows]
     assert [size for size, *_ in counts] == [16, 256]
     assert (samples, many_samples) == (16 * steps, 256 * few_steps)
     assert steps > few_steps  # a small batch takes more steps
     assert samples < many_samples  # and fewer samples
     assert critical == f"fewest samples over fewest steps: {samples / few_steps:.0f} examples"
-    assert last == f"wrote {output}"
+    assert lines[-1] == f"wrote {output}"
     height, width, _ = imread(output).shape
     assert 600 <= height <= width <= 3000
 

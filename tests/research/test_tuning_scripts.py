@@ -1,40 +1,27 @@
-"""The scripts that make the tables of `docs/tuning.md`, run in small settings."""
+"""The script of the priors that makes tables of `docs/tuning.md`, run in a small setting."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from research.scripts import run
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
-
-ROOT = Path(__file__).parents[2]
-
-
-def cells(text: str) -> list[list[str]]:
-    """The rows of a table below its head, by cells."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+for package in ("torch", "sklearn"):
+    pytest.importorskip(package)
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]:
-    """What `prior.py` prints, and writes, by the names of its files."""
-    folder = tmp_path_factory.mktemp("tuning")
-    given = ("--steps", "100", "--seeds", "1", "--rates", "0.003", "0.01", "--data", "digits", "--output", str(folder))
-    command = [sys.executable, "-m", "experiments.tuning.prior", *given]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    texts = {name: (folder / f"prior_{name}.txt").read_text(encoding="utf-8") for name in ("scale", "run_away", "rates")}
-    assert done.stdout == "\n".join(texts.values())
-    return {name: cells(text) for name, text in texts.items()}
-
-
-def test_scaled_losses_of_a_real_model(tables: dict[str, list[list[str]]]) -> None:
-    assert len(tables["scale"]) == 2 * 2 * 3
-    for _, kind, _, prior, *losses, apart, farthest in tables["scale"]:
+def test_the_tables_of_priors(tmp_path: Path) -> None:
+    given = ("--steps", "100", "--seeds", "1", "--rates", "0.003", "0.01", "--data", "digits", "--output", str(tmp_path))
+    printed = run("-m", "experiments.tuning.prior", *given)
+    texts = [(tmp_path / f"prior_{name}.txt").read_text(encoding="utf-8") for name in ("scale", "run_away", "rates")]
+    assert printed == "\n".join(texts)
+    scale, run_away, rates = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]] for text in texts
+    )
+    # Scaled losses of a real model.
+    assert len(scale) == 2 * 2 * 3
+    for _, kind, _, prior, *losses, apart, farthest in scale:
         plain, *scaled = map(float, losses)
         if prior == "from gradients, prior_shape 0":
             # Gradients by autograd, in float32.
@@ -48,21 +35,17 @@ def test_scaled_losses_of_a_real_model(tables: dict[str, list[list[str]]]) -> No
             assert scaled[:2] == pytest.approx([plain] * 2, rel=0.05)
         if kind == "VSGD" and prior != "from gradients, prior_shape 0":
             assert min(scaled[2:]) > 3 * plain
-
-
-def test_least_squares_run_away_with_the_default_alone(tables: dict[str, list[list[str]]]) -> None:
-    highest = {row[:2][-1]: [float(cell) for cell in row[2::2]] for row in tables["run_away"] if row[0] == "VSGD"}
-    for lr in ("0.1", "0.3"):
-        default, *others = highest[lr]
-        assert default > 1.5
-        assert max(others) <= 1
-
-
-def test_the_best_rate_is_marked_and_compared(tables: dict[str, list[list[str]]]) -> None:
-    assert len(tables["rates"]) == 2 * 4
+    # Least squares run away with the default prior alone.
+    for kind, lr, *cells in run_away:
+        if kind == "VSGD" and lr in ("0.1", "0.3"):
+            default, *others = map(float, cells[::2])
+            assert default > 1.5
+            assert max(others) <= 1
+    # The best rate is marked, and compared with the default's, which is first.
+    assert len(rates) == 2 * 4
     best: dict[str, float] = {}
-    for _, kind, prior, *losses, beside in tables["rates"]:
-        (marked,) = (loss for loss in losses if loss.startswith("**"))
-        assert float(marked.strip("*")) == min(float(loss.strip("*")) for loss in losses)
-        best.setdefault(kind, float(marked.strip("*")))  # the default is first
-        assert float(beside.split()[0]) == pytest.approx(float(marked.strip("*")) / best[kind], rel=0.1), prior
+    for _, kind, prior, *losses, ratio in rates:
+        (marked,) = (float(loss.strip("*")) for loss in losses if loss.startswith("**"))
+        assert marked == min(float(loss.strip("*")) for loss in losses)
+        best.setdefault(kind, marked)
+        assert float(ratio.split()[0]) == pytest.approx(marked / best[kind], rel=0.1), prior

@@ -75,7 +75,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folders of runs that ended in their fifth step, after the first checkpoint, and in their eleventh, after the third."""
+    """The folders of runs that ended after four steps, one after the first checkpoint, and after ten."""
     folders = {steps: tmp_path_factory.mktemp("interrupted") for steps in (4, 10)}
     for steps, folder in folders.items():
         with pytest.raises(InterruptionError):
