@@ -45,59 +45,50 @@ def test_of_no_gradient_at_all_the_noise_scale_is_infinite() -> None:
     assert look(1, norm=0.0).overall.noise_scale == math.inf
 
 
-class Logger:
-    def __init__(self) -> None:
-        self.logged: list[Any] = []
+class Sink:
+    """A logger or a writer, which notes what it gets."""
 
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+
+class Logger(Sink):
     def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((step, values))
+        self.seen.append((step, values))
 
 
-class Writer:
-    def __init__(self) -> None:
-        self.written: list[Any] = []
-
+class Writer(Sink):
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.written.append((tag, value, step))
+        self.seen.append((tag, value, step))
+
+
+VALUES = {
+    **{"gain": 0.5, "momentum": 0.5, "snr_10": 1.0, "snr_50": 2.0, "snr_90": 3.0},
+    **{"noise_trace": 8.0, "noise_squared_norm": 4.0, "noise_scale": 2.0, "surprise": 1.5},
+}
 
 
 def test_every_sink_gets_what_was_seen(tmp_path: Path) -> None:
     looks: deque[Look] = deque(maxlen=1)
     logger, writer, path = Logger(), Writer(), tmp_path / "gradients.csv"
-    told = Monitor(looks, logger, writer, path)
-    told.record(look(10, surprise=1.5))
-    told.record(look(20, surprise=2.5))
+    monitor = Monitor(looks, logger, writer, path)
+    monitor.record(look(10, surprise=1.5))
+    monitor.record(look(20, surprise=2.5))
     assert list(looks) == [look(20, surprise=2.5)]
-    step, values = logger.logged[0]
+    step, values = logger.seen[0]
     assert step == 10
-    assert (values["gain/overall"], values["gain/a/b"], values["momentum/a/b"], values["surprise/overall"]) == (
-        0.25,
-        0.5,
-        0.5,
-        1.5,
-    )
-    assert len(values) == 18
-    assert writer.written[:18] == [(tag, value, 10) for tag, value in values.items()]
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["step"], row["tensor"]) for row in rows] == [
-        ("10", "overall"),
-        ("10", "a/b"),
-        ("20", "overall"),
-        ("20", "a/b"),
-    ]
-    assert {key: float(value) for key, value in rows[1].items() if key not in ("step", "tensor")} == {
-        "gain": 0.5, "momentum": 0.5, "snr_10": 1.0, "snr_50": 2.0, "snr_90": 3.0,
-        "noise_trace": 8.0, "noise_squared_norm": 4.0, "noise_scale": 2.0, "surprise": 1.5,
-    }  # fmt: skip
-
-
-def test_a_csv_file_goes_on_and_leaves_empty_what_is_not_known(tmp_path: Path) -> None:
-    path = tmp_path / "gradients.csv"
-    for step in (1, 2):  # as a resumed run
-        CsvFile(path).append(look(step))
+    assert values == {
+        **{f"{name}/a/b": value for name, value in VALUES.items()},
+        **{f"{name}/overall": value for name, value in {**VALUES, "gain": 0.25, "momentum": 0.75}.items()},
+    }
+    assert writer.seen[:18] == [(tag, value, 10) for tag, value in values.items()]
+    CsvFile(path).append(look(30))  # as a resumed run, without what is not known
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
-    assert [(row["step"], row["surprise"]) for row in rows] == [("1", ""), ("1", ""), ("2", ""), ("2", "")]
+    assert [(row["step"], row["tensor"]) for row in rows] == [
+        (step, tensor) for step in ("10", "20", "30") for tensor in ("overall", "a/b")
+    ]
+    assert {name: float(rows[1][name]) for name in VALUES} == VALUES
+    assert [row["surprise"] for row in rows] == ["1.5", "1.5", "2.5", "2.5", "", ""]
     assert "surprise/overall" not in look(1).scalars()
 
 
@@ -160,36 +151,26 @@ def test_the_plots_show_what_was_seen(panels: Any) -> None:
     assert {"0.99", "0.9"} <= {label.get_text() for label in momenta.get_xticklabels()}
     with pytest.raises(ValueError, match="quantity is 'loss'"):
         draw_heat_map(heat, looks, "loss")
+    with pytest.raises(ValueError, match="looks contain no surprise"):
+        draw_heat_map(heat, looks, "surprise")
     with pytest.raises(ValueError, match="looks is empty"):
         draw_noise_scale(scale, [])
 
 
-def test_heat_maps_that_share_their_axis_have_the_first_tensor_above(panels: Any) -> None:
+def test_heat_maps_share_an_axis_and_have_no_colours_for_rounding(panels: Any) -> None:
     from vsgd.monitor.plots import draw_heat_map
 
     panels[1].sharey(panels[0])
-    for axes in panels[:2]:
-        draw_heat_map(axes, [look(10), look(20)], "gain")
-        bottom, top = axes.get_ylim()
-        assert bottom > top
-
-
-def test_a_heat_map_has_no_colours_for_rounding(panels: Any) -> None:
-    from vsgd.monitor.plots import draw_heat_map
-
     looks = [look(10), look(20)]
     looks[0].tensors["a/b"] = looks[0].tensors["a/b"]._replace(gain=0.5 + 1e-7)  # type: ignore[index]
-    draw_heat_map(panels[0], looks, "gain")
+    for axes in panels[:2]:
+        draw_heat_map(axes, looks, "gain")
+        # The first tensor is above.
+        bottom, top = axes.get_ylim()
+        assert bottom > top
     mesh = panels[0].collections[0]
     colours = mesh.norm(np.asarray(mesh.get_array())).ravel()
     assert colours[0] == pytest.approx(colours[1], abs=1e-3)
-
-
-def test_a_heat_map_says_what_no_look_tells(panels: Any) -> None:
-    from vsgd.monitor.plots import draw_heat_map
-
-    with pytest.raises(ValueError, match="looks contain no surprise"):
-        draw_heat_map(panels[0], [look(10)], "surprise")
 
 
 @pytest.mark.parametrize(
