@@ -99,22 +99,6 @@ def test_the_update_holds_no_numeric_literal(rule: str) -> None:
         assert not [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and not isinstance(node.value, str)]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_the_first_step_keeps_nothing_of_the_initial_rates(rule: str) -> None:
-    coefficients = RULES[rule].coefficients(1, RULES[rule].hyperparameters())
-    assert {value for name, value in coefficients._asdict().items() if name.startswith("keep")} == {0.0}
-
-
-@pytest.mark.parametrize("prior_strength", [1e-12, 1e-8, 1e-2])
-def test_the_initial_state_is_the_authors_first_division(prior_strength: float) -> None:
-    # They divide 2 b by 2a - 1 at the first step; we start so that b / a is the same.
-    hyper = core.Hyperparameters(prior_strength=prior_strength)
-    _, b_g, b_ghat = core.VSGD.initial_state(hyper)
-    pa2, pbg2, pbhg2 = 2 * prior_strength + 1 + 1e-4, 2 * prior_strength, 2 * 30 * prior_strength
-    assert b_g / core.compute_shape(hyper) == pytest.approx(pbg2 / (pa2 - 1), rel=1e-11)
-    assert b_ghat / core.compute_shape(hyper) == pytest.approx(pbhg2 / (pa2 - 1), rel=1e-11)
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -122,29 +123,23 @@ def test_mu_is_adams_first_moment(beta1: float) -> None:
 
 # (b) b frozen and large: SGD with momentum
 
-STARTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # torch's buffer starts as the first gradient, undampened: either give it one, or start mu there.
-    "zero buffer": (0.0, {"momentum_buffer": torch.zeros_like(GRADS[0])}),
-    "no buffer": (GRADS[0], {}),
-}
+
+def run_sgd(grads: Any, beta1: float, **buffer: Any) -> Any:
+    """SGD's parameters."""
+    make = functools.partial(torch.optim.SGD, lr=LR, momentum=beta1, dampening=beta1)
+    return run_theirs(grads, make, **buffer)[0]
 
 
 @BETA1
-@pytest.mark.parametrize("start", STARTS)
-def test_large_b_is_sgd_with_momentum(beta1: float, start: str) -> None:
-    mu, buffer = STARTS[start]
-    ours = run_frozen(GRADS, beta1, 1e30, mu)
-    sigma = ours.sigma2[0, 0].sqrt().item()
-    (theirs,) = run_theirs(GRADS, lambda params: torch.optim.SGD(params, LR, momentum=beta1, dampening=beta1), **buffer)
-    assert_equal(descend(ours.direction, LR * sigma), theirs)
+def test_large_b_is_sgd_with_momentum(beta1: float) -> None:
+    # Torch's buffer starts as the first gradient, undampened: either give it one, or start mu there.
+    for mu, buffer in ((0.0, {"momentum_buffer": torch.zeros_like(GRADS[0])}), (GRADS[0], {})):
+        ours = run_frozen(GRADS, beta1, 1e30, mu)
+        assert_equal(descend(ours.direction, LR * ours.sigma2[0, 0].sqrt().item()), run_sgd(GRADS, beta1, **buffer))
 
 
 def test_distance_from_sgd_falls_as_one_over_b() -> None:
-    (theirs,) = run_theirs(
-        STEADY,
-        lambda params: torch.optim.SGD(params, LR, momentum=0.9, dampening=0.9),
-        momentum_buffer=torch.zeros_like(STEADY[0]),
-    )
+    theirs = run_sgd(STEADY, 0.9, momentum_buffer=torch.zeros_like(STEADY[0]))
     for b in (1e4, 1e6):
         ours = run_frozen(STEADY, 0.9, b)
         distance = descend(ours.direction, LR * ours.sigma2[0, 0].sqrt().item()) - theirs
@@ -238,6 +233,21 @@ def test_root_of_the_average_is_adams_within_the_means_own(beta1: float) -> None
     assert distance.max() > 1e-3  # or the bound says nothing
 
 
+def test_direction_and_average_near_adabeliefs_and_adams_as_one_over_k() -> None:
+    worst, distances = [], []
+    for ratio in (1e8, 1e9):
+        beta1 = ratio / (ratio + 1)
+        ours, two_a_1 = like_adabelief(STEADY, beta1, 0.999)
+        # Without the first step, at which v is still 0, and with the v of the step before.
+        theirs = (ours.mu / before(adabelief_v(STEADY, beta1, 0.999)).sqrt())[1:]
+        worst.append((ours.direction[1:] / theirs / (ratio * two_a_1) ** 0.5 - 1).abs().max())
+    for ratio in (1e4, 1e5):
+        ours, two_a_1 = like_adabelief(GRADS, ratio / (ratio + 1), 0.999)
+        average = ours.b * two_a_1 / (two_a_1 + 1) * 2 * (ratio + 1)
+        distances.append((average - run_adam(GRADS, 0.9)[2]).norm())
+    assert [(first / second).item() for first, second in (worst, distances)] == pytest.approx([10, 10], rel=0.01)
+
+
 # What differs for users
 
 
@@ -314,6 +324,17 @@ def test_no_step_exceeds_lr_where_adams_does() -> None:
     assert 0.9 < ours.direction[-1].item() < 1
     (adam,) = run_theirs(grads, lambda params: torch.optim.Adam(params, LR))
     assert (adam[-2] - adam[-1]).item() > 1.3 * LR
+
+
+def test_scale_of_the_gradients_matters_unless_prior_strength_follows() -> None:
+    def directions(scale: float, prior_strength: float) -> Any:
+        hyper = hyper_of(0.75, prior_strength=prior_strength)
+        return run(scale * GRADS, lambda t: RULE.coefficients(t, hyper), RULE.initial_state(hyper)[1]).direction
+
+    plain = directions(1.0, 1e-8)
+    # The start is a * 2 gamma / (2 gamma + 1e-4), in proportion to gamma but for 2e-4.
+    torch.testing.assert_close(directions(1e-4, 1e-16), plain, rtol=2e-4, atol=0)
+    assert directions(1e-4, 1e-8).norm() < 0.2 * plain.norm()
 
 
 def test_literal_start_fades_slowly() -> None:
