@@ -33,10 +33,6 @@ def record(task: str, validation: float, train: float = 0.5, test: float = 0.5, 
     return {"curve": curve, "losses": [1.0] * LOOKS, "final": final, "seconds": 1.0}
 
 
-def diverged() -> dict[str, Any]:
-    return {"curve": [1.0] + [None] * LOOKS, "losses": [None] * LOOKS, "final": None, "seconds": 1.0}
-
-
 def distance(setting: Setting, best: float) -> float:
     """How many decades the learning rate is from the best one."""
     return abs(math.log10(setting.trial.learning_rate / best))

@@ -75,22 +75,15 @@ def test_the_noise_scale_of_weights_held_still_is_near_the_truth(monkeypatch: py
     torch = pytest.importorskip("torch")
     for package in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(package)
+    from experiments.uncertainty import noise_scale
+
     example = load_example("choose_batch_size")
     data, model = example.load_data(), example.make_model(seed=0)
-    names, params = zip(*model.named_parameters(), strict=True)
-
-    def loss(params: tuple[object, ...], x: object, y: object) -> object:
-        logits = torch.func.functional_call(model, dict(zip(names, params, strict=True)), (x,))
-        return torch.nn.functional.cross_entropy(logits, y)
-
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(tuple(p.detach() for p in params), *data)
-    each = torch.cat([grad.flatten(1) for grad in grads], dim=1)
-    mean = each.mean(0)
-    truth = ((each - mean).square().sum() / len(each) / mean.square().sum()).item()
+    truth = noise_scale.compute_noise_scale(noise_scale.compute_example_gradients(model, *data)).scale.item()
     torch.manual_seed(1)
-    before = [param.detach().clone() for param in params]
+    before = [param.detach().clone() for param in model.parameters()]
     assert example.measure_noise_scale(model, data) == pytest.approx(truth, rel=0.1)
-    assert all(torch.equal(one, other) for one, other in zip(before, params, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     # What is not reached costs infinity.
     monkeypatch.setattr(example, "MOST_STEPS", 2)
     assert example.count_steps(16, 0.001, 0, data, target=0.1) == math.inf

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks import machine, measure, shapes, suite, timing
+from benchmarks import measure, shapes, suite, timing
 
 
 def test_a_paired_ratio_by_hand() -> None:
@@ -84,27 +79,6 @@ def test_shapes() -> None:
 def test_a_shape_that_is_none(word: str) -> None:
     with pytest.raises(ValueError, match=f"^shape is '{word}', but must be one of conv, many, large"):
         shapes.parse(word)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
-def test_the_peak_is_of_memory_that_an_action_takes_and_gives_back() -> None:
-    if not machine.can_measure_peak():
-        pytest.skip("the system does not let the peak start anew")
-    # In a process of its own, as it is measured: what other tests have freed may be in this one still.
-    script = "import numpy as np; from benchmarks.machine import measure_peak_growth as measure\n"
-    script += "np.ones(10_000_000); print(measure(lambda: np.ones(5_000_000)))"  # the first is larger than what is measured
-    environment = {**os.environ, **machine.RETURN_MEMORY, "PYTHONPATH": str(Path(__file__).parents[3])}
-    assert int(subprocess.check_output([sys.executable, "-c", script], env=environment)) == pytest.approx(40e6, rel=0.05)
-
-
-def test_moving_memory_adds_every_element_once() -> None:
-    memory = machine.Memory(8000)
-    # Two arrays of 1000 float32, of which one is read, the other read and written.
-    assert memory.moved == 3 * 4000
-    for move in (memory._add_by_one_thread, memory._add_by_all_threads):
-        before = memory._a.copy()
-        move()
-        np.testing.assert_array_equal(memory._a, before + 1)
 
 
 def test_a_competitor_that_lacks_something_sits_out() -> None:

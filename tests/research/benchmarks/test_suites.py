@@ -172,11 +172,3 @@ def test_temporaries_of_the_parameters_size_show() -> None:
 def test_a_compiled_step_is_measured() -> None:
     pytest.importorskip("torch")
     assert probed("torch", "tensors=1", "VSGD, torch.compile")["first_step_seconds"] > 0
-
-
-def test_what_is_not_there_is_said_in_a_sentence(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    done = command("run", "torch", "--shapes", "small", "--output", str(tmp_path / "results.json"))
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("python -m benchmarks: error: shape is 'small', but must be one of conv")
-    assert not list(tmp_path.iterdir())

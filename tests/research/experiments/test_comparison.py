@@ -9,13 +9,12 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from research.made_up_runs import distance, diverged, middle, record
+from research.made_up_runs import distance, middle, record
 
 from experiments import comparison, tasks
 from experiments.comparison import ARMS, ENTRANTS, TEST_SEEDS, TUNING_SEEDS, Comparison, Setting, Trial
 
 LOSS = "quadratic"
-RATES = {name: entrant.base.list_learning_rates(10) for name, entrant in ENTRANTS.items()}
 
 
 def bowl(setting: Setting) -> dict[str, Any]:
@@ -38,20 +37,6 @@ def test_everyone_has_as_many_trials_over_as_wide_a_span_and_the_same_schedules(
     for each in ENTRANTS.values():
         assert set(ARMS["5 trials"](each)) < set(ARMS["20 trials"](each))
         assert ARMS["defaults"](each) == [Trial(each.base.learning_rate, "constant")]
-
-
-def test_accuracies_are_to_be_high_and_of_equal_ones_the_loss_decides() -> None:
-    def hill(setting: Setting) -> dict[str, Any]:
-        accuracy = 0.9 if distance(setting, middle(setting.entrant)) < 0.5 else 0.5
-        return record("mnist1d-mlp", accuracy, loss=1 / setting.trial.learning_rate)
-
-    assert on(hill, "mnist1d-mlp").choose_trial("sgd", "20 trials") == Trial(RATES["sgd"][5], "constant")
-
-
-def test_a_trial_of_which_one_run_diverged_is_not_chosen() -> None:
-    best = Trial(RATES["sgd"][5], "constant")
-    found = on(lambda setting: diverged() if setting.trial == best and setting.seed == 1 else bowl(setting))
-    assert found.choose_trial("sgd", "20 trials") == Trial(RATES["sgd"][4], "constant")
 
 
 def test_choices_and_the_target_are_made_on_the_tuning_seeds_and_tested_on_fresh_ones() -> None:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from itertools import cycle
 from pathlib import Path
 
@@ -75,40 +70,6 @@ def test_two_steps_of_each_and_once_only(
     main(command)
     assert capsys.readouterr().out == f"{what}: already finished\n"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
-
-
-def taken(folder: Path) -> list[dict[str, float]]:
-    return [step for path in folder.glob("runs/*/steps.jsonl") for step in records.read_jsonl(path)]
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="compiles for minutes; test_training.py interrupts every backend")
-def test_a_killed_process_is_gone_on_from(archives: Path, tmp_path: Path) -> None:
-    """By SIGKILL, wherever it is; all metrics then are, to the last bit, those of a run that nothing killed."""
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    commands = [
-        run_of(archives, folder, "cifar100-convmixer", "vsgd", "--iterations", "4", "--evaluate-every", "1")
-        for folder in (killed, whole)
-    ]
-    # One thread, as here: the order of sums depends on their number.
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments", *commands[0]], cwd=Path(__file__).parents[3], env=environment
-    )
-    until = time.monotonic() + 200
-    # In or after the second step, which follows a test and a checkpoint, and before the end.
-    while time.monotonic() < until and process.poll() is None and len(taken(killed)) < 3:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    before = taken(killed)
-    assert before, "it was killed too early"
-    assert not (killed / "results").exists(), "it was killed too late"
-    for command in commands:
-        main(command)
-    assert taken(killed) == taken(whole)
-    assert before == taken(whole)[: len(before)]
-    one, other = (records.read_jsonl(each / "results" / "paper.jsonl") for each in (killed, whole))
-    assert one == other
 
 
 def test_the_table_has_no_number_of_tiny_archives(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -111,42 +111,33 @@ def test_no_example_is_in_two_splits(name: str) -> None:
     rows = [split.x[0] if isinstance(split.x, tuple) else split.x for split in splits.values()]
     flat = np.concatenate([each.reshape(len(each), -1) for each in rows])
     assert len(np.unique(flat, axis=0)) == len(flat)
-    sizes = {"mnist1d-cnn": [4000, 2000, 2000]}.get(name, [1077, 360, 360])
-    assert list(map(len, rows)) == sizes
+    assert [len(each) for each in rows] == ([4000, 2000, 2000] if name == "mnist1d-cnn" else [1077, 360, 360])
 
 
 def test_an_epoch_has_each_example_at_most_once_and_the_next_another_order() -> None:
-    data = tasks.TASKS["digits-convmixer"].load_data()
-    batches = data.batches(np.random.default_rng(0))
-    epochs = [np.concatenate([next(batches).x for _ in range(1077 // 64)]).reshape(-1, 64) for _ in range(2)]
-    for epoch in epochs:
-        assert len(np.unique(epoch, axis=0)) == len(epoch) == 1024
-    assert not np.array_equal(*epochs)
+    batches = tasks.TASKS["digits-convmixer"].load_data().batches(np.random.default_rng(0))
+    one, other = (np.concatenate([next(batches).x for _ in range(1077 // 64)]).reshape(-1, 64) for _ in range(2))
+    assert len(np.unique(one, axis=0)) == len(np.unique(other, axis=0)) == len(one) == 1024
+    assert not np.array_equal(one, other)
 
 
-def windows(split: tasks.Split) -> Iterator[str]:
-    for x, y in zip(split.x, split.y, strict=True):
-        yield "".join(tasks.list_characters()[place] for place in [*x, y[-1]])
+def windows(split: tasks.Split) -> list[str]:
+    return ["".join(tasks.list_characters()[place] for place in [*x, y[-1]]) for x, y in zip(split.x, split.y, strict=True)]
 
 
-def test_characters_are_windows_of_the_text_whose_targets_are_the_next_ones() -> None:
-    data, text = tasks.make_character_data(), tasks.read_text()
-    for split in (*data.splits.values(), next(data.batches(np.random.default_rng(0)))):
-        np.testing.assert_array_equal(split.x[:, 1:], split.y[:, :-1])
-        assert all(window in text for window in windows(split))
-
-
-def test_no_part_of_the_text_is_trained_on_and_tested() -> None:
+def test_characters_are_windows_of_a_part_of_the_text_whose_targets_are_the_next_ones() -> None:
     data, text = tasks.make_character_data(), tasks.read_text()
     # Of ten blocks of 1024 characters, one goes to each of the last two.
     blocks = [text[start : start + 1024] for start in range(0, len(text) - 1023, 1024)]
-    parts = {"train": [each for number, each in enumerate(blocks) if number % 10 < 8], "validation": blocks[8::10]}
-    parts["test"] = blocks[9::10]
-    for part, split in data.splits.items():
+    train = [each for number, each in enumerate(blocks) if number % 10 < 8]
+    parts = {"train": train, "validation": blocks[8::10], "test": blocks[9::10]}
+    batch = next(data.batches(np.random.default_rng(0)))
+    for part, split in [*data.splits.items(), ("train", batch)]:
+        np.testing.assert_array_equal(split.x[:, 1:], split.y[:, :-1])
         assert all(any(window in block for block in parts[part]) for window in windows(split))
-    for part in ("validation", "test"):
-        repeated = [window for window in windows(data.splits[part]) if any(window in block for block in parts["train"])]
-        assert len(repeated) <= 0.01 * len(data.splits[part].x)
+        if part != "train":
+            repeated = [window for window in windows(split) if any(window in block for block in train)]
+            assert len(repeated) <= 0.01 * len(split.x)
 
 
 def test_the_transformer_sees_no_later_character() -> None:
