@@ -4,59 +4,48 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 for package in ("keras", "matplotlib", "scipy", "tqdm"):
     pytest.importorskip(package)
 
-from benchmarks import report  # noqa: E402
+import benchmarks.__main__  # noqa: E402
+import experiments.__main__  # noqa: E402
 from experiments import comparison, paper, paper_report, tasks  # noqa: E402
-from experiments.__main__ import main  # noqa: E402
 from reporting.pages import replace_section  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def write_performance(folder: Path, page: Path) -> None:
-    report.write_page(folder / "performance", page)
-
-
-def write_results(folder: Path, page: Path) -> None:
-    main(["report", "--results", str(folder / "results"), "--page", str(page)])
-
-
-def write_tuning(folder: Path, page: Path) -> None:
-    main(["sweep", "--results", str(folder / "results"), "--page", str(page)])
-
-
 @pytest.mark.usefixtures("without_pyplot")
 @pytest.mark.parametrize(
-    ("name", "records", "write", "sections"),
+    ("name", "records", "program", "command", "sections"),
     [
-        ("performance", "performance", write_performance, "torch|optax|keras-train-.*"),
-        ("results", "results", write_results, ".*"),
-        ("tuning", "results", write_tuning, "sweep-.*"),
+        ("performance", "performance", benchmarks, "report", "torch|optax|keras-train-.*"),
+        ("results", "results", experiments, "report", ".*"),
+        ("tuning", "results", experiments, "sweep", "sweep-.*"),
     ],
 )
 def test_a_page_and_its_plots_are_written_from_their_records(
-    tmp_path: Path, name: str, records: str, write: Callable[[Path, Path], None], sections: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, records: str, program: Any, command: str, sections: str
 ) -> None:
     from matplotlib.image import imread
 
-    shutil.copytree(DOCS / records, tmp_path / records, ignore=shutil.ignore_patterns("*.png"))
-    committed = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    page = tmp_path / f"{name}.md"
+    folder = shutil.copytree(DOCS / records, tmp_path / records, ignore=shutil.ignore_patterns("*.png"))
+    committed, page = (DOCS / f"{name}.md").read_text(encoding="utf-8"), tmp_path / f"{name}.md"
     page.write_text(committed, encoding="utf-8")
     for section in re.findall(rf"<!-- /({sections}) -->", committed):
         replace_section(page, section, ["old"])
-    write(tmp_path, page)
+    monkeypatch.setattr(sys, "argv", ["python", command, "--results", str(folder), "--page", str(page)])
+    program.__main__.main()
     # The benchmarks were recorded before this module was renamed.
     written = page.read_text(encoding="utf-8").replace("vsgd.backends.torch_fused", "vsgd.backends.torch.fused_cpu")
     assert written == committed
-    for image in (tmp_path / records).glob("*.png"):
+    for image in folder.glob("*.png"):
         drawn, expected = imread(image), imread(DOCS / records / image.name)
         # Fonts and widths of lines differ between versions of matplotlib, the curves don't.
         assert drawn.shape == expected.shape
@@ -65,7 +54,7 @@ def test_a_page_and_its_plots_are_written_from_their_records(
 
 def test_without_records_every_cell_says_so(tmp_path: Path) -> None:
     page = tmp_path / "a" / "new" / "results.md"
-    write_results(tmp_path, page)
+    experiments.__main__.main(["report", "--results", str(tmp_path / "results"), "--page", str(page)])
     paper_cells = len(paper.EXPERIMENTS) * len(paper.COMPARED)
     entrants, arms = len(comparison.ENTRANTS), len(comparison.ARMS)
     # A task has a verdict on each other entrant in each arm, a range for each entrant, a target, and rows of seven cells.

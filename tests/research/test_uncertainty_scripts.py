@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,14 +80,3 @@ def test_clipping_lowers_the_trace_and_the_squared_norm_alike(monkeypatch: pytes
     trace, squared_norm, scale = map(float, cut)
     assert max(trace, squared_norm) < 0.02
     assert scale == pytest.approx(1, abs=0.15)
-
-
-def test_mnist_1d_is_made_on_the_spot_or_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mnist1d")
-    x, y = torch_mlp.DATA["MNIST-1D"]()
-    assert x.shape == (4000, 40)
-    assert torch.equal(y.unique(), torch.arange(10))
-    assert torch.equal(x, torch_mlp.DATA["MNIST-1D"]()[0])
-    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
-    with pytest.raises(SystemExit, match=r"^MNIST-1D needs mnist1d: pip install '\.\[examples\]', or choose --data digits$"):
-        torch_mlp.DATA["MNIST-1D"]()
