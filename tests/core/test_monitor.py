@@ -116,14 +116,9 @@ def test_samples_are_evenly_spread_over_rows_and_columns() -> None:
 
 @pytest.fixture
 def panels() -> Iterator[Any]:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3)
-    yield axes
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    yield figure.subplots(1, 3)
     figure.draw_without_rendering()  # what is drawn warns of nothing
-    plt.close(figure)
 
 
 def test_the_plots_show_what_was_seen(panels: Any) -> None:

@@ -25,17 +25,10 @@ def fences(page: Path) -> list[tuple[str, str, str]]:
 
 
 @every_page
-def test_every_snippet_is_run_or_looked_up(page: Path) -> None:
-    kinds = [kind for kind, _, _ in fences(page)]
-    assert {*kinds} <= {"python", "sh"} | INCLUDES | NO_CODE
+def test_every_snippet_is_run_or_looked_up_and_none_hides_in_an_indented_block(page: Path) -> None:
+    assert {kind for kind, _, _ in fences(page)} <= {"python", "sh"} | INCLUDES | NO_CODE
     found = [example.parsed for example in pages.snippets.parse(page)]
-    for kind, _, text in fences(page):
-        if kind in ("python", "sh"):
-            assert text in found
-
-
-@every_page
-def test_no_command_hides_in_an_indented_block(page: Path) -> None:
+    assert all(text in found for kind, _, text in fences(page) if kind in ("python", "sh"))
     command = rf"^ {{4}}(?:{'|'.join(commands.PROGRAMS)})3? .*"
     assert re.findall(command, page.read_text(encoding="utf-8"), flags=re.MULTILINE) == []
 

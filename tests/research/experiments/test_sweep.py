@@ -32,16 +32,6 @@ def test_grids_hold_the_default_and_what_the_optimizer_takes() -> None:
     assert set(sweep.RATES) < tried < set(ENTRANTS["vsgd"].base.list_learning_rates(10))
 
 
-def test_differences_are_seed_by_seed_between_the_best_rates() -> None:
-    ours = sweep.Scores([[3.0, 9.0, 9.0], [1.0, 2.0, 6.0]], 1)
-    other = sweep.Scores([None, [1.5, 1.0, 1.0]], 1)
-    assert ours.format_cells(["", ""]) == ["7", "**3**"]
-    assert ours.format_difference(other) == "+1.8 (-0.5 to +5)"
-    assert sweep.Scores([[3.0], [1.0]], -1).best == 0
-    assert sweep.Scores([None], 1).format_difference(other) == ""
-    assert other.format_cells(["diverged", ""]) == ["diverged", "**1.167**"]
-
-
 def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of made-up runs, one is left to do.
     backend = keras.backend.backend()
