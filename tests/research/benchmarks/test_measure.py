@@ -1,12 +1,15 @@
-"""What the benchmarks measure: their statistics, and what they count. No time is asserted."""
+"""What the benchmarks measure: their statistics, what they count, and which results go together. No time is asserted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from research.scripts import run
 
 from benchmarks import measure, shapes, suite, timing
+from reporting.pages import replace_section
 
 
 def test_a_paired_ratio_by_hand() -> None:
@@ -90,3 +93,38 @@ def test_a_competitor_that_lacks_something_sits_out() -> None:
     assert measure.choose_competitors(small, ["lacking", "elsewhere"], "cpu") == ["base"]
     with pytest.raises(ValueError, match=r"^--competitors has none, but must name some of base, other"):
         measure.choose_competitors(small, ["none"], "cpu")
+
+
+# The results
+
+
+def test_a_section_that_does_not_end_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    text = "<!-- /torch -->\n\n<!-- torch -->\nold\n\nAfter.\n"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=r"^section 'torch' of .*page\.md begins with <!-- torch -->, but must end with <"):
+        replace_section(page, "torch", ["new"])
+    assert page.read_text() == text
+
+
+def test_results_of_another_machine_are_not_mixed() -> None:
+    merge = measure.merge_results
+    old, same, other = (
+        {"environment": {"versions": {"torch": version}}, "competitors": competitors}
+        for version, competitors in (("2", {"a": 1, "b": 1}), ("2", {"b": 2, "c": 2}), ("3", {"b": 2, "c": 2}))
+    )
+    assert merge(None, same) == same
+    assert merge(old, same)["competitors"] == {"a": 1, "b": 2, "c": 2}
+    assert merge(old, other) == other
+
+
+def test_the_accuracy_of_compact_state_is_reported(tmp_path: Path) -> None:
+    for package in ("torch", "sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    page = tmp_path / "page.md"
+    run("-m", "benchmarks.compact", "--seeds", "2", "--epochs", "1", "--page", str(page))
+    assert (tmp_path / "page" / "compact-state.png").stat().st_size > 10_000
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
+    means = [[float(cell.split("±")[0]) for cell in row.split("|")[2:-1]] for row in rows]
+    for wide, compact, difference in zip(*means, strict=True):
+        assert compact - wide == pytest.approx(difference, abs=0.06 * wide)  # of two digits each

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from research.scripts import run
 
 from benchmarks import catalogue, machine, measure, shapes
 
-ROOT = Path(__file__).parents[3]
 # The numbers of state that competitors have for each parameter.
 STATE = {
     "torch": {
@@ -34,12 +32,9 @@ KERAS |= {"VSGD": 3, "VSGD, bfloat16 state": 1.5, "ConstantVSGD": 2}
 STATE |= {f"keras-{task}-{backend}": KERAS for task in ("apply", "train") for backend in ("tensorflow", "jax", "torch")}
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **environment: str) -> str:
     # The suite chooses the backend itself.
-    environment = {**os.environ, "KERAS_BACKEND": "none", "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return run("-m", "benchmarks", *arguments, KERAS_BACKEND="none", TF_CPP_MIN_LOG_LEVEL="3", **environment)
 
 
 def read(name: str, problem: Any) -> list[np.ndarray]:
@@ -91,8 +86,7 @@ def test_a_run_of_a_suite(suite: str, tmp_path: Path) -> None:
             pytest.skip(f"no {package}")
     output = tmp_path / "results.json"
     options = ("--rounds", "1", "--parts", "times", "--output", str(output), "--competitors", *STATE[suite])
-    done = command("run", suite, "--shapes", "tensors=2", *options)
-    assert done.returncode == 0, done.stderr
+    printed = command("run", suite, "--shapes", "tensors=2", *options)
     results = json.loads(output.read_text())
     assert results["suite"] == suite
     assert results["device"] == "cpu"
@@ -112,7 +106,7 @@ def test_a_run_of_a_suite(suite: str, tmp_path: Path) -> None:
         assert set(found["against"]) == set(results["baselines"])
         assert len(found["seconds"]) == 1
         assert found["seconds"][0] > 0
-        assert f"\n| {name} " in done.stdout
+        assert f"\n| {name} " in printed
 
 
 def test_probes_and_imports_join_times(tmp_path: Path) -> None:
@@ -120,8 +114,7 @@ def test_probes_and_imports_join_times(tmp_path: Path) -> None:
     output, shape = tmp_path / "results.json", "parameters=40000"
     options = ("--shapes", shape, "--rounds", "1", "--output", str(output), "--competitors", "vsgd")
     for parts in (["times"], ["probes", "imports"]):
-        done = command("run", "optax", *options, "--parts", *parts)
-        assert done.returncode == 0, done.stderr
+        printed = command("run", "optax", *options, "--parts", *parts)
     results = json.loads(output.read_text())
     cell = results["cells"][shape]
     assert set(cell["times"]["competitors"]) == set(cell["probes"]["competitors"]) == {"optax.adamw", "vsgd"}
@@ -130,13 +123,11 @@ def test_probes_and_imports_join_times(tmp_path: Path) -> None:
     assert 0 <= cell["probes"]["competitors"]["optax.adamw"]["transient_bytes"] < 4 * 40_000
     assert results["imports"]["seconds"]["vsgd.optax"] > 0
     for text in ("time / optax.adamw", f"first step, s: {shape}", "`vsgd.optax`"):
-        assert text in done.stdout
+        assert text in printed
 
 
 def probed(*arguments: str, **environment: str) -> dict[str, float]:
-    done = command("probe", *arguments, **environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(command("probe", *arguments, **environment).splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")

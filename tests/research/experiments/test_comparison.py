@@ -1,4 +1,4 @@
-"""The comparison's protocol, on response surfaces that are made up."""
+"""The comparison's protocol, on the committed records, and what its tables say of two results and of missing ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("scipy")
+pytest.importorskip("tqdm")
 
-from experiments import comparison, tasks
+from experiments import comparison, report, tasks
 from experiments.comparison import ARMS, ENTRANTS, TEST_SEEDS, TUNING_SEEDS, Comparison, Setting, Trial
 from experiments.spread import FOLDER, Store
+from experiments.statistics import Difference
 
 TASK = "quadratic"
 STORE = Store(Path(__file__).parents[3] / "docs" / "results" / FOLDER)
@@ -81,3 +83,33 @@ def test_an_entrant_may_have_other_hyperparameters() -> None:
             ValueError, match=f"^entrant is '{name}', but after ':' it must have NAME=NUMBER, separated by commas$"
         ):
             comparison.find_entrant(name)
+
+
+# The tables
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "loss", "accuracy"),
+    [
+        (-2.0, -0.5, "better", "worse"),
+        (0.5, 2.0, "worse", "better"),
+        (-0.1, 2.0, "level", "level"),
+        (0.0, 2.0, "level", "level"),
+    ],
+)
+def test_verdicts(low: float, high: float, loss: str, accuracy: str) -> None:
+    difference = Difference((low + high) / 2, low, high)
+    assert [report.judge_difference(difference, metric) for metric in ("loss", "accuracy")] == [loss, accuracy]
+
+
+def test_cells_that_need_a_missing_run_say_so() -> None:
+    def find(setting: Setting) -> Any:
+        return None if setting.entrant == "adamw" and setting.trial.schedule == "cosine" else STORE.find(setting)
+
+    committed, found = (report.format_task_table(Comparison(tasks.TASKS[TASK], each)) for each in (STORE.find, find))
+    # Differences need AdamW in the same arm, and the steps to the target need tuned AdamW.
+    for expected_line, line in zip(committed.splitlines()[2:], found.splitlines()[2:], strict=True):
+        arm, title, *expected = (cell.strip() for cell in expected_line.split("|")[1:-1])
+        missing = (1, 2) if arm == "defaults" else range(7) if title == "AdamW" else (1, 2, 4, 6)
+        cells = [report.MISSING if place in missing else cell for place, cell in enumerate(expected)]
+        assert [cell.strip() for cell in line.split("|")[1:-1]] == [arm, title, *cells]

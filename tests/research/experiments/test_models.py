@@ -1,8 +1,9 @@
-"""The paper's networks: how many parameters they have, on paper, and where they start."""
+"""The paper's networks: how many parameters they have, on paper, and where they start; and what each optimizer is."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ pytest.importorskip("keras")
 import keras
 
 from experiments import datasets, models, paper
+from experiments.optimizers import OPTIMIZERS
 
 # What the networks have for C classes. The first numbers of both VGGs are what their convolutions are published with; each
 # channel adds a scale and a shift. ResNeXt's blocks have no biases, ConvMixer's do.
@@ -86,3 +88,33 @@ def test_where_the_networks_start(name: str, shape: tuple[int, ...], deviation: 
     assert values.std() == pytest.approx(deviation, rel=0.03 if name == "convmixer" else 0.02 if len(shape) == 2 else 0.01)
     if name == "convmixer":
         assert 0.99 < np.abs(values).max() / (math.sqrt(3) * deviation) <= 1
+
+
+# The optimizers
+
+CLASSES = {"vsgd": "VSGD", "constant-vsgd": "ConstantVSGD", "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lion": "Lion"}
+
+
+def test_learning_rates_span_three_decades_around_the_default_by_equal_factors() -> None:
+    for each in OPTIMIZERS.values():
+        rates = each.list_learning_rates(20)
+        assert len(rates) == 20
+        assert rates[-1] / rates[0] == pytest.approx(1000)
+        assert rates[0] < each.learning_rate < rates[-1]
+        for low, high in itertools.pairwise(rates):
+            assert high / low == pytest.approx(1000 ** (1 / 19), rel=1e-2)  # of three digits each
+    with pytest.raises(ValueError, match="count is 1, but must be at least 2"):
+        OPTIMIZERS["sgd"].list_learning_rates(1)
+
+
+def test_each_is_made_with_its_defaults_or_what_is_given() -> None:
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.5, staircase=True)
+    for name, each in OPTIMIZERS.items():
+        made = each.make()
+        assert type(made).__name__ == CLASSES[name]
+        assert float(made.learning_rate) == pytest.approx(each.learning_rate)
+        other = each.make(schedule, weight_decay=0.125)
+        assert other.get_config()["learning_rate"]["class_name"] == "ExponentialDecay"
+        assert other.weight_decay == 0.125
+    assert OPTIMIZERS["sgd"].make().momentum == 0.9
+    assert OPTIMIZERS["sgd"].make(momentum=0.5).momentum == 0.5

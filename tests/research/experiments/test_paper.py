@@ -1,15 +1,131 @@
-"""The paper's settings, as the authors' configuration has them, and its table: means of what was run with them, alone."""
+"""The paper's experiments: their settings, and runs from the command line to the table, on tiny archives."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from research import paper_archives
 
-from experiments import datasets, paper, paper_report
+pytest.importorskip("keras")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
+import keras
+
+from experiments import comparison, datasets, paper, paper_report, records, tasks
+from experiments.__main__ import main
+
+BACKEND = keras.backend.backend()
+# Where steps are compiled, each kind of network and each data set once: that takes its time.
+RUNS = list(paper.EXPERIMENTS) if BACKEND == "torch" else ["cifar100-vgg16", "cifar100-resnext", "tiny-imagenet-convmixer"]
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both archives."""
+    folder = tmp_path_factory.mktemp("archives")
+    paper_archives.cifar100(folder, test=2)
+    paper_archives.tiny_imagenet(folder, test=2)
+    return folder
+
+
+def options(archives: Path, folder: Path) -> list[str]:
+    return ["--data-dir", str(archives), "--results", str(folder / "results"), "--output", str(folder / "runs"), "--quiet"]
+
+
+def run_of(archives: Path, folder: Path, experiment: str, optimizer: str, *other: str) -> list[str]:
+    return ["run", experiment, "--optimizer", optimizer, "--batch-size", "2", *other, *options(archives, folder)]
+
+
+@pytest.mark.parametrize(("experiment", "optimizer"), list(zip(RUNS, cycle(paper.COMPARED), strict=False)))
+def test_two_steps_of_each_and_once_only(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, optimizer: str
+) -> None:
+    command = run_of(archives, tmp_path, experiment, optimizer, "--iterations", "2", "--seed", "3")
+    # Keras writes by TensorFlow, which is not loaded beside another backend here.
+    main([*command, "--tensorboard"] if BACKEND == "tensorflow" else command)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"{experiment}-{optimizer}-{BACKEND}-seed3-")
+    assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {"config.json", "steps.jsonl"}
+    events = {path.parent.name for path in folder.rglob("events.out.tfevents.*")}
+    assert events == ({"train", "validation"} if BACKEND == "tensorflow" else set())
+    steps = records.read_jsonl(folder / "steps.jsonl")
+    assert [sorted(each) for each in steps] == [["accuracy", "loss", "step"]] * 2 + [["step", "test_accuracy", "test_loss"]]
+    # As good as guessing, to begin with.
+    classes = 100 if experiment.startswith("cifar") else 200
+    assert 0.7 * math.log(classes) < steps[0]["loss"] < 2 * math.log(classes)
+    (record,) = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    assert {name: record[name] for name in config} == config
+    assert record["environment"]["versions"]["keras"] == keras.__version__
+    assert record["key"]["seed"] == 3
+    assert record["optimizer"]["learning_rate"]["config"]["initial_learning_rate"] == record["key"]["learning_rate"]
+    assert record["curve"]["test_accuracy"] == [pytest.approx(steps[2]["test_accuracy"], rel=1e-5)]
+    what = f"{experiment}, {optimizer}, seed 3"
+    assert capsys.readouterr().out == f"{what}\n{what}: test accuracy {100 * steps[2]['test_accuracy']:.2f} %\n"
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    main(command)
+    assert capsys.readouterr().out == f"{what}: already finished\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
+
+
+def test_the_table_has_no_number_of_tiny_archives(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`paper` does the missing ones of the given runs, and reports."""
+    # The paper's settings in all but length; were its data the published ones, its results would be in the table.
+    quick = paper.Experiment("cifar100", "convmixer", batch_size=2, iterations=1, halve_every=1)
+    monkeypatch.setitem(paper.EXPERIMENTS, "cifar100-convmixer", quick)
+    monkeypatch.setattr(paper, "COMPARED", ("adam", "adamw"))
+    page = tmp_path / "results.md"
+    main(run_of(archives, tmp_path, "cifar100-convmixer", "adamw"))
+    command = ["paper", "--experiments", "cifar100-convmixer", "--seeds", "1", "--page", str(page)]
+    main([*command, *options(archives, tmp_path)])
+    assert "cifar100-convmixer, adamw, seed 0: already finished" in capsys.readouterr().out
+    found = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
+    assert sorted(each["key"]["optimizer"] for each in found) == sorted(paper.COMPARED)
+    assert page.read_text().count(paper_report.MISSING) == len(paper.EXPERIMENTS) * len(paper.COMPARED)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("cifar10-vgg16", "experiment is 'cifar10-vgg16', but must be one of cifar100-vgg16, cifar100-vgg19, "),
+        ("cifar100-vgg16 --optimizer adm", "optimizer is 'adm', but must be one of vsgd, constant-vsgd, adam, "),
+        ("cifar100-vgg16 --batch-size 99", "batch_size is 99, but must be at most 12, the number of training images"),
+        ("cifar100-vgg16 --batch-size 0", "batch_size is 0, but must be finite and at least 1"),
+        ("cifar100-vgg16 --iterations -2", "iterations is -2, but must be finite and at least 1"),
+        ("cifar100-vgg16 --iterations 700", "iterations is 700, but must be a multiple of evaluate_every, 500"),
+        ("cifar100-vgg16 --seed -1", "seed is -1, but must be finite and at least 0"),
+        ("cifar100-vgg16 --learning-rate -1", "learning_rate is -1.0, but must be finite and at least 0"),
+        ("cifar100-vgg16 --learning-rate nan", "learning_rate is nan, but must be finite and at least 0"),
+        ("cifar100-vgg16 --learning-rate inf", "learning_rate is inf, but must be finite and at least 0"),
+        ("tiny-imagenet-vgg16 --data-dir /absent", "--data-dir is /absent, but must be a folder with tiny-imagenet-200.zip, "),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", "--optimizer", "vsgd", *options(archives, tmp_path), *words.split()])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m experiments: error: {message}")
+
+
+def test_everything_that_runs_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    listed = capsys.readouterr().out
+    assert {*paper.EXPERIMENTS, *paper.COMPARED, *tasks.TASKS, *comparison.ENTRANTS} <= set(listed.split())
+    assert "60000 steps of 64 images, learning rate halved every 20000" in listed
+
+
+# The settings, and the table of what was run with them
 
 VGG16 = "cifar100-vgg16"
 
@@ -52,7 +168,6 @@ def page_of(folder: Path, every: Iterable[dict[str, Any]]) -> str:
 
 @pytest.mark.usefixtures("without_pyplot")
 def test_cells_are_means_over_seeds_of_the_last_accuracy_and_curves_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     every = [(name, optimizer) for name in paper.EXPERIMENTS for optimizer in paper.COMPARED]
     page = page_of(tmp_path, (record(*which, seed, 0.6 + 0.02 * seed) for which in every for seed in range(3)))
     assert "On Keras' jax backend, a GPU with keras 3:" in page
@@ -72,7 +187,6 @@ def test_no_cell_is_filled_from_other_settings_or_other_data(tmp_path: Path) -> 
 
 
 def test_backends_are_told_apart(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     page = page_of(tmp_path, [record(VGG16, "sgd", 0, 0.6), record(VGG16, "sgd", 1, 0.7, backend="torch")])
     assert page.count("60.00 (1 seed)") == page.count("70.00 (1 seed)") == 1
     assert page.index("jax backend") < page.index("60.00") < page.index("torch backend") < page.index("70.00")

@@ -1,4 +1,4 @@
-"""Runs over processes: what is finished is kept, and not repeated, when all is killed."""
+"""Runs over processes: what is finished is kept, and not repeated, when all is killed; and the sweep, which is made of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ for package in ("scipy", "tqdm"):
 
 from research import small_comparison  # noqa: E402
 
-from experiments import records, spread  # noqa: E402
+from experiments import records, spread, sweep  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
-from experiments.comparison import Setting, Trial  # noqa: E402
+from experiments.comparison import ENTRANTS, Setting, Trial, find_entrant  # noqa: E402
+from experiments.paper_report import MISSING  # noqa: E402
+from vsgd import core  # noqa: E402
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -110,3 +112,38 @@ def test_what_is_not_there_is_named_before_anything_runs(
         main(["compare", "--results", str(tmp_path), *options])
     assert f"error: {message}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# The sweep's
+
+
+def test_grids_hold_the_default_and_what_the_optimizer_takes() -> None:
+    defaults = core.VSGD.hyperparameters()
+    for grid in sweep.GRIDS:
+        values = [each for each, entrant in grid.entrants.items() if entrant == sweep.DEFAULT]
+        assert values == [tuple(getattr(defaults, head) for head in grid.heads)]
+        for each, entrant in grid.entrants.items():
+            if entrant != sweep.DEFAULT:
+                assert find_entrant(entrant).hyper == dict(zip(grid.heads, each, strict=True))
+                find_entrant(entrant).make()
+    tried = {trial.learning_rate for grid in sweep.GRIDS for trial in grid.trials}
+    assert set(sweep.RATES) < tried < set(ENTRANTS["vsgd"].base.list_learning_rates(10))
+
+
+def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of made-up runs, one is left to do.
+    backend = keras.backend.backend()
+    small = [grid._replace(tasks=("quadratic",), trials=(Trial(0.03, "cosine"),)) for grid in sweep.GRIDS[:2]]
+    monkeypatch.setattr(sweep, "GRIDS", small)
+    monkeypatch.setattr(sweep, "SEEDS", (200,))
+    store = spread.Store(tmp_path / sweep.FOLDER)
+    missing, *others = dict.fromkeys(sweep.list_all_settings(backend))
+    for setting in others:
+        store.add(setting, {"final": {split: {"loss": 0.5} for split in ("train", "validation")}}, {})
+    page, before = tmp_path / "page.md", dict(os.environ)
+    main(["sweep", "--backend", backend, "--workers", "1", "--results", str(tmp_path), "--page", str(page)])
+    assert dict(os.environ) == before
+    found = spread.Store(tmp_path / sweep.FOLDER).find(missing)
+    text = page.read_text(encoding="utf-8")
+    assert f"{found['final']['train']['loss']:.4g}" in text.partition("<!-- /sweep-prior -->")[0]
+    assert MISSING not in text
