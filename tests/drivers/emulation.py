@@ -24,7 +24,7 @@ class Integers(BitOps):
 
 
 OPS = Integers()
-KEY, WORD, ROUND = rounding.make_key(OPS), rounding.make_word(OPS), rounding.make_round(OPS)
+WORD, ROUND = rounding.make_word(OPS), rounding.make_round(OPS)
 
 
 #: What is refused, and the message.

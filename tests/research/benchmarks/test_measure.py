@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from research.scripts import run
 
-from benchmarks import measure, shapes, suite, timing
-from reporting.pages import replace_section
+from benchmarks import machine, measure, shapes, suite, timing
+from reporting.pages import format_table, replace_section
 
 
 def test_a_paired_ratio_by_hand() -> None:
@@ -84,6 +85,16 @@ def test_a_shape_that_is_none(word: str) -> None:
         shapes.parse(word)
 
 
+def test_moving_memory_adds_every_element_once() -> None:
+    memory = machine.Memory(8000)
+    # Two arrays of 1000 float32, of which one is read, the other read and written.
+    assert memory.moved == 3 * 4000
+    for move in (memory._add_by_one_thread, memory._add_by_all_threads):
+        before = memory._a.copy()
+        move()
+        np.testing.assert_array_equal(memory._a, before + 1)
+
+
 def test_a_competitor_that_lacks_something_sits_out() -> None:
     needs = {"base": {}, "other": {}, "lacking": {"needs": ("no_such_package",)}, "elsewhere": {"devices": ("cuda",)}}
     competitors = {name: suite.Competitor(make=lambda problem: None, **each) for name, each in needs.items()}
@@ -105,6 +116,11 @@ def test_a_section_that_does_not_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^section 'torch' of .*page\.md begins with <!-- torch -->, but must end with <"):
         replace_section(page, "torch", ["new"])
     assert page.read_text() == text
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    table = format_table(["name", "x"], [["a", "1.5"], ["long name", "10"]], left=1)
+    assert table.splitlines() == ["| name      |   x |", "| --------- | --: |", "| a         | 1.5 |", "| long name |  10 |"]
 
 
 def test_results_of_another_machine_are_not_mixed() -> None:

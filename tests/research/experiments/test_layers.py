@@ -1,4 +1,4 @@
-"""What is measured of each tensor, by the gradients that plain SGD shows and by closed forms; and long runs whose gains are set."""
+"""What is measured of each tensor, by the gradients that SGD shows and by closed forms; and long runs whose gains are set."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ pytest.importorskip("scipy")
 from experiments.statistics import (
     Difference,
     compare_pairs,
+    compute_median_steps,
     count_steps_to_target,
     find_useful_range,
 )
@@ -53,11 +54,18 @@ def test_steps_to_a_target_are_of_the_first_look_that_reaches_it() -> None:
     assert count_steps_to_target([2.0, None, None], 10, 0.5, sign=1) is None
 
 
+def test_a_median_counts_runs_that_never_arrive() -> None:
+    assert [compute_median_steps(steps) for steps in ([10, 20, None], [10, 30], [10, None])] == [20, 20, None]
+
+
 def test_the_useful_range_of_a_parabola_in_the_logarithm() -> None:
     # Within 1% of 2 at |log10(rate) - log10(0.01)| <= 0.1 x 2.
     rates = np.logspace(-4, 0, 401)
     values = 2 + 0.5 * np.log10(rates / 0.01) ** 2
     found = find_useful_range(list(rates), list(values))
+    # A second optimum is not counted in, and next to a rate that diverges the range ends.
+    assert find_useful_range([1, 10, 100, 1000], [1.0, 2.0, 1.001, 2.0]) == (1, pytest.approx(10**0.01), True, False)
+    assert find_useful_range([0.01, 0.1, 1.0], [math.inf, 1.0, math.inf]) == (0.1, 0.1, False, False)
     assert find_useful_range([0.01, 0.1], [math.inf, math.inf]) is None
     assert found is not None
     assert (found.open_below, found.open_above) == (False, False)
