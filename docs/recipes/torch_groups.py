@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install '.[fused]' scikit-learn
+    pip install '.[torch]' scikit-learn
     python docs/recipes/torch_groups.py
 """
 

@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install '.[fused]' accelerate scikit-learn
+    pip install '.[torch]' accelerate scikit-learn
     python docs/recipes/with_accelerate.py
     torchrun --standalone --nproc-per-node 2 docs/recipes/with_accelerate.py
 """

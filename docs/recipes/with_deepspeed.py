@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install '.[fused]' deepspeed scikit-learn
+    pip install '.[torch]' deepspeed scikit-learn
     torchrun --standalone --nproc-per-node 2 docs/recipes/with_deepspeed.py
 """
 

@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install '.[fused]' transformers accelerate scikit-learn
+    pip install '.[torch]' transformers accelerate scikit-learn
     python docs/recipes/with_huggingface.py
 """
 

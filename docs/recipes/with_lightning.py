@@ -2,7 +2,7 @@
 
 To run it:
 
-    pip install '.[fused]' lightning scikit-learn
+    pip install '.[torch]' lightning scikit-learn
     python docs/recipes/with_lightning.py
 """
 
