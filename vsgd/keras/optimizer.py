@@ -237,4 +237,4 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
 
     def _list_rates(self) -> list[Any]:
         """Return the state arrays after `mu_g`: the prior keeps them above zero."""
-        return [array for states in self._states if states for array in states[1:]]
+        return [array for states in self._states if states for array in states[1:]] if self.built else []
