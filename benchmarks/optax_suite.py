@@ -30,8 +30,22 @@ class OptaxProblem:
     def flip_gradients(self) -> None:
         self.grads, self.opposite = self.opposite, self.grads
 
-    def make_memory(self, size: int) -> machine.Memory:
-        return machine.Memory(size)
+    def make_memory(self, size: int) -> machine.Memory | OptaxMemory:
+        return machine.Memory(size) if jax.default_backend() == "cpu" else OptaxMemory(size)
+
+
+class OptaxMemory:
+    """Two float32 arrays on an accelerator, one of which is added to the other."""
+
+    def __init__(self, size: int) -> None:
+        self.a, self.b = (jnp.ones(max(1, size // 8)) for _ in range(2))
+        self.moved = 3 * self.a.nbytes
+        self.add = jax.jit(jnp.add, donate_argnums=0)
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.a = self.add(self.a, self.b)
+        self.a.block_until_ready()
 
 
 class OptaxArm:

@@ -98,6 +98,7 @@ def _make_pytorch_optimizer_arm(name: str) -> Callable[[TorchProblem], Arm]:
 
 _VSGD, _CONSTANT, _ADAMW = vsgd.torch.VSGD, vsgd.torch.ConstantVSGD, torch.optim.AdamW
 _LOOP = {"fused": False, "foreach": False}
+_FUSED = ("triton",) if torch.cuda.is_available() else ("numba",)
 
 COMPETITORS = {
     "AdamW(fused=True)": Competitor(_make_decaying_arm(_ADAMW, fused=True), plotted=True),
@@ -106,14 +107,14 @@ COMPETITORS = {
     "SGD(momentum=0.9)": Competitor(_make_arm(torch.optim.SGD, momentum=0.9)),
     "pytorch_optimizer AdaBelief": Competitor(_make_pytorch_optimizer_arm("AdaBelief"), needs=("pytorch_optimizer",)),
     "pytorch_optimizer VSGD": Competitor(_make_pytorch_optimizer_arm("VSGD"), needs=("pytorch_optimizer",), plotted=True),
-    "VSGD(fused=True)": Competitor(_make_decaying_arm(_VSGD, fused=True), needs=("numba",), devices=("cpu",), plotted=True),
+    "VSGD(fused=True)": Competitor(_make_decaying_arm(_VSGD, fused=True), needs=_FUSED, plotted=True),
     "VSGD(fused=True), bfloat16 state": Competitor(
-        _make_decaying_arm(_VSGD, fused=True, state_dtype="bfloat16"), needs=("numba",), devices=("cpu",), plotted=True
+        _make_decaying_arm(_VSGD, fused=True, state_dtype="bfloat16"), needs=_FUSED, plotted=True
     ),
     "VSGD(foreach=True)": Competitor(_make_decaying_arm(_VSGD, foreach=True)),
     "VSGD, loop": Competitor(_make_decaying_arm(_VSGD, **_LOOP), plotted=True),
     "VSGD, torch.compile": Competitor(_make_decaying_arm(_VSGD, compiled=True), needs=(COMPILER,)),
-    "ConstantVSGD(fused=True)": Competitor(_make_decaying_arm(_CONSTANT, fused=True), needs=("numba",), devices=("cpu",)),
+    "ConstantVSGD(fused=True)": Competitor(_make_decaying_arm(_CONSTANT, fused=True), needs=_FUSED),
     "ConstantVSGD(foreach=True)": Competitor(_make_decaying_arm(_CONSTANT, foreach=True)),
     "ConstantVSGD, loop": Competitor(_make_decaying_arm(_CONSTANT, **_LOOP)),
     "ConstantVSGD, torch.compile": Competitor(_make_decaying_arm(_CONSTANT, compiled=True), needs=(COMPILER,)),

@@ -21,7 +21,8 @@ class TorchRuleOptimizer(RuleOptimizer):
         if torch.compiler.is_compiling():
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             return
-        count, lr = _read_number(self.iterations) + 1, _read_number(learning_rate)
+        count, lr = _read_numbers(self.iterations, learning_rate)
+        count += 1
         leaves_by_decay: dict[float, list[Leaf]] = {}
         with torch.no_grad():
             for variable, grad in zip(trainable_variables, grads, strict=True):
@@ -63,5 +64,12 @@ class TorchRuleOptimizer(RuleOptimizer):
         return new
 
 
-def _read_number(value: Any) -> float:
-    return float(value if isinstance(value, Real) else ops.convert_to_tensor(value).item())
+def _read_numbers(*values: Any) -> list[float]:
+    """Return the values of numbers, variables and tensors, those on a GPU after one wait for it."""
+    tensors = [None if isinstance(value, Real) else ops.convert_to_tensor(value) for value in values]
+    on_gpu = [tensor for tensor in tensors if tensor is not None and tensor.is_cuda]
+    read = iter(torch.stack([tensor.double() for tensor in on_gpu]).tolist() if on_gpu else ())
+    return [
+        float(value) if tensor is None else next(read) if tensor.is_cuda else float(tensor.item())
+        for value, tensor in zip(values, tensors, strict=True)
+    ]

@@ -13,6 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from vsgd.backends.torch import dispatch
+from vsgd.backends.torch.foreach import Foreach
+from vsgd.backends.torch.loop import Loop
 from vsgd.torch import VSGD
 
 Patch = pytest.MonkeyPatch
@@ -98,6 +100,19 @@ def test_an_error_while_state_is_made_leaves_none_of_it(monkeypatch: Patch) -> N
     optimizer.step()
     other.step()
     assert_close(params, other.param_groups[0]["params"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("engine", [Foreach, Loop])
+def test_a_kernel_that_cannot_be_compiled_counts_no_step(engine: type, capturable: bool, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(engine, "step", fail)
+    monkeypatch.setattr("vsgd.torch.optimizer.list_capturable_devices", lambda: ["cpu"])
+    params, closure = problem()
+    optimizer = VSGD(params, foreach=engine is Foreach, capturable=capturable)
+    closure()
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [0, 0]
 
 
 def fail(*args: Any, **options: Any) -> None:

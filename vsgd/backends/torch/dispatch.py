@@ -238,9 +238,11 @@ class Stepper:
         rows = list(zip(params, collected.grads, keys, *collected.states, strict=True))
         leaves = [make_leaf(param, grad, tuple(state), key, group["stochastic_rounding"]) for param, grad, key, *state in rows]
         if options.on_device:
-            torch._foreach_add_(counts, 1)
+            next_counts = torch._foreach_add(counts, 1)
             for engine, indices in assign_leaves(leaves, options):
-                engine.step([leaves[i] for i in indices], [counts[i] for i in indices], options)
+                engine.step([leaves[i] for i in indices], [next_counts[i] for i in indices], options)
+                # After the step: where an engine cannot compile its kernel, nothing has changed.
+                torch._foreach_copy_([counts[i] for i in indices], [next_counts[i] for i in indices])
             return
         for engine, indices in assign_leaves(leaves, options):
             # A plan needs the parameters themselves, and no views of them.
@@ -253,13 +255,12 @@ class Stepper:
                     self._planned[index] = _Planned(plan, (group["stochastic_rounding"], group["seed"]))
                 unplanned = set(map(id, plan.others))
                 indices = [i for i in indices if leaves[i].param is not params[i] or id(params[i]) in unplanned]
-            if indices:
-                torch._foreach_add_([counts[i] for i in indices], 1)
-            by_count: dict[float, list[Leaf]] = {}
+            by_count: dict[float, list[int]] = {}
             for i in indices:
-                by_count.setdefault(counts[i].item(), []).append(leaves[i])
+                by_count.setdefault(counts[i].item() + 1, []).append(i)
             for count, members in by_count.items():
-                engine.step(members, count, options)
+                engine.step([leaves[i] for i in members], count, options)
+                torch._foreach_add_([counts[i] for i in members], 1)
 
 
 def _make_base_keys(index: int, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> list[int | None]:

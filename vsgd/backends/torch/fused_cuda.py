@@ -242,10 +242,17 @@ def _copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
     host = torch.from_numpy(array)
     if device.type == "cpu":  # in Triton's interpreter
         return host
-    host = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
+    if _is_capturing(device):
+        _captured.append(host)  # not pinned: the allocator of pinned memory asks for events, which a capture forbids
+    else:
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return whether the device's current stream captures a graph; the current device may be another one."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _make_table(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int | None) -> Tensor:
@@ -256,9 +263,10 @@ def _make_chunks(sizes: tuple[int, ...], device: torch.device, stream: int | Non
     return _copy_to_device(np.stack(kernels.cut_chunks(np.array(sizes, dtype=np.int64), CHUNK), axis=1), device)
 
 
-# Keyed by content and by the stream of the copy, so that a table is reused as long as the addresses stay.
-_make_cached_table = functools.lru_cache(maxsize=16)(_make_table)
-_make_cached_chunks = functools.lru_cache(maxsize=16)(_make_chunks)
+# Keyed by content and by the stream of the copy, so that a table is reused as long as the addresses stay. Each group of
+# parameters has a table for each combination of dtypes.
+_make_cached_table = functools.lru_cache(maxsize=256)(_make_table)
+_make_cached_chunks = functools.lru_cache(maxsize=256)(_make_chunks)
 
 
 @functools.cache
@@ -351,7 +359,7 @@ def _launch(
     device = scalars.device
     stream = None if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
     # A table copied during capture reaches the device only when the graph is replayed: do not cache it.
-    capturing = stream is not None and torch.cuda.is_current_stream_capturing()
+    capturing = stream is not None and _is_capturing(device)
     make_table, make_chunks = (_make_table, _make_chunks) if capturing else (_make_cached_table, _make_cached_chunks)
     chunks = make_chunks(tuple(row[len(dtypes)] for row in rows), device, stream)
     if len(chunks) == 0:

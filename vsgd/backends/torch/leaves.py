@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vsgd import core
-from vsgd.backends.torch.private import locate_shard
+from vsgd.backends.torch.private import get_storage_offset, locate_shard
 
 #: Elements in a block on the CPU: a block's arrays and temporaries fit into the caches.
 CPU_BLOCK = 65536
-#: Bytes of an array of a block on other devices: enough to fill a GPU, while a dozen temporaries stay under 64 MB.
-DEVICE_BLOCK_BYTES = 2**22
+#: Bytes of an array of a block on other devices: launches take little of the time, while a dozen temporaries stay under 400 MB.
+DEVICE_BLOCK_BYTES = 2**25
 #: Elements up to which a leaf is small: a call of an operation costs more than a copy of the leaf.
 SMALL = 4096
 
@@ -190,7 +190,7 @@ def make_leaf(param: Any, grad: Any, state: tuple[Any, ...], key: int | None = N
     round_param = round_param and param.dtype is torch.bfloat16
     noise = None
     if key is not None and (round_param or state[0].dtype is torch.bfloat16):
-        origin = state[0].storage_offset()
+        origin = get_storage_offset(state[0])
         noise = Noise(key, origin, round_param, part) if part.strides else Noise(key, origin - part.first, round_param)
     return Leaf(param, grad, state, noise)
 

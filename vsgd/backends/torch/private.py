@@ -19,6 +19,7 @@ __all__ = [
     "TensorGuards",
     "check_graph_capture",
     "choose_count_dtype",
+    "get_storage_offset",
     "list_capturable_devices",
     "locate_shard",
     "make_0d",
@@ -57,6 +58,12 @@ def choose_count_dtype() -> torch.dtype:
 def make_0d(value: Any) -> Any:
     """Return a tensor of one element without its dimensions; anything else as it is."""
     return value.squeeze() if isinstance(value, Tensor) and value.dim() != 0 else value
+
+
+def get_storage_offset(tensor: Tensor) -> int:
+    """Return where a tensor begins in its storage; 0 for all tensors of a compiled step, which cuts none into blocks."""
+    # The compiler of torch 2.11 cannot trace the call.
+    return 0 if torch.compiler.is_compiling() else int(tensor.storage_offset())
 
 
 def locate_shard(array: Any) -> tuple[Sequence[int], Sequence[int]]:

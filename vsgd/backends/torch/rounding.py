@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vsgd import rounding
 from vsgd.backends.torch.leaves import Leaf, Noise, Part, is_plain
+from vsgd.backends.torch.private import get_storage_offset
 from vsgd.ops import BitOps
 
 
@@ -97,7 +98,8 @@ def _compute_indices(leaf: Leaf, noise: Noise) -> Tensor:
         (torch.arange(size, device=array.device) * stride).view(-1, *[1] * (array.dim() - dim - 1))
         for dim, (size, stride) in enumerate(zip(array.shape, array.stride(), strict=True))
     ]
-    first = torch.tensor(array.storage_offset() - noise.origin, device=array.device)
+    # Filled on the device: a copy from the host would wait for it, and a CUDA graph could not capture it.
+    first = torch.full((), get_storage_offset(array) - noise.origin, dtype=torch.int64, device=array.device)
     indices = functools.reduce(torch.add, ranges, first)
     return (indices if noise.part is None else _map_to_whole(indices, noise.part)).to(torch.int32)
 
