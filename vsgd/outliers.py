@@ -18,8 +18,6 @@ from vsgd.posterior import predict_variance
 
 #: One gradient far beyond the limit widens the predicted variance by at least this share: 48 of them widen it a hundredfold.
 _WIDENING = 0.1
-#: The largest squared innovation, in squared limits: it makes infinity a number.
-_FARTHEST = 2.0**24
 
 
 class RobustHyperparameters(NamedTuple):
@@ -46,8 +44,9 @@ class RobustCoefficients(NamedTuple):
     inverse_shape: float
     eps: float
     allowed: float
+    inverse_allowed: float
     widest: Any
-    farthest: float
+    full: float
     drift_scale: float
     noise_scale: float
 
@@ -74,8 +73,9 @@ class RobustConstantCoefficients(NamedTuple):
     sigma2_per_b: float
     eps: float
     allowed: float
+    inverse_allowed: float
     widest: Any
-    farthest: float
+    full: float
     drift_scale: float
     noise_scale: float
 
@@ -88,8 +88,8 @@ def _make_robust(
     Args:
         rule: the plain rule.
         hyperparameters: its hyperparameters, followed by `outlier_threshold`.
-        coefficients: its coefficients, followed by three squared innovations, in predicted variances, and the two variance
-            scales. The first innovation is at the limit, the second at the widest limit, the third bounds all.
+        coefficients: its coefficients, followed by the squared innovation at the limit (in predicted variances), its inverse,
+            the largest widening, the largest doubt, which is 1, and the two variance scales.
         half_rho: returns half the forgetting rate of the noise from the rule's coefficients.
     """
 
@@ -100,8 +100,8 @@ def _make_robust(
         plain = drop_threshold(hyper)
         of_step, allowed = rule.coefficients(step, plain), hyper.outlier_threshold * hyper.outlier_threshold
         # Early in a run, where one gradient weighs much in the plain rule, it also widens much.
-        widest = allowed * (1 + _WIDENING + 2 * half_rho(of_step) * allowed)
-        return coefficients(*of_step, allowed, widest, allowed * _FARTHEST, *rule.variance_scales(plain))
+        widest = _WIDENING + 2 * half_rho(of_step) * allowed
+        return coefficients(*of_step, allowed, 1 / allowed, widest, 1.0, *rule.variance_scales(plain))
 
     def make_update(xp: ArrayOps) -> core.Update:
         update = inline_function(xp, rule.make_update(xp))
@@ -113,20 +113,19 @@ def _make_robust(
         def robust_update(grad: Array, state: core.State, c: Any) -> tuple[Any, core.State]:
             mu_g, first, last = state[0], state[1], state[-1]
             variance = predict(state, (c.drift_scale, c.noise_scale))
-            # Arrays, for `torch.maximum` takes no numbers.
+            # Arrays, for `torch.maximum` takes no numbers. A difference to one is exactly zero within the limit.
             zero = mu_g - mu_g
             allowed = zero + c.allowed
             innovation = grad - mu_g
-            seen = xp.minimum(xp.maximum(innovation * innovation / variance, allowed), zero + c.farthest)
-            widened = xp.minimum(seen, zero + c.widest)
-            # Both rates widen alike: an outlier says nothing about their ratio, the gain. Within the limit this adds zero.
-            widening = (widened - allowed) / allowed
+            excess = (xp.maximum(innovation * innovation / variance, allowed) - allowed) * c.inverse_allowed
+            # Both rates widen alike: an outlier says nothing about their ratio, the gain.
+            widening = xp.minimum(excess, zero + c.widest)
             first, last = first + first * widening, last + last * widening
-            limit = xp.sqrt(widened * variance)
+            limit = xp.sqrt((allowed + allowed * widening) * variance)
             grad = xp.minimum(xp.maximum(grad, mu_g - limit), mu_g + limit)
             direction, new = update(grad, join(mu_g, first, last), c)
-            # The rates learn the less the farther the gradient is.
-            doubt = (seen - allowed) / seen
+            # The farther a gradient is, the less the rates learn from it.
+            doubt = xp.minimum(excess, zero + c.full)
             new_first, new_last = new[1] + doubt * (first - new[1]), new[-1] + doubt * (last - new[-1])
             return direction, join(new[0], new_first, new_last)
 
@@ -160,7 +159,8 @@ def choose_rule(rule: core.Rule, outlier_threshold: Any) -> core.Rule:
 
     A gradient beyond the limit first widens the predicted variance, and so the limit: by what it exceeds the limit, and at most
     by a factor of `1.1 + outlier_threshold**2 * t**-kappa` at step `t`. Both rates grow by that factor, which keeps the gain.
-    One outlier thus does little harm, and a run of them is believed.
+    Otherwise they ignore the gradient if its square is twice the limit's or more. One outlier thus does little harm, and a run
+    of them is believed.
 
     Args:
         rule: `core.VSGD` or `core.CONSTANT_VSGD`.
