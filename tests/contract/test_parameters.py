@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+
 import numpy as np
 import pytest
-from drivers import DRIVERS, make_driver
+from drivers import ADAPTERS, DRIVERS, make_driver
 from drivers.emulation import round_to_nearest
 from drivers.rules import RULES
 
@@ -12,6 +15,17 @@ import vsgd.numpy
 
 drivers = pytest.mark.parametrize("driver", DRIVERS)
 kinds = pytest.mark.parametrize("kind", RULES)
+
+
+@kinds
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_defaults_are_the_rules(adapter: str, kind: str) -> None:
+    of_optax = {"VSGD": ("vsgd", "scale_by_vsgd"), "ConstantVSGD": ("constant_vsgd", "scale_by_constant_vsgd")}
+    for name in of_optax[kind] if adapter == "optax" else [kind]:
+        parameters = inspect.signature(getattr(import_module(f"vsgd.{adapter}"), name)).parameters
+        given = {name.replace("epsilon", "eps"): parameter.default for name, parameter in parameters.items()}
+        expected = RULES[kind].hyperparameters()._asdict()
+        assert {name: given[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+
+from drivers.base import Read
 
 
 class Spec(NamedTuple):
@@ -63,6 +66,10 @@ ENGINES = [name for name in DRIVERS if not name.startswith("keras")]
 AVAILABLE = [name for name in ENGINES if not _list_missing(DRIVERS[name])]
 HAS_TORCH, HAS_OPTAX, HAS_MLX = (any(name.startswith(each) for name in AVAILABLE) for each in ("torch", "optax", "mlx"))
 HAS_NUMBA = "torch-fused" in AVAILABLE
+HAS_KERAS = not _list_missing(DRIVERS["keras"])
+_HERE = {"numpy": True, "torch": HAS_TORCH, "optax": HAS_OPTAX, "keras": HAS_KERAS, "mlx": HAS_MLX}
+#: The adapters that can run here, by the names of their modules.
+ADAPTERS = [name for name, here in _HERE.items() if here]
 
 
 def list_gaps() -> Iterator[str]:
@@ -90,6 +97,23 @@ def make_driver(name: str, *arguments: Any, promise: str | None = None, **option
         pytest.skip(f"{name}: {spec.lacks[promise]}")
     module, _, cls = spec.cls.partition(":")
     return getattr(importlib.import_module(f"drivers.{module}"), cls)(*arguments, **spec.options, **options)
+
+
+def run(name: str, kind: str, params: Sequence[np.ndarray], grads: Sequence[Sequence[Any]], **options: Any) -> Read:
+    """Return what a driver of these parameters holds after a step with each of the gradients."""
+    driver = make_driver(name, kind, params, **options)
+    for each in grads:
+        driver.step(each)
+    read: Read = driver.read()
+    return read
+
+
+def assert_equal(ours: Read, theirs: Read, rtol: float = 0.0) -> None:
+    """Check that two drivers hold the same, or nearly, relative to 1 or what is larger."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            np.testing.assert_allclose(one[name], value, rtol=rtol, atol=rtol, err_msg=name)
 
 
 def start(name: str, *arguments: Any, **options: Any) -> tuple[Any, Any]:

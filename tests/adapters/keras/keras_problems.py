@@ -86,31 +86,17 @@ def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
     pytest.skip("torch.compile has its test in test_keras_training.py")
 
 
-# Variables of many shapes, and gradients of theirs.
-_shapes = ((), (3,), (2, 1, 3), (0,))
+# Parameters of two shapes, and gradients of theirs.
+_shapes = ((3,), (2, 1, 3))
 _draw = np.random.default_rng(3).standard_normal
 PARAMS = [_draw(shape) for shape in _shapes]
-GRADS = [[np.asarray(_draw(shape)) for shape in _shapes] for _ in range(12)]
+GRADS = [[_draw(shape) for shape in _shapes] for _ in range(12)]
+FLOAT32 = [param.astype(np.float32) for param in PARAMS]
 
-
-def numpy_run(kind: str, params: list[np.ndarray], grads: list[Any], **hyper: Any) -> list[dict[str, np.ndarray]]:
-    arrays = [np.array(param, np.float64) for param in params]
-    optimizer = getattr(vsgd.numpy, kind)(arrays, **hyper)
-    for each in grads:
-        optimizer.step([None if grad is None else np.asarray(grad, np.float64) for grad in each])
-    pairs = zip(arrays, optimizer.state, strict=True)
-    return [{"param": array, **{name: state[name] for name in RULES[kind].state_names}} for array, state in pairs]
-
-
-def assert_equal_runs(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]], rtol: float) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in other.items():
-            np.testing.assert_allclose(one[name], value, rtol=rtol, atol=rtol, err_msg=name)
-
-
-def as_dtype(arrays: list[Any], dtype: str) -> list[Any]:
-    return [None if array is None else np.asarray(array, dtype) for array in arrays]
+#: All that can be rounded stochastically is.
+COMPACT: dict[str, Any] = {"state_dtype": "bfloat16", "stochastic_rounding": True}
+kinds = pytest.mark.parametrize("kind", RULES)
+storages = pytest.mark.parametrize("options", [{}, COMPACT], ids=["float32", "compact"])
 
 
 # A linear model with a mean squared error, so that NumPy knows each gradient.
@@ -144,13 +130,3 @@ def numpy_fit(kind: str, epochs: int, **hyper: Any) -> tuple[np.ndarray, np.ndar
             error = 2 * (x @ kernel + bias - y) / y.size
             optimizer.step([x.T @ error, error.sum(0)])
     return kernel, bias
-
-
-def assert_continues(loaded: Any, model: Any) -> None:
-    """A loaded model has the weights and the state of the one that was saved, and after a fit of both still has."""
-    for _ in range(2):
-        for ours, theirs in zip(
-            [*loaded.weights, *loaded.optimizer.variables], [*model.weights, *model.optimizer.variables], strict=True
-        ):
-            np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
-        assert fit(loaded, epochs=2) == fit(model, epochs=2)
