@@ -16,6 +16,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from adapters.optax.optax_problems import train  # noqa: E402
 from research.scripts import loaded  # noqa: E402
 
 from vsgd.optax import vsgd  # noqa: E402
@@ -43,16 +44,9 @@ def params(layers: tuple[int, ...] = ()) -> Any:
 def test_it_is_two_optimizers_in_one(mask: str, layers: tuple[int, ...], recipe: ModuleType) -> None:
     together = vsgd(0.01, weight_decay=0.1, mask=getattr(recipe, mask))
     apart = optax.multi_transform({"decayed": vsgd(0.01, weight_decay=0.1), "spared": vsgd(0.01)}, KINDS)
-    ended = []
-    for solver in (together, apart):
-        values = params(layers)
-        state = solver.init(values)
-        for step in range(5):
-            grads = jax.tree.map(lambda value, step=step: jnp.sin(100 * value + step), params(layers))
-            updates, state = solver.update(grads, state, values)
-            values = optax.apply_updates(values, updates)
-        ended.append(values)
-    jax.tree.map(np.testing.assert_array_equal, *ended)
+    values = params(layers)
+    grads = [jax.tree.map(lambda value, step=step: jnp.sin(100 * value + step), values) for step in range(5)]
+    jax.tree.map(np.testing.assert_array_equal, *(train(solver, values, grads)[0] for solver in (together, apart)))
 
 
 def test_it_learns(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
