@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drivers import DRIVERS, make_driver
-from drivers.base import Read
+from drivers import DRIVERS, assert_equal, make_driver
 from drivers.emulation import BAD_STORAGE, emulate_step, round_all, round_to_nearest, steps_apart, words
 from drivers.rules import RULES
 
@@ -25,18 +24,6 @@ def draw(seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[np.nda
     """Arrays of numbers that bfloat16 holds, so that all dtypes start from the same ones."""
     rng = np.random.default_rng(seed)
     return [round_to_nearest(np.asarray(rng.standard_normal(shape), np.float32)) for shape in shapes]
-
-
-def run(driver: str, kind: str, steps: int, dtype: str = "bfloat16", **options: Any) -> Read:
-    made = make_driver(driver, kind, draw(0), dtype, promise="bfloat16", **options)
-    for step in range(1, steps + 1):
-        made.step(draw(step))
-    return made.read()
-
-
-def equal_share(one: Read, other: Read) -> float:
-    pairs = [(ours[name], theirs[name]) for ours, theirs in zip(one, other, strict=True) for name in ours]
-    return float(np.mean(np.concatenate([np.ravel(a == b) for a, b in pairs])))
 
 
 def share_rounded_otherwise(driver: str, kind: str, dtype: str, seed: int) -> float:
@@ -87,24 +74,6 @@ def test_each_step_rounds_as_the_definition_says(driver: str, kind: str, dtype: 
     assert share_rounded_otherwise(driver, kind, dtype, seed) < 1e-3
 
 
-@kinds
-@drivers
-def test_a_seed_is_a_run_and_another_one_is_another(driver: str, kind: str) -> None:
-    runs = [run(driver, kind, 5, seed=seed, **COMPACT) for seed in (3, 3, 4)]
-    assert equal_share(runs[0], runs[1]) == 1
-    assert equal_share(runs[0], runs[2]) < 0.7
-
-
-@drivers
-def test_equal_parameters_have_their_own_noise(driver: str) -> None:
-    (array,) = draw(0, ((1000,),))
-    made = make_driver(driver, "VSGD", [array, array], promise="bfloat16", state_dtype="bfloat16")
-    for _ in range(3):
-        made.step([array, array])
-    one, other = made.read()
-    assert (one["b_g"] == other["b_g"]).mean() < 0.9
-
-
 @pytest.mark.parametrize("dtype", ["float64", "complex64"])
 @kinds
 @drivers
@@ -117,8 +86,7 @@ def test_wide_and_complex_parameters_keep_their_precision(driver: str, kind: str
             made.step(params)
         ends.append(made)
     assert ends[0].list_state() == ends[1].list_state()
-    for name, value in ends[0].read()[0].items():
-        np.testing.assert_array_equal(ends[1].read()[0][name], value)
+    assert_equal(ends[1].read(), ends[0].read())
 
 
 @pytest.mark.parametrize(("kind", "size"), [("VSGD", 6), ("ConstantVSGD", 4)])
@@ -144,12 +112,11 @@ def noisy_gradients() -> list[np.ndarray]:
 @drivers
 def test_the_noise_estimate_follows_a_drop_of_the_noise(driver: str, kind: str, rate: str, kappa: str) -> None:
     options = {"lr": 0.0, kappa: 1.0}
-    if "many steps" in DRIVERS[driver].lacks:
-        pytest.skip(DRIVERS[driver].lacks["many steps"])
+    if "bfloat16" in DRIVERS[driver].lacks:
+        pytest.skip(DRIVERS[driver].lacks["bfloat16"])
     zeros = [np.zeros(256, np.float32)]
-    made = make_driver(driver, kind, zeros, promise="bfloat16", state_dtype="bfloat16", **options)
-    reference = getattr(vsgd.numpy, kind)([np.zeros(256, np.float32)], **options)
-    nearest = getattr(vsgd.numpy, kind)([np.zeros(256, np.float32)], **options)
+    made = make_driver(driver, kind, zeros, promise="many steps", state_dtype="bfloat16", **options)
+    reference, nearest = (getattr(vsgd.numpy, kind)(list(map(np.copy, zeros)), **options) for _ in range(2))
     for grad in noisy_gradients():
         made.step([grad])
         reference.step([grad])
