@@ -19,7 +19,7 @@ _outcomes = pytest.StashKey[dict[str, worker.Outcome]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--agreement", type=Path, help="write the matrix's table of what agreed, and to how much, to this file")
+    parser.addoption("--agreement", type=Path, help="put the matrix's table of what agreed, and to how much, into this page")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,5 +86,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{name}: {seconds}")
     path = config.getoption("--agreement", None)
     if path is not None:
-        path.write_text(report.page(strayed, outcomes.values()), encoding="utf-8")
+        before = path.read_text(encoding="utf-8")
+        path.write_text(report.page(before, strayed, outcomes.values()), encoding="utf-8")
         terminalreporter.write_line(f"written to {path}")

@@ -1,6 +1,10 @@
 """What the matrix runs and on what: runners by name, experiments, the data of a small training, and how each is driven.
 
-Imports no framework. A runner (of `*_runners.py`) is what an experiment drives, whatever the framework beneath.
+Imports no framework. A runner (of `*_runners.py`) is what an experiment drives, whatever the framework beneath: an optimizer
+with its parameters, made by `(kind, params, lr=..., **hyper)`, where `lr` is the step size of each step, or None for the
+adapter's default. `step(grads)` takes a step with these gradients, and `train(x, y)` one of the network on this batch, with
+gradients of the framework's own. `read()` returns value and state of each parameter, of a training the value at least, and
+`posterior()` the posterior of its gradient.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from drivers.trajectories import CASES, golden, stack
@@ -125,25 +129,6 @@ RUNNERS = {
 }
 
 
-class Runner(Protocol):
-    """An optimizer with its parameters, made by `(kind, params, lr=..., **hyper)`.
-
-    `lr` is the step size of each step, or None for the adapter's default.
-    """
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        """One step with these gradients."""
-
-    def train(self, x: np.ndarray, y: np.ndarray) -> None:
-        """One step of the network on this batch, with gradients of the framework's own."""
-
-    def read(self) -> Snapshot:
-        """Value and state of each parameter; of a training the value at least."""
-
-    def posterior(self) -> Snapshot:
-        """The posterior of each parameter's gradient."""
-
-
 class Training(NamedTuple):
     """A network with one hidden layer of 32 tanh units on the digits.
 
@@ -173,7 +158,7 @@ def training() -> Training:
     return Training(params, pixels[chosen] / 16, classes[chosen].astype(np.int32))
 
 
-def fed(make: Callable[..., Runner], experiment: Experiment, dtype: str) -> Run:
+def fed(make: Callable[..., Any], experiment: Experiment, dtype: str) -> Run:
     """A golden case's gradients fed to an optimizer: what it holds after each step."""
     kind, case, hyper, reads = experiment
     inputs = golden(case)
@@ -185,7 +170,7 @@ def fed(make: Callable[..., Runner], experiment: Experiment, dtype: str) -> Run:
     return stack(steps)
 
 
-def trained(make: Callable[..., Runner], kind: str, data: Training, dtype: str) -> Run:
+def trained(make: Callable[..., Any], kind: str, data: Training, dtype: str) -> Run:
     """A training with the adapter's defaults: the parameters now and then."""
     runner = make(kind, [param.astype(dtype) for param in data.params0], lr=None)
     steps = []
@@ -196,7 +181,7 @@ def trained(make: Callable[..., Runner], kind: str, data: Training, dtype: str) 
     return stack(steps)
 
 
-def run(make: Callable[..., Runner], experiment: Experiment, dtype: str, data: Training | None) -> Run:
+def run(make: Callable[..., Any], experiment: Experiment, dtype: str, data: Training | None) -> Run:
     """One cell of the matrix; `data` only matters to a training."""
     if experiment.case is None:
         return trained(make, experiment.kind, data, dtype)
@@ -222,7 +207,3 @@ def missing(requirements: Sequence[str]) -> list[str]:
 
 def _is_installed(package: Requirement) -> bool:
     return find_spec(package.name) is not None and (not package.specifier or version(package.name) in package.specifier)
-
-
-def devices(name: str) -> Sequence[str]:
-    return RUNNERS[name].devices

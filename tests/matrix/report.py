@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 from matrix.experiments import DTYPES, EXPERIMENTS, TOLERANCE, is_reference
 from matrix.worker import Cell, Outcome
 
-COMMAND = "python -m pytest tests/matrix --agreement docs/agreement.md"
 # Column by column, the experiments of which it shows the worst.
 _COLUMNS = {
     "golden": [name for name in EXPERIMENTS if name.startswith("golden")],
@@ -21,37 +21,6 @@ _COLUMNS = {
     "training": ["training"],
     "constant training": ["constant-training"],
 }
-_PAGE = """\
-# Agreement
-
-Every adapter and engine runs the same update. This is how far each strayed, at most, from what it is held against, in
-`tests/matrix`. A run of
-
-```sh
-{command}
-```
-
-wrote this page, on {machine}, with {versions}.
-
-- **golden**: {golden} trajectories of the authors' code in float64, their gradients fed to VSGD; parameters, `mu_g`, `b_g` and
-  `b_ghat` at every step, relative to the largest value that the element takes at any.
-- **constant fed**: the gradients of one of them fed to Constant VSGD, which the authors' code lacks; against `vsgd.numpy` in
-  float64, measured likewise.
-- **posterior**: what `posterior` tells of each gradient after each of these steps, of both optimizers.
-- **outliers fed**: the same gradients fed to VSGD with `outlier_threshold=1.5`.
-- **training** and **constant training**: 200 steps of a network with 2410 parameters on scikit-learn's digits with VSGD and
-  Constant VSGD at their defaults, from the same weights, with the same batches, each framework computing its own gradients;
-  parameters at every 20th step against `vsgd.numpy` in float64 with gradients derived by hand, relative to the array's largest
-  value.
-
-The first row has the bounds that the tests assert. That of a float32 training is ten times how far two such trainings drift
-apart whose initial weights differ by one unit in the last place. Torch's and MLX's compilers run some cells only, for each
-takes them seconds. Keras trains a compiled model, but in float64 on JAX and torch, where its operations go through float32, it
-gets the backend's own gradients.
-{gpu}
-
-{table}
-"""
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -99,10 +68,11 @@ def _processor() -> str:
     return f"{os.cpu_count()} processors ({model})"
 
 
-def page(strayed: Mapping[Cell, float], outcomes: Iterable[Outcome]) -> str:
-    """The table with what must be known to read it.
+def page(before: str, strayed: Mapping[Cell, float], outcomes: Iterable[Outcome]) -> str:
+    """The page with this run's machine, versions and table in place of those that it had.
 
     Args:
+        before: the page as it was.
         strayed: how far each cell strayed.
         outcomes: what the workers left.
     """
@@ -113,11 +83,9 @@ def page(strayed: Mapping[Cell, float], outcomes: Iterable[Outcome]) -> str:
     if any(name == "torch-fused" for name, *_ in strayed):
         versions["numba"] = version("numba")
     gpus = sorted({outcome.gpu for outcome in outcomes if outcome.gpu is not None})
-    return _PAGE.format(
-        command=COMMAND,
-        machine=" and ".join([_processor(), *gpus]),
-        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        golden=len(_COLUMNS["golden"]),
-        gpu="Float32 products on the GPU are of full precision, not TF32." if gpus else "There was no GPU.",
-        table=table(strayed),
-    )
+    machine = " and ".join([_processor(), *gpus])
+    numbers = ", ".join(f"{name} {number}" for name, number in versions.items())
+    gpu = "Float32 products on the GPU are of full precision, not TF32." if gpus else "There was no GPU."
+    head = re.sub(r"(?<=wrote this page, on ).*", f"{machine}, with {numbers}.", before.partition("| runner ")[0])
+    head = re.sub(r"^(Float32 products on|There was no).*$", gpu, head, flags=re.MULTILINE)
+    return f"{head}{table(strayed)}\n"

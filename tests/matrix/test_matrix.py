@@ -19,7 +19,6 @@ from matrix.experiments import (
     Experiment,
     Run,
     cells,
-    devices,
     is_reference,
     missing,
     run,
@@ -40,7 +39,7 @@ CELLS = [
         id=f"{name}-{device}-{dtype}-{experiment}",
     )
     for name in RUNNERS
-    for device in devices(name)
+    for device in RUNNERS[name].devices
     for experiment, dtype in cells(name)
     if not is_reference(name, experiment, dtype)
 ]

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from matrix.experiments import EXPERIMENTS, RUNNERS, Run, Training, cells, devices, missing, run
+from matrix.experiments import EXPERIMENTS, RUNNERS, Run, Training, cells, missing, run
 
 #: Runner, device, experiment, dtype.
 Cell = tuple[str, str, str, str]
@@ -44,7 +44,7 @@ def work(worker: str, data: Training | None) -> Outcome:
         if spec.worker != worker or missing(spec.needs):
             continue
         start = time.perf_counter()
-        for device in devices(name):
+        for device in RUNNERS[name].devices:
             if device == "gpu" and outcome.gpu is None:
                 continue
             for experiment, dtype in cells(name):
