@@ -20,7 +20,7 @@ def run(*command: str, code: int = 0, **environment: str) -> str:
 
     Args:
         *command: Python's arguments.
-        code: the status that it must exit with.
+        code: the status that it must exit with; negative, the signal that must end it.
         **environment: further variables.
 
     Returns:
@@ -31,7 +31,7 @@ def run(*command: str, code: int = 0, **environment: str) -> str:
         [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+    return done.stderr if code > 0 else done.stdout
 
 
 @contextlib.contextmanager

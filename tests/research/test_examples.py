@@ -14,17 +14,20 @@ from reporting.examples import load_example
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "option", "message"),
     [
-        ("quickstart", "--epochs is 0 and --seeds is 3, but both must be at least 1"),
-        ("jax_training", "--epochs is 0 and --seeds is 5, but both must be at least 1"),
-        ("keras_training", "--epochs is 0, but must be at least 1"),
+        ("quickstart", "--epochs=0", "--epochs is 0 and --seeds is 3, but both must be at least 1"),
+        ("jax_training", "--epochs=0", "--epochs is 0 and --seeds is 5, but both must be at least 1"),
+        ("keras_training", "--epochs=0", "--epochs is 0, but must be at least 1"),
+        ("jax_sharded", "--every=0", "--every is 0, but must be at least 1"),
+        ("jax_sharded", "--columns=3", "--columns is 3, but must divide 8, the number of devices"),
     ],
 )
-def test_no_epochs_are_refused(name: str, message: str) -> None:
-    for package in {"quickstart": ("torch", "matplotlib", "tqdm"), "jax_training": ("optax",)}.get(name, ("keras",)):
+def test_a_bad_option_is_named(name: str, option: str, message: str) -> None:
+    needs = {"quickstart": ("torch", "matplotlib", "tqdm"), "jax_training": ("optax",), "jax_sharded": ("optax", "orbax")}
+    for package in needs.get(name, ("keras",)):
         pytest.importorskip(package)
-    assert message in run(f"examples/{name}.py", "--epochs", "0", code=2)
+    assert message in run(f"examples/{name}.py", option, code=2, JAX_PLATFORMS="cpu")
 
 
 def test_in_jax_both_optimizers_learn_the_digits() -> None:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
-from scaling.ranks import Ranks
+from scaling import ranks
 
-
-class Row(NamedTuple):
-    """What ran, where, and how far it strayed, with the bound that the test asserts."""
-
-    what: str
-    where: str
-    strayed: float
-    bound: float
-
-
-_rows = pytest.StashKey[list[Row]]()
+#: By what ran, where, and the bound that the test asserts: how far it strayed, the farthest of what differs in nothing else.
+Rows = dict[tuple[str, str, float], float]
+_rows = pytest.StashKey[Rows]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_rows] = []
+    config.stash[_rows] = {}
 
 
 @pytest.fixture
@@ -37,65 +28,36 @@ def agreed(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def note(what: str, where: str, strayed: float, bound: float = 0.0) -> None:
         assert strayed <= bound, f"{what}, {where}: strayed by {strayed:.1e}, and {bound:.1e} is allowed"
-        request.config.stash[_rows].append(Row(what, where, strayed, bound))
+        rows, key = request.config.stash[_rows], (what, where, bound)
+        rows[key] = max(rows.get(key, 0.0), strayed)
 
     return note
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
-    """The pool of so many ranks of torch.distributed, one for all tests."""
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("no torch")
-    import torch.distributed as dist
+def on() -> Iterator[Callable[..., list[Any]]]:
+    """`on(pool, "module.function", *args)`: what each process of a pool returns, started when it is first asked."""
+    pools: dict[str, ranks.Ranks] = {}
 
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo")
-    pools: dict[int, Ranks] = {}
-    folder = tmp_path_factory.mktemp("ranks")
-    yield lambda size: pools.setdefault(size, Ranks(size, folder))
+    def run(name: str, function: str, *args: Any) -> list[Any]:
+        if why := ranks.why_not(name):
+            pytest.skip(why)
+        if name not in pools:
+            pools[name] = ranks.Ranks(name)
+        framework = name.split()[0].removeprefix("keras-")
+        if "gpu" in name and 0 in pools[name].run("ranks.count_gpus", framework):
+            pytest.skip(f"no GPU that {framework} can use")
+        return pools[name].run(function, *args)
+
+    yield run
     for pool in pools.values():
         pool.stop()
 
 
-@pytest.fixture(scope="session")
-def jax_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ranks]]:
-    """The pool of processes of JAX that has the devices of this name, one for all tests."""
-    from scaling import jax_devices
-
-    pools: dict[str, Ranks] = {}
-
-    def pool(name: str) -> Ranks:
-        if why := jax_devices.why_not(name):
-            pytest.skip(why)
-        if name not in pools:
-            pools[name] = jax_devices.pool(name, tmp_path_factory.mktemp(name))
-        return pools[name]
-
-    yield pool
-    for each in pools.values():
-        each.stop()
-
-
-@pytest.fixture(scope="session")
-def jax_gpus(jax_pool: Callable[[str], Ranks]) -> tuple[Ranks, int]:
-    """The process of JAX that has all GPUs, and how many they are."""
-    from scaling import jax_devices
-
-    (number,) = jax_pool("gpus").run(jax_devices.number, "gpu")
-    if number == 0:
-        pytest.skip("this JAX has no GPU")
-    return jax_pool("gpus"), number
-
-
-def table(rows: list[Row]) -> str:
-    """A Markdown table, in the order of what ran; of rows that differ in nothing but how far they strayed, the farthest."""
-    farthest: dict[tuple[str, str, float], float] = {}
-    for row in sorted(rows):
-        key = (row.what, row.where, row.bound)
-        farthest[key] = max(farthest.get(key, 0.0), row.strayed)
+def table(rows: Rows) -> str:
+    """A Markdown table, in the order of what ran."""
     lines = ["| what ran | where | strayed by | bound |", "| --- | --- | --- | --- |"]
-    for (what, where, bound), strayed in farthest.items():
+    for (what, where, bound), strayed in sorted(rows.items()):
         lines.append(f"| {what} | {where} | {_figure(strayed)} | {_figure(bound)} |")
     return "\n".join(lines) + "\n"
 

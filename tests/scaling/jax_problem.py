@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from scaling.compare import apart
 
 import vsgd.optax
 
@@ -39,16 +40,18 @@ class Case(NamedTuple):
         dtype: of the parameters.
         compact: whether state and parameters, where they can, are rounded stochastically to bfloat16.
         gradients: where they come from, by name.
+        types: of the mesh's axes.
     """
 
     kind: str = "vsgd"
     dtype: str = "float32"
     compact: bool = False
     gradients: str = "exact"
+    types: str = "Auto"
 
-    def solver(self, **options: Any) -> Any:
+    def solver(self) -> Any:
         compact = {"state_dtype": "bfloat16", "stochastic_rounding": True} if self.compact else {}
-        return getattr(vsgd.optax, self.kind)(0.05, weight_decay=0.1, **compact, **options)
+        return getattr(vsgd.optax, self.kind)(0.05, weight_decay=0.1, **compact)
 
 
 class Trained(NamedTuple):
@@ -90,22 +93,18 @@ def loss(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     return ((outputs + params["shift"] - y) ** 2).mean(0).sum()
 
 
-def exactly(gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """At weights of few digits: in float64 all sums of their products are exact, in whatever order."""
-
-    def exact(params: Any, data: Any) -> Any:
-        return gradient(jax.tree.map(lambda param: jnp.round(param.astype(jnp.float64) * 8) / 8, params), data)
-
-    return exact
-
-
 def of_batch(params: Any, data: Any) -> Any:
     return jax.grad(loss)(params, *data)
 
 
+def of_few_digits(params: Any, data: Any) -> Any:
+    """Of weights of few digits: in float64 all sums of their products are exact, in whatever order."""
+    return of_batch(jax.tree.map(lambda param: jnp.round(param.astype(jnp.float64) * 8) / 8, params), data)
+
+
 #: From parameters and what is placed on the devices at a step.
 GRADIENTS: dict[str, Callable[..., Any]] = {
-    "exact": exactly(of_batch),
+    "exact": of_few_digits,
     "summed": of_batch,
     "given": lambda params, data: data,
 }
@@ -130,10 +129,13 @@ def place(tree: Any, layout: Layout | None, specs: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree) if layout is None else jax.device_put(tree, layout.shardings(specs))
 
 
-def fresh_params(layout: Layout | None, case: Case) -> dict[str, jax.Array]:
+def fresh(case: Case, layout: Layout | None) -> Trained:
+    """Parameters, and what `init` makes of them."""
     rng = np.random.default_rng(0)
     values = {name: _normal(rng, shape, case.dtype) / np.asarray(2, case.dtype) for name, shape in SHAPES.items()}
-    return place(values, layout, layout and layout.specs)
+    with layout.entered() if layout else nullcontext():
+        params = place(values, layout, layout and layout.specs)
+        return Trained(params, case.solver().init(params))
 
 
 def state_shardings(solver: Any, params: Any, shardings: Any, whole: Any) -> Any:
@@ -176,8 +178,7 @@ def reference(case: Case, steps: int = STEPS) -> Trained:
     """The same training on one device."""
     with jax.default_device(jax.local_devices()[0]):
         if steps == 0:
-            params = fresh_params(None, case)
-            return Trained(params, case.solver().init(params))
+            return fresh(case, None)
         return advance(_step_on_one(case), reference(case, steps - 1), case, None, [steps - 1])
 
 
@@ -193,9 +194,7 @@ def strayed(one: Any, other: Any) -> float:
 
 
 def _apart(sharded: jax.Array, whole: jax.Array) -> float:
-    if sharded.shape != whole.shape or sharded.dtype != whole.dtype:
+    if sharded.shape != whole.shape:
         return math.inf
-    values = np.asarray(whole).astype(np.complex128)
-    parts = [(np.asarray(shard.data).astype(np.complex128), values[shard.index]) for shard in sharded.addressable_shards]
-    difference = max(float(np.abs(part - same).max()) for part, same in parts) / (float(np.abs(values).max()) or 1.0)
-    return difference if difference == difference else math.inf
+    values = np.asarray(whole)
+    return max(apart(np.asarray(shard.data), values[shard.index], values) for shard in sharded.addressable_shards)

@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
-from scaling.jax_problem import (
-    GRADIENTS,
-    STEPS,
-    Case,
-    Layout,
-    Trained,
-    advance,
-    data_of,
-    fresh_params,
-    gradient_of,
-    layout_of,
-    make_step,
-    place,
-    reference,
-    state_shardings,
-    strayed,
-)
+from scaling import jax_problem as problem
 
 import vsgd.optax
 from vsgd.optax.state import get_arrays
 
+#: Whole along the data's axis; and the state sharded along it, where a dimension is left that it divides.
+HALVED = {"rows": P(None, "model"), "bias": P("model"), "mix": P("model"), "out": P(), "shift": P()}
+SPREAD = {**HALVED, "rows": P("data", "model"), "mix": P("model", None, "data"), "out": P("data")}
 
-def trained(case: Case, types: str = "Auto") -> float:
-    """How far a training strayed whose state lies as the parameters do after each step."""
-    layout = layout_of(types=types)
+
+def trained(case: problem.Case) -> float:
+    """How far a training strayed of which all lies as the parameters do: state and updates, eager, compiled and injected."""
+    layout = problem.layout_of(types=case.types)
     with layout.entered():
-        params = fresh_params(layout, case)
-        now = Trained(params, case.solver().init(params))
-        step = make_step(case.solver(), gradient_of(case, layout))
-        for seed in range(STEPS):
-            now = advance(step, now, case, layout, [seed])
+        now = problem.fresh(case, layout)
+        eager = optax.inject_hyperparams(getattr(vsgd.optax, case.kind))(0.05)
+        updates, state = eager.update(now.params, eager.init(now.params), now.params)
+        assert all(lie_as_told(tree, layout) for tree in (updates, *get_arrays(state.inner_state[0])))
+        if layout.explicit:  # elsewhere the compiler puts the state where it likes
+            assert all(lie_as_told(tree, layout) for tree in get_arrays(jax.jit(case.solver().init)(now.params)[0]))
+        step = problem.make_step(case.solver(), problem.gradient_of(case, layout))
+        for seed in range(problem.STEPS):
+            now = problem.advance(step, now, case, layout, [seed])
             assert all(lie_as_told(tree, layout) for tree in (now.params, *get_arrays(now.state[0])))
-    return strayed(now, reference(case))
+    return problem.strayed(now, problem.reference(case._replace(types="Auto")))
 
 
-def lie_as_told(tree: dict[str, jax.Array], layout: Layout) -> bool:
+def lie_as_told(tree: dict[str, jax.Array], layout: problem.Layout) -> bool:
     shardings = layout.shardings(layout.specs)
     return all(leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim) for name, leaf in tree.items())
 
@@ -55,123 +49,81 @@ def collectives(function: Any, *args: Any, **options: Any) -> list[str]:
     return sorted(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)[(]", text))
 
 
-def communication(case: Case) -> dict[str, list[str]]:
+def communication(case: problem.Case) -> dict[str, list[str]]:
     """What a step communicates by on gradients that are there, and what a training does, beside its gradients alone."""
-    layout, solver = layout_of(), case.solver()
+    layout, solver = problem.layout_of(), case.solver()
     injected = optax.inject_hyperparams(getattr(vsgd.optax, case.kind))(0.05, weight_decay=0.1)
-    params, data = fresh_params(layout, case), place(data_of(case, 0), layout, P("data"))
-    gradient = gradient_of(case, layout)
+    params, state = problem.fresh(case, layout)
+    data, gradient = problem.place(problem.data_of(case, 0), layout, P("data")), problem.gradient_of(case, layout)
     return {
-        "step": collectives(_stepping(solver), params, solver.init(params), params),
+        "step": collectives(_stepping(solver), params, state, params),
         "step, injected": collectives(_stepping(injected), params, injected.init(params), params),
-        "training": collectives(make_step(solver, gradient).__wrapped__, params, solver.init(params), data),
+        "training": collectives(problem.make_step(solver, gradient).__wrapped__, params, state, data),
         "gradients": collectives(gradient, params, data, out_shardings=layout.shardings(layout.specs)),
     }
 
 
 def _stepping(solver: Any) -> Any:
     """A step on gradients that are there."""
-    return make_step(solver, GRADIENTS["given"]).__wrapped__
+    return problem.make_step(solver, problem.GRADIENTS["given"]).__wrapped__
 
 
-# --- ZeRO-1. ---
-
-#: Whole along the data's axis; and the state sharded along it, where a dimension is left that it divides.
-HALVED = {"rows": P(None, "model"), "bias": P("model"), "mix": P("model"), "out": P(), "shift": P()}
-SPREAD = {**HALVED, "rows": P("data", "model"), "mix": P("model", None, "data"), "out": P("data")}
-
-
-class Zero(NamedTuple):
-    """What was seen of ZeRO-1.
-
-    Attributes:
-        strayed: how far it did.
-        here: bytes of the state on each device.
-        update: what the update communicates by, on gradients that are there.
-    """
-
-    strayed: float
-    here: list[int]
-    update: list[str]
-
-
-def zero(case: Case) -> Zero:
-    """Parameters whole along the data's axis, the state sharded along it."""
-    layout, solver = layout_of(specs=HALVED), case.solver()
-    params = fresh_params(layout, case)
-    shardings = Trained(
-        layout.shardings(HALVED), state_shardings(solver, params, layout.shardings(SPREAD), layout.shardings(P()))
-    )
-    now = Trained(params, jax.jit(solver.init, out_shardings=shardings.state)(params))
-    step = make_step(solver, gradient_of(case, layout), out_shardings=shardings, donate_argnums=(0, 1))
-    now = advance(step, now, case, layout)
+def zero(case: problem.Case) -> float:
+    """How far ZeRO-1 strayed: parameters whole along the data's axis, the state, of which each device has a share, along it."""
+    layout, solver = problem.layout_of(specs=HALVED), case.solver()
+    params, _ = problem.fresh(case, layout)
+    halved, spread = layout.shardings(HALVED), layout.shardings(SPREAD)
+    shardings = problem.Trained(halved, problem.state_shardings(solver, params, spread, layout.shardings(P())))
+    now = problem.Trained(params, jax.jit(solver.init, out_shardings=shardings.state)(params))
+    step = problem.make_step(solver, problem.gradient_of(case, layout), out_shardings=shardings, donate_argnums=(0, 1))
+    now = problem.advance(step, now, case, layout)
     assert lie_as_told(now.params, layout)
-    return Zero(
-        strayed(now, reference(case)),
-        [sum(_bytes_on(device, leaf) for leaf in jax.tree.leaves(now.state)) for device in layout.mesh.devices.flat],
-        collectives(_stepping(solver), *now, now.params, out_shardings=shardings),
-    )
+    share = sum(math.prod(spread[name].shard_shape(shape)) for name, shape in problem.SHAPES.items())
+    size = len(get_arrays(now.state[0])) * share * now.state[0].mu_g["out"].dtype.itemsize
+    shards = [shard for leaf in jax.tree.leaves(now.state) for shard in leaf.addressable_shards]
+    for device in layout.mesh.local_devices:
+        # And the count and two scales.
+        assert sum(shard.data.nbytes for shard in shards if shard.device == device) == size + 4 + 2 * 4
+    assert set(collectives(_stepping(solver), *now, now.params, out_shardings=shardings)) <= {"all-gather"}
+    return problem.strayed(now, problem.reference(case))
 
 
-def _bytes_on(device: Any, array: jax.Array) -> int:
-    return sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == device)
+# --- shard_map, by gradients that are given. ---
 
 
-# --- Where `init` puts the state. ---
+def inside(case: problem.Case) -> float:
+    """How far a training strayed whose whole step is inside."""
+    layout = problem.layout_of(specs=HALVED)
+    start = problem.fresh(case, layout)
+    specs = problem.Trained(HALVED, problem.state_shardings(case.solver(), start.params, HALVED, P()))
+    mapped = jax.shard_map(_stepping(case.solver()), mesh=layout.mesh, in_specs=(*specs, HALVED), out_specs=specs)
+    return problem.strayed(problem.advance(jax.jit(mapped), start, case, layout), problem.reference(case))
 
 
-def placed_by_init() -> dict[str, str]:
-    """Where the state of sharded parameters lies, by how `init` is called."""
-    layout, case = layout_of(), Case()
-    solver, params = case.solver(), fresh_params(layout, case)
-    whole = layout.shardings(P())
-    told = state_shardings(solver, params, layout.shardings(layout.specs), whole)
-    found = {
-        "init(params)": solver.init(params),
-        "jit(init)(params)": jax.jit(solver.init)(params),
-        "jit(init, out_shardings=...)(params)": jax.jit(solver.init, out_shardings=told)(params),
-    }
-    with jax.set_mesh(layout.mesh):
-        found["jit(init)(params), in jax.set_mesh"] = jax.jit(solver.init)(params)
-    explicit = layout_of(types="Explicit")
-    with explicit.entered():
-        params = fresh_params(explicit, case)
-        found["jit(init)(params), explicit axes"] = jax.jit(solver.init)(params)
-        assert jax.tree.map(jax.typeof, found["jit(init)(params), explicit axes"]) == jax.tree.map(
-            jax.typeof, solver.init(params)
-        )
-    return {how: ", ".join(sorted({_place(tree, layout) for tree in get_arrays(state[0])})) for how, state in found.items()}
+def outside(case: problem.Case) -> float:
+    """How far a training strayed of whose step the gradient alone is inside."""
+    layout = problem.layout_of(specs=HALVED)
+    gradient = jax.shard_map(problem.GRADIENTS["given"], mesh=layout.mesh, in_specs=(HALVED, HALVED), out_specs=HALVED)
+    step = problem.make_step(case.solver(), gradient)
+    return problem.strayed(problem.advance(step, problem.fresh(case, layout), case, layout), problem.reference(case))
 
 
-def _place(tree: dict[str, jax.Array], layout: Layout) -> str:
-    if lie_as_told(tree, layout):
-        return "as the parameters"
-    if lie_as_told(tree, layout._replace(specs=dict.fromkeys(tree, P()))):
-        return "whole on all devices"
-    assert {leaf.sharding.device_set == {jax.devices()[0]} for leaf in tree.values()} == {True}
-    return "on the first device"
+def equally_rounded() -> list[float]:
+    """The share of elements that two shards of equal gradients round alike, with one seed and with one for each."""
+    grad = np.random.default_rng(0).standard_normal((64, 8), np.float32)
 
+    def mean(grad: jax.Array, seeded: bool = False) -> jax.Array:
+        seed = jax.lax.axis_index("model") if seeded else 0
+        transformation = vsgd.optax.scale_by_vsgd(state_dtype="bfloat16", seed=seed)
+        return transformation.update(grad, transformation.init(grad))[1].mu_g
 
-def uneven() -> str:
-    """What JAX says of 7 rows for 4 devices."""
-    layout = layout_of(4, 2)
-    try:
-        place({"rows": np.zeros((7, 3))}, layout, {"rows": P("data")})
-    except ValueError as error:
-        return str(error)
-    return ""
+    def rounded(spec: P, seeded: bool) -> list[np.ndarray]:
+        mapped = jax.shard_map(lambda shard: mean(shard, seeded), mesh=problem.layout_of().mesh, in_specs=spec, out_specs=spec)
+        return np.split(np.asarray(jax.jit(mapped)(np.tile(grad, (2, 1))), np.float32), 2)
 
-
-def lying(kind: str, dtype: str, types: str) -> list[bool]:
-    """For each array of state and updates whether it lies as its parameter, of three dimensions; eager, compiled, injected."""
-    layout = layout_of(8, 1, types=types, specs={"cube": P(None, "data")})
-    make = getattr(vsgd.optax, kind)
-    arrays = []
-    with layout.entered():
-        params = place({"cube": np.ones((2, 8, 4), dtype)}, layout, layout.specs)
-        for solver in (make(0.1, weight_decay=0.1), optax.inject_hyperparams(make)(0.1, weight_decay=0.1)):
-            state = solver.init(params)
-            arrays += jax.tree.leaves(
-                (state, solver.update(params, state, params), jax.jit(solver.update)(params, state, params))
-            )
-    return [lie_as_told({"cube": array}, layout) for array in arrays if array.ndim]
+    # As an array of its own.
+    np.testing.assert_array_equal(rounded(P("model"), False)[0], np.asarray(jax.jit(mean)(grad), np.float32))
+    # What all devices should have alike, each may not round in its own way.
+    with pytest.raises(ValueError, match="out_specs"):
+        rounded(P(), True)
+    return [float(np.mean(np.equal(*rounded(P("model"), seeded)))) for seeded in (False, True)]

@@ -25,13 +25,6 @@ def _mirrored_strategy() -> Any:
 STRATEGY = _mirrored_strategy() if keras.backend.backend() == "tensorflow" else None
 
 
-def gpus() -> int:
-    """How many GPUs this process has."""
-    if keras.backend.backend() == "torch":
-        return int(keras.ops.zeros(1).is_cuda)
-    return sum(not each.startswith("cpu") for each in keras.distribution.list_devices())
-
-
 def model_parallel() -> Any:
     """Batches over the rows of a mesh, kernels and a bias over its columns, of which there are two where devices allow it."""
     devices = keras.distribution.list_devices()
@@ -56,39 +49,30 @@ def scope(how: str) -> contextlib.AbstractContextManager[Any]:
 @functools.cache
 def alone(case: str) -> list[np.ndarray]:
     """What the training leaves on one device."""
-    model = fit(compiled(case))
-    return arrays(model)
-
-
-def trained(case: str, how: str) -> tuple[Any, float]:
-    """The model, and how far it strayed from one device."""
-    with scope(how):
-        model = fit(compiled(case))
-    return model, apart(arrays(model), alone(case))
+    return arrays(fit(compiled(case)))
 
 
 def strayed(case: str, how: str) -> float:
-    return trained(case, how)[1]
-
-
-def undistributed() -> tuple[float, int] | None:
-    """How far a training strayed that Keras took to be distributed, and on how many devices its variables are."""
-    try:
-        distribution = keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"])
-    except AttributeError:  # an older Keras, which does not take it
-        return None
-    with distribution.scope():
-        model = fit(compiled("VSGD"))
-    devices = {str(each.value.device) for each in [*model.weights, *model.optimizer.variables]}
-    return apart(arrays(model), alone("VSGD")), len(devices)
-
-
-def save(case: str, how: str, path: str) -> None:
-    """Save a model in training, with its arrays beside it, and those after training on."""
+    """How far a training strayed from one device; all copies of a mirrored variable are equal."""
     with scope(how):
         model = fit(compiled(case))
+    if how == "MirroredStrategy":
+        assert_copies_are_equal(model)
+    return apart(arrays(model), alone(case))
+
+
+def assert_copies_are_equal(model: Any) -> None:
+    for variable in [*model.weights, *model.optimizer.variables]:
+        copies = [copy.numpy().tobytes() for copy in variable.value.values]
+        assert copies == copies[:1] * STRATEGY.num_replicas_in_sync
+
+
+def save(how: str, path: str) -> None:
+    """Save a model in training, with its arrays beside it, and those after training on."""
+    with scope(how):
+        model = fit(compiled("VSGD"))
         write(model, path)
-        write_later(fit(model), path)
+        write(fit(model), f"{path}-goes-on")
 
 
 def write(model: Any, path: str) -> None:
@@ -96,16 +80,12 @@ def write(model: Any, path: str) -> None:
     np.savez(f"{path}.npz", *arrays(model))
 
 
-def write_later(model: Any, path: str) -> None:
-    np.savez(f"{path}-goes-on.npz", *arrays(model))
-
-
 def load(how: str, path: str) -> tuple[float, float]:
     """How far a model strayed where it was loaded, and some steps later."""
     with scope(how):
         model = loaded(path)
-        strayed_so_far = apart(arrays(model), _read(f"{path}.npz"))
-        return strayed_so_far, apart(arrays(fit(model)), _read(f"{path}-goes-on.npz"))
+        strayed_so_far = apart(arrays(model), _read(path))
+        return strayed_so_far, apart(arrays(fit(model)), _read(f"{path}-goes-on"))
 
 
 def loaded(path: str) -> Any:
@@ -118,5 +98,5 @@ def loaded(path: str) -> Any:
 
 
 def _read(path: str) -> list[np.ndarray]:
-    with np.load(path) as saved:
+    with np.load(f"{path}.npz") as saved:
         return list(saved.values())

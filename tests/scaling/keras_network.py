@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from adapters.keras.keras_problems import to_numpy
+from scaling import compare
 
 from vsgd import keras as vsgd_keras
 
@@ -41,11 +41,9 @@ CASES = {
 }
 
 
-def optimizer_of(case: str, **options: Any) -> Any:
+def optimizer_of(case: str) -> Any:
     """The case's optimizer; weights decay, biases and normalizations do not."""
-    optimizer = getattr(vsgd_keras, CASES[case].kind)(
-        learning_rate=0.05, weight_decay=0.1, **{**CASES[case].options, **options}
-    )
+    optimizer = getattr(vsgd_keras, CASES[case].kind)(learning_rate=0.05, weight_decay=0.1, **CASES[case].options)
     spare(optimizer)
     return optimizer
 
@@ -55,7 +53,8 @@ def spare(optimizer: Any) -> None:
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
 
 
-def network(case: str) -> Any:
+def compiled(case: str) -> Any:
+    """The network with its optimizer and loss."""
     keras.utils.set_random_seed(0)
     policy = CASES[case].policy
     layers = [
@@ -63,13 +62,8 @@ def network(case: str) -> Any:
         keras.layers.LayerNormalization(name="norm", dtype=policy),
         keras.layers.Dense(OUTPUTS, name="second", dtype=policy),
     ]
-    return keras.Sequential([keras.Input((FEATURES,)), *layers], name="net")
-
-
-def compiled(case: str, jit_compile: Any = "auto", **options: Any) -> Any:
-    """The network with its optimizer and loss."""
-    model = network(case)
-    model.compile(optimizer=optimizer_of(case, **options), loss="mse", jit_compile=jit_compile)
+    model = keras.Sequential([keras.Input((FEATURES,)), *layers], name="net")
+    model.compile(optimizer=optimizer_of(case), loss="mse")
     return model
 
 
@@ -79,10 +73,9 @@ def fit(model: Any) -> Any:
     return model
 
 
-def gradients() -> list[list[np.ndarray]]:
+def gradients(model: Any) -> list[list[np.ndarray]]:
     """Gradients for some steps: multiples of 1/8, whose parts have exact sums in bfloat16 too."""
-    rng = np.random.default_rng(1)
-    shapes = ((FEATURES, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,), (HIDDEN, OUTPUTS), (OUTPUTS,))
+    rng, shapes = np.random.default_rng(1), [each.shape for each in model.trainable_variables]
     return [[np.round(8 * rng.standard_normal(shape)).astype(np.float32) / 8 for shape in shapes] for _ in range(4)]
 
 
@@ -91,22 +84,12 @@ def arrays(model: Any) -> list[np.ndarray]:
     return [to_numpy(each) for each in [*model.weights, *model.optimizer.variables]]
 
 
-def noise_scale(model: Any) -> list[np.ndarray]:
-    """What the optimizer's state says of all gradients together."""
-    return [to_numpy(each) for each in model.optimizer.noise_scale(batch_size=BATCH).overall]
+def stepped_apart(one: Any, other: Any) -> tuple[float, float]:
+    """How far two models are apart, and what their optimizers' states say of all gradients together."""
+    scales = [[to_numpy(each) for each in model.optimizer.noise_scale(batch_size=BATCH).overall] for model in (one, other)]
+    return apart(arrays(one), arrays(other)), apart(*scales)
 
 
 def apart(some: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """The largest difference of any array, relative to the array's largest value; infinite where one is no number."""
-    return max(_apart(one, other) for one, other in zip(some, others, strict=True))
-
-
-def _apart(one: np.ndarray, other: np.ndarray) -> float:
-    assert one.shape == other.shape
-    # Keras counts steps in int64 on TensorFlow, in int32 elsewhere.
-    assert one.dtype == other.dtype or one.dtype.kind == other.dtype.kind == "i"
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    difference = float(np.abs(one - other).max())
-    if difference == 0:
-        return 0.0
-    return difference / float(np.abs(other).max()) if math.isfinite(difference) else math.inf
+    """The largest difference of any array, relative to the array's largest value."""
+    return max(compare.apart(one, other) for one, other in zip(some, others, strict=True))

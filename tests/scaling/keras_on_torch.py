@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import torch
 import torch.distributed as dist
-from scaling.keras_distributed import write, write_later
-from scaling.keras_network import BATCH, CASES, EPOCHS, SAMPLES, X, Y, apart, arrays, compiled, network
+from scaling.keras_distributed import write
+from scaling.keras_network import BATCH, CASES, EPOCHS, SAMPLES, X, Y, apart, arrays, compiled
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,60 +41,48 @@ def part(rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield tuple(keras.ops.convert_to_tensor(each[start : start + share]) for each in (X, Y))
 
 
-def ddp(case: str) -> tuple[float, list[bytes]]:
+def ddp(case: str, optimizer: str) -> tuple[float, list[bytes]]:
     """How far a training by DDP strayed from one process that has the mean of the gradients, and this rank's replica."""
+    make = {"vsgd.keras": _by_keras, "vsgd.torch": _by_torch}[optimizer]
+    (model, step, read), (one, step_one, read_one) = make(case), make(case)
+    ranks = dist.get_world_size()
+    train(model, step, part(dist.get_rank(), ranks))
+    values = [each.value for each in one.trainable_variables]
+    for batches in zip(*(part(rank, ranks) for rank in range(ranks)), strict=True):
+        parts = [torch.autograd.grad(keras.ops.mean(keras.ops.square(one(x) - y)), values) for x, y in batches]
+        for value, *grads in zip(values, *parts, strict=True):
+            value.grad = sum(grads) / ranks
+        step_one()
+    return apart(read(), read_one()), [each.tobytes() for each in read()]
+
+
+def _by_keras(case: str) -> tuple[Any, Callable[[], None], Callable[[], list[np.ndarray]]]:
+    """A model, a step, and all that a training leaves."""
     model = compiled(case)
-    train(model, partial(keras_step, model), part(dist.get_rank(), dist.get_world_size()))
-    one = compiled(case)
-    for grads in _means(one):
-        one.optimizer.apply(grads, one.trainable_variables)
-    return apart(arrays(model), arrays(one)), [each.tobytes() for each in arrays(model)]
+    return model, partial(keras_step, model), partial(arrays, model)
 
 
-def ddp_as_torch(case: str) -> tuple[float, list[bytes]]:
+def _by_torch(case: str) -> tuple[Any, Callable[[], None], Callable[[], list[np.ndarray]]]:
     """The same by the optimizer for torch."""
-    model, one = network(case), network(case)
-    optimizers = [_torch_optimizer(case, each) for each in (model, one)]
-    train(model, optimizers[0].step, part(dist.get_rank(), dist.get_world_size()))
-    for grads in _means(one):
-        for each, grad in zip(one.trainable_variables, grads, strict=True):
-            each.value.grad = grad
-        optimizers[1].step()
-    many, single = (_torch_arrays(*each) for each in zip((model, one), optimizers, strict=True))
-    return apart(many, single), [each.tobytes() for each in many]
-
-
-def _torch_optimizer(case: str, model: Any) -> Any:
+    model = compiled(case)
+    values = [each.value for each in model.trainable_variables]
     kernels = [each.value for each in model.trainable_variables if each.name == "kernel"]
     others = [each.value for each in model.trainable_variables if each.name != "kernel"]
     groups = [{"params": kernels, "weight_decay": 0.1}, {"params": others}]
-    return getattr(vsgd_torch, CASES[case].kind)(groups, lr=0.05, **CASES[case].options)
+    optimizer = getattr(vsgd_torch, CASES[case].kind)(groups, lr=0.05, **CASES[case].options)
+
+    def read() -> list[np.ndarray]:
+        tensors = [*values, *(each for value in values for each in optimizer.state[value].values())]
+        return [each.detach().float().cpu().numpy() for each in tensors]
+
+    return model, optimizer.step, read
 
 
-def _torch_arrays(model: Any, optimizer: Any) -> list[np.ndarray]:
-    params = [each.value for each in model.trainable_variables]
-    state = [value for param in params for value in optimizer.state[param].values()]
-    return [each.detach().float().cpu().numpy() for each in [*params, *state]]
-
-
-def _means(model: Any) -> Iterator[list[Tensor]]:
-    """The mean of all ranks' gradients, batch by batch, of a model that is stepped between."""
-    ranks = dist.get_world_size()
-    for batches in zip(*(part(rank, ranks) for rank in range(ranks)), strict=True):
-        parts = [_gradients(model, *batch) for batch in batches]
-        yield [sum(grads) / ranks for grads in zip(*parts, strict=True)]
-
-
-def _gradients(model: Any, x: Tensor, y: Tensor) -> list[Tensor]:
-    loss = keras.ops.mean(keras.ops.square(model(x) - y))
-    return list(torch.autograd.grad(loss, [each.value for each in model.trainable_variables]))
-
-
-def save_by_ddp(case: str, path: str) -> None:
-    """As `save`, by the first rank of a training by DDP."""
-    model = compiled(case)
-    for write_it in (write, write_later):
+def save(path: str) -> None:
+    """As `save` of `keras_distributed`, by the first rank of a training by DDP."""
+    model = compiled("VSGD")
+    for where in (path, f"{path}-goes-on"):
         train(model, partial(keras_step, model), part(dist.get_rank(), dist.get_world_size()))
         if dist.get_rank() == 0:
-            write_it(model, path)
+            write(model, where)
     dist.barrier()

@@ -1,24 +1,30 @@
-"""A pool of processes that join one group, kept for many tests."""
+"""Pools of processes that run a function together, each with the devices that its tests need, kept for many tests."""
 
 from __future__ import annotations
 
 import multiprocessing
-import pickle
-import time
-import traceback
+import os
+import platform
+import socket
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from functools import partial
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
-#: Makes of a new process, told its rank, how many there are and a file in which they may find each other, one of the group.
-Join = Callable[[int, int, str], None]
+from packaging.version import Version
+
+#: Makes of a new process, told its rank, how many there are and a free port, one of the group.
+Join = Callable[[int, int, int], None]
 
 _PATIENCE = 120  # seconds, for the slowest call on a busy machine
+#: x86 before AVX2 has no instruction that multiplies and adds with one rounding.
+_UNCONTRACTED = "--xla_cpu_max_isa=AVX"
 
 
-def torch_group(backend: str, rank: int, size: int, store: str) -> None:
+def _torch_group(backend: str, rank: int, size: int, port: int) -> None:
     """Join a process group of torch; where its backend is not gloo alone, each rank has the GPU of its number."""
     import torch
     import torch.distributed as dist
@@ -26,102 +32,136 @@ def torch_group(backend: str, rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     if backend != "gloo":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 
 
-GLOO = partial(torch_group, "gloo")
+def _jax(count: int, flags: str, rank: int, size: int, port: int) -> None:
+    """So many CPU devices in each process; for 0, all GPUs in one process, or one in each of several, which JAX joins."""
+    import jax
+
+    os.environ["XLA_FLAGS"] = flags  # read when the first array is made
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # others need some of a GPU's memory
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "highest")  # not TF32
+    if count:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    if size > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        address, mine = f"127.0.0.1:{port}", None if count else rank
+        jax.distributed.initialize(address, size, rank, local_device_ids=mine, coordinator_bind_address=address)
+
+
+def _keras(backend: str, device: str, rank: int, size: int, port: int) -> None:
+    """Eight CPU devices of JAX, two of TensorFlow, or one rank of torch; or all GPUs, whose float32 products are of float32."""
+    os.environ.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3", NVIDIA_TF32_OVERRIDE="0")
+    os.environ.update(XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_FORCE_GPU_ALLOW_GROWTH="true")
+    if device == "cpu":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu")
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    if backend == "torch":
+        _torch_group("gloo" if device == "cpu" else "cuda:nccl,cpu:gloo", rank, size, port)
+
+
+#: How many processes, 0 for one or two by the number of GPUs, and how each joins the others.
+POOLS: dict[str, tuple[int, Join]] = {
+    "torch 2": (2, partial(_torch_group, "gloo")),
+    "torch 4": (4, partial(_torch_group, "gloo")),
+    "torch gpus": (0, partial(_torch_group, "cuda:nccl,cpu:gloo")),
+    "jax": (1, partial(_jax, 8, "")),
+    "jax uncontracted": (1, partial(_jax, 8, _UNCONTRACTED)),
+    "jax processes": (2, partial(_jax, 2, _UNCONTRACTED)),
+    "jax gpus": (1, partial(_jax, 0, "")),
+    "jax gpu-processes": (2, partial(_jax, 0, "")),
+    "keras-jax cpu": (1, partial(_keras, "jax", "cpu")),
+    "keras-jax gpus": (1, partial(_keras, "jax", "gpus")),
+    "keras-tensorflow cpu": (1, partial(_keras, "tensorflow", "cpu")),
+    "keras-tensorflow gpus": (1, partial(_keras, "tensorflow", "gpus")),
+    "keras-torch cpu": (2, partial(_keras, "torch", "cpu")),
+    "keras-torch gpus": (0, partial(_keras, "torch", "gpus")),
+}
+
+
+def why_not(name: str) -> str:
+    """Why the processes of this name cannot run here, if they cannot."""
+    packages = name.split()[0].split("-")
+    missing = [each for each in [*packages, *(["optax"] if packages == ["jax"] else [])] if find_spec(each) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if "torch" in packages:
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_gloo_available()):
+            return "this build of torch has no gloo"
+    if "gpu" in name and count_gpus("torch") < max(POOLS[name][0], 1):
+        return "too few GPUs"
+    if name in ("jax uncontracted", "jax processes") and platform.machine() not in ("x86_64", "AMD64"):
+        return "only on x86 can XLA be kept from contracting products and sums"
+    if name == "jax processes" and Version(version("jax")) < Version("0.6.2"):
+        return "this JAX mixes up the messages of CPU processes that communicate twice at once"
+    return ""
+
+
+def count_gpus(framework: str) -> int:
+    """How many GPUs a framework has in this process."""
+    if framework == "torch":
+        import torch
+
+        return torch.cuda.device_count()
+    if framework == "tensorflow":
+        import tensorflow as tf
+
+        return len(tf.config.list_physical_devices("GPU"))
+    import jax
+
+    try:
+        return len(jax.devices("gpu"))
+    except RuntimeError:  # it knows none of that kind
+        return 0
 
 
 class Ranks:
-    """Processes that run a function together, each as one rank; started at the first call, and anew after one that failed.
+    """Processes that run a function together, each as one rank; started at the first call, and anew after one that failed."""
 
-    Args:
-        size: how many.
-        folder: for the file in which they find each other.
-        join: how each joins the others.
-    """
+    def __init__(self, name: str) -> None:
+        size, self._join = POOLS[name]
+        self._size = size or min(count_gpus("torch"), 2)
+        self._pools: list[ProcessPoolExecutor] = []
 
-    def __init__(self, size: int, folder: Path, join: Join = GLOO) -> None:
-        self.size = size
-        self._join = join
-        self._folder = folder
-        self._starts = 0
-        self._processes: list[Any] = []
-        self._connections: list[Connection] = []
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """What the function returns on each rank.
+    def run(self, function: str, *args: Any) -> list[Any]:
+        """What a function returns on each rank; its first error is raised, and all ranks have ended then.
 
         Args:
-            function: of a module that the ranks can import.
+            function: its module in this folder, and its name.
             *args: its arguments, the same on all ranks.
-            **kwargs: likewise.
-
-        Raises:
-            RuntimeError: it failed on one rank, or some rank gave no answer. All ranks have ended then.
         """
-        if not self._processes:
-            self._start()
-        # By pickle, and not as the connection would: torch would hand tensors over in memory that both must keep.
-        call = pickle.dumps((function, args, kwargs))
-        for connection in self._connections:
-            connection.send_bytes(call)
-        answers: dict[Connection, Any] = {}
-        deadline = time.monotonic() + _PATIENCE
-        while len(answers) < self.size:
-            waiting = [each for each in self._connections if each not in answers]
-            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                self._fail(f"rank {self._connections.index(waiting[0])} gave no answer in {_PATIENCE} s")
-            for connection in ready:
-                answers[connection] = self._receive(connection)
-        return [answers[connection] for connection in self._connections]
-
-    def _receive(self, connection: Any) -> Any:
-        rank = self._connections.index(connection)
+        if not self._pools:
+            with socket.socket() as listening:
+                listening.bind(("127.0.0.1", 0))
+                port = listening.getsockname()[1]
+            spawn = multiprocessing.get_context("spawn")
+            ranks = range(self._size)
+            self._pools = [ProcessPoolExecutor(1, spawn, self._join, (rank, self._size, port)) for rank in ranks]
+        futures = [pool.submit(_call, function, *args) for pool in self._pools]
+        done, waiting = wait(futures, _PATIENCE, FIRST_EXCEPTION)
         try:
-            failure, result = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            self._fail(f"rank {rank} has ended")
-        if failure:
-            self._fail(f"rank {rank} failed:\n{failure}")
-        return result
-
-    def _fail(self, why: str) -> None:
-        self.stop()  # the other ranks may wait for this one for ever
-        raise RuntimeError(why)
-
-    def _start(self) -> None:
-        self._starts += 1
-        spawn = multiprocessing.get_context("spawn")
-        for rank in range(self.size):
-            ours, theirs = spawn.Pipe()
-            store = self._folder / f"store-{self.size}-{self._starts}"
-            process = spawn.Process(target=_serve, args=(self._join, rank, self.size, str(store), theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
+            for future in done:
+                future.result()
+            assert not waiting, f"no answer in {_PATIENCE} s"
+        except BaseException:
+            self.stop()  # the other ranks may wait for this one for ever
+            raise
+        return [future.result() for future in futures]
 
     def stop(self) -> None:
         """End all processes, without asking: threads of gloo may abort one that ends by itself."""
-        for process in self._processes:
-            process.kill()
-        for process, connection in zip(self._processes, self._connections, strict=True):
-            process.join()
-            connection.close()
-        self._processes, self._connections = [], []
+        for pool in self._pools:
+            for process in pool._processes.values():
+                process.kill()
+            pool.shutdown(cancel_futures=True)
+        self._pools = []
 
 
-def _serve(join: Join, rank: int, size: int, store: str, connection: Any) -> None:
-    join(rank, size, store)
-    while True:
-        try:
-            function, args, kwargs = pickle.loads(connection.recv_bytes())
-        except EOFError:  # the tests have ended
-            return
-        try:
-            answer = None, function(*args, **kwargs)
-        except BaseException:  # an error of torch's checkpoints is no Exception
-            answer = traceback.format_exc(), None
-        connection.send_bytes(pickle.dumps(answer))
+def _call(function: str, *args: Any) -> Any:
+    module, _, name = function.partition(".")
+    return getattr(import_module(f"scaling.{module}"), name)(*args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,62 +12,41 @@ pytest.importorskip("jax")
 pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 
-from scaling import jax_checkpoints
 from scaling.jax_problem import BOUND, Case
-from scaling.ranks import Ranks
 
-Pool = Callable[[str], Ranks]
+On = Callable[..., list[Any]]
 Agreed = Callable[..., None]
+Loads = list[tuple[str, tuple[int, ...]]]
 pytestmark = pytest.mark.slow
 
-CASES = {
-    "float32": Case(),
-    "bfloat16": Case("constant_vsgd", "bfloat16", compact=True),
-}
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+ONE, PROCESSES, GPUS = "jax uncontracted", "jax processes", "jax gpus"
+FLOAT32, COMPACT = Case(), Case("constant_vsgd", "bfloat16", compact=True)
+#: Who saves what, and on which meshes who loads it; () is of all devices.
+SAVED: list[tuple[str, Case, Loads]] = [
+    (ONE, COMPACT, [(ONE, (2, 4)), (ONE, (8, 1)), (ONE, (1, 1))]),
+    (ONE, FLOAT32, [(ONE, (2, 4))]),
+    (PROCESSES, FLOAT32, [(PROCESSES, ()), (ONE, ())]),
+    (PROCESSES, COMPACT, [(PROCESSES, ())]),
+    *((GPUS, Case(dtype=dtype, gradients="summed"), [(GPUS, ()), (GPUS, (1, 1))]) for dtype in BOUND["summed"]),
+]
+ROWS = [pytest.param(*row, marks=[pytest.mark.gpu] if row[0] == GPUS else [], id=f"{row[0]} {row[1].dtype}") for row in SAVED]
 
 
-@cases
-def test_saved_on_one_mesh_and_loaded_on_another(case: Case, jax_pool: Pool, agreed: Agreed, tmp_path: Path) -> None:
-    pool, folder = jax_pool("uncontracted"), str(tmp_path / "saved")
-    (strayed,) = pool.run(jax_checkpoints.save, case, folder)
-    agreed("orbax: saved while donated arrays train on", "JAX, 4 x 2 CPU devices", strayed)
-    for shape in ((2, 4), (8, 1), (1, 1)):
-        (strayed,) = pool.run(jax_checkpoints.load, case, folder, *shape)
-        agreed(f"orbax: saved on 4 x 2, continued on {shape[0]} x {shape[1]}, {case.dtype}", "JAX, CPU devices", max(strayed))
+@pytest.mark.parametrize(("saver", "case", "loads"), ROWS)
+def test_saved_on_one_mesh_and_continued_on_another(
+    saver: str, case: Case, loads: Loads, on: On, agreed: Agreed, tmp_path: Path
+) -> None:
+    folder, bound = str(tmp_path / "saved"), BOUND["summed"][case.dtype] if saver == GPUS else 0.0
+    strayed = max(on(saver, "jax_checkpoints.save", case, folder))
+    agreed("orbax: saved while donated arrays train on", saver, strayed, bound)
+    for loader, shape in loads:
+        strayed = max(on(loader, "jax_checkpoints.load", case, folder, *shape))
+        where = f"{loader}, {' x '.join(map(str, shape)) or 'all devices'}"
+        agreed(f"orbax: saved on all devices of {saver}, continued, {case.dtype}", where, strayed, bound)
 
 
-@cases
-def test_saved_by_two_processes_and_loaded_by_any(case: Case, jax_pool: Pool, agreed: Agreed, tmp_path: Path) -> None:
+def test_without_a_target_or_with_arrays_for_one_it_says_what_is_wrong(on: On, agreed: Agreed, tmp_path: Path) -> None:
     folder = str(tmp_path / "saved")
-    strayed = jax_pool("processes").run(jax_checkpoints.save, case, folder)
-    agreed("orbax: saved while donated arrays train on", "JAX, 2 processes of 2 CPU devices", max(strayed))
-    for name, where in {"processes": "by 2 processes", "uncontracted": "on 4 x 2 in one process"}.items():
-        strayed = max(map(max, jax_pool(name).run(jax_checkpoints.load, case, folder)))
-        agreed(f"orbax: saved by 2 processes, continued {where}, {case.dtype}", "JAX, CPU devices", strayed)
-
-
-def test_without_a_target_the_state_has_lost_its_type(jax_pool: Pool, agreed: Agreed, tmp_path: Path) -> None:
-    pool, folder = jax_pool("uncontracted"), str(tmp_path / "saved")
-    pool.run(jax_checkpoints.save, CASES["float32"], folder)
-    ((said, *strayed),) = pool.run(jax_checkpoints.load_without_a_target, CASES["float32"], folder)
-    assert said == "'dict' object has no attribute 'count'"
-    agreed("orbax: loaded without a target, its type given back", "JAX, CPU devices", max(strayed))
-
-
-def test_with_arrays_for_a_target_the_count_stays_on_one_device(jax_pool: Pool, tmp_path: Path) -> None:
-    pool, folder = jax_pool("uncontracted"), str(tmp_path / "saved")
-    pool.run(jax_checkpoints.save, CASES["float32"], folder)
-    (said,) = pool.run(jax_checkpoints.load_by_arrays, CASES["float32"], folder)
-    assert said.startswith("Received incompatible devices for jitted computation.")
-    assert "count" in said
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", BOUND["summed"])
-def test_saved_on_gpus_and_loaded_on_one(dtype: str, jax_gpus: tuple[Ranks, int], agreed: Agreed, tmp_path: Path) -> None:
-    pool, case, folder = jax_gpus[0], Case(dtype=dtype, gradients="summed"), str(tmp_path / "saved")
-    pool.run(jax_checkpoints.save, case, folder)
-    for shape in ((), (1, 1)):
-        (strayed,) = pool.run(jax_checkpoints.load, case, folder, *shape)
-        agreed(f"orbax: saved on all, continued on all and on one, {dtype}", "JAX, GPUs", max(strayed), BOUND["summed"][dtype])
+    on(ONE, "jax_checkpoints.save", FLOAT32, folder)
+    (strayed,) = on(ONE, "jax_checkpoints.load_otherwise", FLOAT32, folder)
+    agreed("orbax: loaded without a target, its type given back", "JAX, CPU devices", strayed)

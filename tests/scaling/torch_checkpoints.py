@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from scaling.torch_problem import Case, Trained, apart, network, strayed
+from scaling.torch_problem import Case, Trained, network, steps, strayed, trained_of
 from scaling.torch_sharded import shard
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import distribute_tensor
 
 BEFORE, AFTER = range(3), range(3, 6)  # the seeds of the gradients before the checkpoint, and after it
 
@@ -27,52 +24,36 @@ def fresh(case: Case) -> Trained:
     model = network(case)
     if dist.is_initialized():
         shard(model, case, dist.get_world_size())
-    return Trained(model, case.optimizer(model.parameters()))
+    return trained_of(model, case)
 
 
-def forgotten(case: Case) -> Trained:
-    """A model, sharded where there are ranks, of which nothing is left to continue with."""
-    trained = fresh(case)
-    with torch.no_grad():
-        for param in trained.model.parameters():
-            param.zero_()
-    return trained
-
-
-def steps(trained: Trained, seeds: Iterable[int]) -> None:
-    """Steps on gradients that depend on the seed only, however the parameters are sharded."""
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        for param in trained.model.parameters():
-            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-            sharded = hasattr(param, "placements")
-            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if sharded else grad
-        trained.optimizer.step()
-
-
-def plain(case: Case) -> Trained:
-    """One process that has come as far as the checkpoint."""
-    model = network(case)
-    trained = Trained(model, case.optimizer(model.parameters()))
+def before(trained: Trained) -> Trained:
+    """What has come as far as the checkpoint."""
     steps(trained, BEFORE)
     return trained
 
 
-def continued(trained: Trained, case: Case) -> tuple[float, float]:
+def plain(case: Case) -> Trained:
+    """One process that has come as far as the checkpoint."""
+    return before(trained_of(network(case), case))
+
+
+def continued(trained: Trained, case: Case) -> float:
     """How far it strayed where it was loaded, and some steps later."""
     other = plain(case)
     loaded = strayed(trained, other)
     for each in (trained, other):
         steps(each, AFTER)
-    return loaded, strayed(trained, other)
+    return max(loaded, strayed(trained, other))
 
 
-def save(case: Case, folder: str, flat: bool = False, asynchronous: bool = False) -> None:
+def save(case: Case, folder: str, form: str) -> None:
     """Save what has come so far; where asynchronously, while the training goes on."""
-    trained = trained_before(case)
-    model, optimizer = get_state_dict(*trained, options=StateDictOptions(flatten_optimizer_state_dict=flat))
+    trained = before(fresh(case))
+    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+    model, optimizer = get_state_dict(*trained, options=options)
     states = {"model": model, "optimizer": optimizer}
-    if not asynchronous:
+    if form != "asynchronous":
         dcp.save(states, checkpoint_id=folder)
         return
     # A group of its own: what it tells the other ranks must not mix with what the training does.
@@ -81,10 +62,10 @@ def save(case: Case, folder: str, flat: bool = False, asynchronous: bool = False
     saving.result()
 
 
-def load(case: Case, folder: str, flat: bool = False) -> tuple[float, float]:
+def load(case: Case, folder: str, form: str) -> float:
     """How far a new model strayed, loaded and continued."""
-    trained = forgotten(case)
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    trained = fresh(case)
+    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
     model, optimizer = get_state_dict(*trained, options=options)
     states = {"model": model, "optimizer": optimizer}
     dcp.load(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -92,55 +73,33 @@ def load(case: Case, folder: str, flat: bool = False) -> tuple[float, float]:
     return continued(trained, case)
 
 
-def whole_state(case: Case) -> tuple[float, int, float]:
-    """How far the state strayed that one rank got whole; how many parameters' it got; and the ranks' that it was given to."""
-    trained = trained_before(case)
-    gathered = get_optimizer_state_dict(*trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    one = plain(case)
-    names = dict(one.model.named_parameters())
-    states = gathered.get("state", {})
-    farthest = max(
-        (apart(value, one.optimizer.state[names[name]][key]) for name, state in states.items() for key, value in state.items()),
-        default=0.0,
-    )
-    other = fresh(case)
+def gathered(case: Case) -> float:
+    """How far a model strayed that was given the state that one rank had got whole."""
+    trained, other = before(fresh(case)), fresh(case)
+    whole = get_optimizer_state_dict(*trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.no_grad():
         for param, same in zip(other.model.parameters(), trained.model.parameters(), strict=True):
             param.copy_(same)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(*other, optim_state_dict=gathered, options=options)
-    return farthest, len(states), max(continued(other, case))
+    set_optimizer_state_dict(*other, optim_state_dict=whole, options=options)
+    return continued(other, case)
 
 
-def refused(case: Case) -> dict[str, tuple[str, float]]:
-    """What is said of state that is not sharded like the parameters, and how far the optimizer strayed by it."""
-    sharded = trained_before(case)
+def refused(case: Case) -> tuple[dict[str, str], float]:
+    """What is said of state that is not sharded like the parameters, and how far the optimizers strayed by it."""
+    sharded, one = before(fresh(case)), plain(case)
     saved = sharded.optimizer.state_dict()
-    return {
-        "local shards": _loading(sharded, _with_state(saved, lambda value: value.to_local()), case),
-        "whole": _loading(trained_before(case), plain(case).optimizer.state_dict(), case),
-        "sharded": _loading(plain(case), saved, case),
+    local = {
+        index: {name: value if name == "step" else value.to_local() for name, value in state.items()}
+        for index, state in saved["state"].items()
     }
-
-
-def trained_before(case: Case) -> Trained:
-    """A model, sharded where there are ranks, that has come as far as the checkpoint."""
-    trained = fresh(case)
-    steps(trained, BEFORE)
-    return trained
-
-
-def _loading(trained: Trained, state_dict: dict[str, Any], case: Case) -> tuple[str, float]:
-    try:
-        trained.optimizer.load_state_dict(state_dict)
-    except ValueError as error:
-        return str(error), max(continued(trained, case))
-    return "nothing", 0.0
-
-
-def _with_state(state_dict: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    states = {
-        index: {name: value if name == "step" else change(value) for name, value in state.items()}
-        for index, state in state_dict["state"].items()
-    }
-    return {**state_dict, "state": states}
+    said = {}
+    for name, trained, given in (
+        ("local shards", sharded, {**saved, "state": local}),
+        ("whole", sharded, one.optimizer.state_dict()),
+        ("sharded", one, saved),
+    ):
+        with pytest.raises(ValueError, match="parameter") as error:
+            trained.optimizer.load_state_dict(given)
+        said[name] = str(error.value)
+    return said, max(continued(trained, case) for trained in (sharded, one))

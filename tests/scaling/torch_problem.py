@@ -6,14 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
+from scaling import compare
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vsgd import torch as vsgd_torch
 
 STEPS = 4
+FSDP2_ON_CPU = hasattr(torch.cpu.current_stream(), "record_event")
+fsdp2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="FSDP2 of this torch does not run on CPUs: their streams record no events")
 
 
 class Case(NamedTuple):
@@ -33,6 +39,9 @@ class Case(NamedTuple):
     computed_in: torch.dtype | None = None
     device: str = "cpu"
 
+    def with_options(self, options: dict[str, Any]) -> Case:
+        return self._replace(options={**self.options, **options})
+
     def optimizer(self, params: Iterable[Any]) -> Any:
         return getattr(vsgd_torch, self.kind)(params, weight_decay=0.1, **self.options)
 
@@ -42,6 +51,10 @@ class Trained(NamedTuple):
 
     model: nn.Module
     optimizer: Any
+
+
+def trained_of(model: nn.Module, case: Case) -> Trained:
+    return Trained(model, case.optimizer(model.parameters()))
 
 
 def network(case: Case) -> nn.Sequential:
@@ -58,18 +71,17 @@ def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int, case: Case)
     return (model(x.to(case.device, case.dtype)).double() - y.to(case.device)).square().mean()
 
 
-def train(model: Callable[[Tensor], Tensor], optimizer: Any, case: Case) -> None:
-    """This rank's part of a training: what wraps the model is to make the gradients those of all ranks."""
+def train(model: Callable[[Tensor], Tensor], optimizer: Any, case: Case, rank: int | None = None) -> None:
+    """This rank's part of a training, or another's: what wraps the model is to make the gradients those of all ranks."""
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss_of(model, step, dist.get_rank(), case).backward()
+        loss_of(model, step, dist.get_rank() if rank is None else rank, case).backward()
         optimizer.step()
 
 
 def reference(case: Case, ranks: int) -> Trained:
     """The same training in one process."""
-    model = network(case)
-    optimizer = case.optimizer(model.parameters())
+    model, optimizer = trained_of(network(case), case)
     for step in range(STEPS):
         parts = [_gradients(model, case, step, rank) for rank in range(ranks)]
         for param, *grads in zip(model.parameters(), *parts, strict=True):
@@ -94,6 +106,26 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
     return sums[0] / len(parts)
 
 
+def steps(trained: Trained, seeds: Iterable[int] = range(STEPS)) -> None:
+    """Steps on gradients that depend on the seed only, however the parameters are sharded."""
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for param in trained.model.parameters():
+            param.grad = laid_like(param, torch.randn(param.shape, generator=generator).to(param.dtype))
+        trained.optimizer.step()
+
+
+def laid_like(param: Any, values: Tensor) -> Tensor:
+    """Whole values, of which each rank takes what lies where its part of a sharded tensor does."""
+    if not isinstance(param, DTensor):
+        return values
+    size, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    for dim, (length, start) in enumerate(zip(size, offset, strict=True)):
+        values = values.narrow(dim, start, length)
+    where = {"shape": param.shape, "stride": param.stride()}
+    return DTensor.from_local(values.contiguous(), param.device_mesh, param.placements, **where)
+
+
 def whole(tensor: Any) -> Tensor:
     """A tensor, gathered where it is sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
@@ -110,12 +142,11 @@ def strayed(one: Trained, other: Trained) -> float:
 
 
 def apart(one: Any, other: Any) -> float:
-    """The largest difference of two tensors; infinite where one is no number, or of another shape or dtype."""
+    """The largest difference of two tensors, relative to the other's largest value; infinite where they are not alike."""
     one, other = whole(one), whole(other)
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.dtype != other.dtype:
         return math.inf
-    difference = (one.double() - other.double()).abs().max().item()
-    return difference if difference == difference else math.inf
+    return compare.apart(*(each.to(torch.complex128).cpu().numpy() for each in (one, other)))
 
 
 def mesh_of(*shape: int, device: str = "cpu") -> DeviceMesh:
