@@ -15,11 +15,9 @@ for package in ("transformers", "accelerate", "sklearn"):
     pytest.importorskip(package)
 
 import transformers  # noqa: E402
-from research.scripts import loaded  # noqa: E402
 from scaling.torch_problem import Trained, strayed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim.lr_scheduler import LinearLR  # noqa: E402
-from trainers.conftest import RECIPES  # noqa: E402
 from trainers.torch_plain import train  # noqa: E402
 
 from vsgd.torch import VSGD  # noqa: E402
@@ -113,17 +111,6 @@ def test_accumulated_clipped_and_in_bfloat16(
     assert strayed(trained_by(trainer), ended) == 0
 
 
-def test_the_trainer_decays_layer_scales_too(recipe: ModuleType, tmp_path: Path) -> None:
-    model = recipe.make_convnext()
-    names = {param: name for name, param in model.named_parameters()}
-    with loaded(RECIPES / "torch_groups.py") as groups:
-        matrices, _ = groups.decay_matrices_alone(model, 0.01)
-    decayed = set(trainer_of(recipe, tmp_path).get_decay_parameter_names(model))
-    scales = {name for name in names.values() if name.endswith("layer_scale_parameter")}
-    assert len(scales) == 2
-    assert decayed == scales.union(names[param] for param in matrices["params"])
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Path) -> None:
     # Amid the second of two epochs, and amid a warm-up.
@@ -134,5 +121,3 @@ def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Pat
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-35"))
     assert strayed(trained_by(resumed), trained_by(uninterrupted)) == 0
     assert {state["step"].item() for state in resumed.optimizer.optimizer.state.values()} == {40.0}
-    schedules = [trainer.lr_scheduler.state_dict() for trainer in (resumed, uninterrupted)]
-    assert schedules[0] == schedules[1]

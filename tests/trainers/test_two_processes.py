@@ -10,6 +10,8 @@ import pytest
 for package in ("torch", "sklearn"):
     pytest.importorskip(package)
 
+from scaling.torch_problem import fsdp2  # noqa: E402
+
 Seen = Callable[[str], list[dict[str, Any]]]
 
 
@@ -22,6 +24,7 @@ def test_replicas_are_equal(name: str, two_processes: Seen) -> None:
     assert one["strayed"] == 0
 
 
+@fsdp2
 def test_lightning_by_fsdp2_resumed(two_processes: Seen) -> None:
     pytest.importorskip("lightning")
     for seen in two_processes("lightning, FSDP2"):

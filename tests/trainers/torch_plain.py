@@ -19,6 +19,16 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Clip = Callable[[Iterable[Tensor]], Any]
 
 
+#: A trainer of Lightning's that leaves and prints nothing.
+QUIET_LIGHTNING: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+
+
 def untouched(params: Iterable[Tensor]) -> None:
     """Gradients that are not cut."""
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from research.scripts import loaded
-from scaling.torch_problem import Trained, apart, strayed, whole
+from scaling.torch_problem import FSDP2_ON_CPU, Trained, apart, strayed, whole
 from torch.utils.data import DataLoader, DistributedSampler, Subset
-from trainers.torch_plain import fresh, loss_of, train, train_plainly
+from trainers.torch_plain import QUIET_LIGHTNING, fresh, loss_of, train, train_plainly
 
 from vsgd.torch import VSGD
 
@@ -103,8 +103,7 @@ def huggingface(folder: Path) -> Seen:
 def lightning_fit(recipe: ModuleType, model: Any, strategy: Any, options: dict[str, Any], **fitting: Any) -> Any:
     import lightning
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, **quiet, **options)
+    trainer = lightning.Trainer(devices=2, strategy=strategy, **QUIET_LIGHTNING, **options)
     # Lightning shares it out in a new order in each epoch, though it says nothing of an order.
     trainer.fit(model, DataLoader(some(recipe.make_loader().dataset), batch_size=64), **fitting)
     return trainer
@@ -181,7 +180,7 @@ RUNS: dict[str, Callable[[Path], Seen]] = {
     "accelerate": accelerate,
     "transformers": huggingface,
     "lightning, DDP": lightning_ddp,
-    "lightning, FSDP2": lightning_fsdp2,
+    **({"lightning, FSDP2": lightning_fsdp2} if FSDP2_ON_CPU else {}),
     "deepspeed": deepspeed_zero,
 }
 
