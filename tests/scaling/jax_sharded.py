@@ -27,8 +27,10 @@ def trained(case: problem.Case) -> float:
     with layout.entered():
         now = problem.fresh(case, layout)
         eager = optax.inject_hyperparams(getattr(vsgd.optax, case.kind))(0.05)
-        updates, state = eager.update(now.params, eager.init(now.params), now.params)
-        assert all(lie_as_told(tree, layout) for tree in (updates, *get_arrays(state.inner_state[0])))
+        start = eager.init(now.params)
+        updates, state = eager.update(now.params, start, now.params)
+        states = [now.state, start.inner_state, state.inner_state]
+        assert all(lie_as_told(tree, layout) for tree in (updates, *(tree for each in states for tree in get_arrays(each[0]))))
         if layout.explicit:  # elsewhere the compiler puts the state where it likes
             assert all(lie_as_told(tree, layout) for tree in get_arrays(jax.jit(case.solver().init)(now.params)[0]))
         step = problem.make_step(case.solver(), problem.gradient_of(case, layout))
