@@ -52,6 +52,15 @@ def test_without_its_framework_an_adapter_names_the_extra(name: str, framework: 
     assert f"ImportError: vsgd.{name} needs {framework}: run pip install '.[{name}]' in a clone of vsgd" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["VSGD", "ConstantVSGD"])
+def test_the_package_itself_names_the_adapters(name: str) -> None:
+    import vsgd
+
+    with pytest.raises(AttributeError, match=f"vsgd has no {name} of its own: import it from vsgd.torch, vsgd.keras, "):
+        getattr(vsgd, name)
+    assert not hasattr(vsgd, "something_else")
+
+
 TRAIN = """
 import torch
 from vsgd.torch import VSGD
