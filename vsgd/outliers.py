@@ -106,7 +106,7 @@ def _make_robust(
     def make_update(xp: ArrayOps) -> core.Update:
         update = inline_function(xp, rule.make_update(xp))
         predict = inline_function(xp, predict_variance)
-        # A compiler can not loop over the rates: VSGD has two, Constant VSGD one.
+        # A compiler cannot loop over the rates: VSGD has two, Constant VSGD one.
         one_rate = len(rule.state_names) == 2
         join = inline_function(xp, (lambda mu_g, first, last: (mu_g, last)) if one_rate else lambda *state: state)
 
