@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drivers import ADAPTERS, HAS_KERAS, HAS_MLX, HAS_OPTAX, HAS_TORCH
+from drivers import ADAPTERS, HAS_JAX, HAS_KERAS, HAS_MLX, HAS_OPTAX, HAS_TORCH
 from drivers.emulation import round_to_nearest
 from drivers.precision import x64
 from drivers.processes import run_python
@@ -76,7 +76,7 @@ def test_it_is_the_mean_square_of_all_elements(door: str, dtype: str, size: floa
         pytest.skip(f"{door} has no {dtype}")
     prior_strength_from, to = opened(door)
     made = draw("float32" if dtype == "bfloat16" else dtype, size)
-    with x64() if door in ("optax", "keras") and HAS_OPTAX else nullcontext():
+    with x64() if door in ("optax", "keras") and HAS_JAX else nullcontext():
         # None where there is no gradient.
         found = prior_strength_from([[None, *(to(grad, dtype) for grad in batch)] for batch in made], scale)
     assert type(found) is float

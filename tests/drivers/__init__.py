@@ -65,6 +65,7 @@ ENGINES = [name for name in DRIVERS if not name.startswith("keras")]
 #: Those of them that can run here.
 AVAILABLE = [name for name in ENGINES if not _list_missing(DRIVERS[name])]
 HAS_TORCH, HAS_OPTAX, HAS_MLX = (any(name.startswith(each) for name in AVAILABLE) for each in ("torch", "optax", "mlx"))
+HAS_JAX = find_spec("jax") is not None
 HAS_NUMBA = "torch-fused" in AVAILABLE
 HAS_KERAS = not _list_missing(DRIVERS["keras"])
 _HERE = {"numpy": True, "torch": HAS_TORCH, "optax": HAS_OPTAX, "keras": HAS_KERAS, "mlx": HAS_MLX}

@@ -84,7 +84,8 @@ class MonitorCallback(keras.callbacks.Callback):
         """Look if it is time to.
 
         Args:
-            batch: the index of the last batch in this epoch.
+            batch: the index of the last batch in this epoch. Keras 3.10 passes the first one of an execution of several steps,
+                so the steps of its looks are too low.
             logs: unused.
         """
         taken = batch - self._last_batch

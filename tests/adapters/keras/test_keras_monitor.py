@@ -52,6 +52,7 @@ def test_it_counts_on_from_the_steps_that_were_taken(options: dict[str, Any]) ->
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution on PyTorch")
+@pytest.mark.skipif(keras.__version__.startswith("3.10."), reason="Keras 3.10 names an execution by its first step")
 def test_it_counts_in_executions_of_several_steps() -> None:
     model = linear_model(make("VSGD"), steps_per_execution=2)
     assert [look.step for look in watch(model, 3, 3)] == [4, 6, 10, 12]
