@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+# Last, so that an installed vsgd comes before the checkout's.
+sys.path.append(str(Path(__file__).parents[2]))
+
 from research.scripts import loaded
 from scaling.torch_problem import FSDP2_ON_CPU, Trained, apart, strayed, whole
-from torch.utils.data import DataLoader, DistributedSampler, Subset
 from trainers.torch_plain import QUIET_LIGHTNING, fresh, loss_of, train, train_plainly
 
 from vsgd.torch import VSGD
