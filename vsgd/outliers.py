@@ -16,7 +16,7 @@ from vsgd import core
 from vsgd.ops import Array, ArrayOps, inline_function
 from vsgd.posterior import predict_variance
 
-#: One gradient far beyond the limit widens the predicted variance by at least this share: 48 of them widen it a hundredfold.
+#: One gradient far beyond the limit widens the predicted variance by at least this share: 49 of them widen it a hundredfold.
 _WIDENING = 0.1
 
 

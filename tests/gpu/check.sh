@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run everything that needs a CUDA GPU: tests, the cross-backend matrix, several devices, and benchmarks. Takes about 8 minutes.
+# Run everything that needs a CUDA GPU: tests, the cross-backend matrix, several devices, and benchmarks. The limits add up to 12 minutes.
 #
 #   pip install -e '.[dev]' 'jax[cuda13]' && bash tests/gpu/check.sh
 #

@@ -14,7 +14,7 @@ from vsgd.backends.torch.private import get_storage_offset, locate_shard
 
 #: Elements in a block on the CPU: a block's arrays and temporaries fit into the caches.
 CPU_BLOCK = 65536
-#: Bytes of an array of a block on other devices: launches take little of the time, while a dozen temporaries stay under 400 MB.
+#: Bytes of an array of a block on other devices: each block costs a dozen launches, and a dozen temporaries stay under 400 MB.
 DEVICE_BLOCK_BYTES = 2**25
 #: Elements up to which a leaf is small: a call of an operation costs more than a copy of the leaf.
 SMALL = 4096

@@ -27,12 +27,8 @@ __all__ = [
 ]
 
 
-def _use_no_grad(step: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.no_grad()(step)
-
-
 #: A decorator of `step`, in which gradients are on if the optimizer's first group is differentiable.
-run_with_grad_mode: Callable[..., Any] = getattr(optimizer, "_use_grad_for_differentiable", _use_no_grad)
+run_with_grad_mode: Callable[..., Any] = getattr(optimizer, "_use_grad_for_differentiable", torch.no_grad())
 
 
 def check_graph_capture(self: Optimizer) -> None:
