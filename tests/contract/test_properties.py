@@ -18,7 +18,7 @@ from vsgd import core
 
 kinds = st.sampled_from(sorted(RULES))
 # Compilers contract and vectorize by an array's shape.
-BITWISE = [name for name in AVAILABLE if name not in ("torch-fused", "optax-jit")]
+BITWISE = [name for name in AVAILABLE if name not in ("torch-fused", "optax-jit", "optax-jit-numba")]
 bitwise_engines = st.sampled_from(BITWISE)
 
 magnitudes = st.floats(-1e8, 1e8, width=32).map(lambda x: x if abs(x) > 1e-20 else 0.0)

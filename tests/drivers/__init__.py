@@ -50,6 +50,7 @@ DRIVERS = {
     "torch-fused": Spec(_TORCH, ("torch", "numba"), {"fused": True}, {}),
     "optax-eager": Spec(_OPTAX, ("jax", "optax"), {"jit": False}, {**_SLOW, **_ONE_COUNT}),
     "optax-jit": Spec(_OPTAX, ("jax", "optax"), {"jit": True}, _ONE_COUNT),
+    "optax-jit-numba": Spec(_OPTAX, ("jax", "optax", "numba"), {"jit": True, "numba": True}, _ONE_COUNT),
     "keras": Spec(_KERAS, ("keras",), {"jit": False}, {**_SLOW, **_ONE_COUNT}),
     "keras-jit": Spec(_KERAS, ("keras",), {"jit": True}, _ONE_COUNT),
     "mlx": Spec("mlx_driver:MlxDriver", ("mlx",), {}, _MLX),

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,19 @@ from drivers.precision import x64
 from drivers.rules import RULES
 from vsgd.posterior import NoiseScale, Posterior
 
+#: Makes the handler step all arrays, where it is installed, or none.
+BY_HANDLER, BY_XLA = (mock.patch("vsgd.backends.jax_step.SMALLEST", size) for size in (0, 2**62))
+
 
 @functools.lru_cache(maxsize=None, typed=True)
-def make_solver(kind: str, jit: bool, **options: Any) -> tuple[Any, Callable[..., Any]]:
+def make_solver(kind: str, jit: bool, numba: bool = False, **options: Any) -> tuple[Any, Callable[..., Any]]:
     """Return a transformation and its step; cached, so that equal ones are compiled once."""
     make = {"VSGD": vsgd.optax.vsgd, "ConstantVSGD": vsgd.optax.constant_vsgd}[kind]
     solver = make(options.pop("lr", 0.01), **options)
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = solver.update(grads, state, params)
+        with BY_HANDLER if numba else BY_XLA:
+            updates, state = solver.update(grads, state, params)
         moved = [None if update is None else param for param, update in zip(params, updates, strict=True)]
         stepped = optax.apply_updates(moved, updates)
         return [old if new is None else new for old, new in zip(params, stepped, strict=True)], state
@@ -43,6 +48,7 @@ class OptaxDriver:
         dtype: str | None = None,
         *,
         jit: bool,
+        numba: bool = False,
         rates: np.ndarray | None = None,
         **options: Any,
     ) -> None:
@@ -52,9 +58,9 @@ class OptaxDriver:
             if rates is not None:
                 options["lr"] = jnp.asarray(rates, params[0].dtype).__getitem__
             try:
-                solver, self.take_step = make_solver(kind, jit, **options)
+                solver, self.take_step = make_solver(kind, jit, numba, **options)
             except TypeError:  # an option that cannot be hashed, which the adapter refuses
-                solver, self.take_step = make_solver.__wrapped__(kind, jit, **options)
+                solver, self.take_step = make_solver.__wrapped__(kind, jit, numba, **options)
             self.params = [jnp.asarray(param, dtype or param.dtype) for param in params]
             self.state = solver.init(self.params)
 

@@ -115,6 +115,7 @@ RUNNERS = {
     "core-torch-lists": Spec("torch", _TORCH),
     "optax-eager": Spec("jax", _OPTAX),
     "optax-jit": Spec("jax", _OPTAX),
+    "optax-jit-numba": Spec("jax", (*_OPTAX, "numba"), devices=_CPU),
     "core-jax": Spec("jax", _JAX),
     "mlx": Spec("mlx", _MLX, devices=_CPU),
     "mlx-compiled": Spec("mlx", _MLX, devices=_CPU, cells=_COMPILED_FEW),

@@ -40,6 +40,7 @@ def _drive(*arguments: Any, **options: Any) -> Driver:
 RUNNERS = {
     "optax-eager": partial(AdapterRunner, partial(_drive, jit=False), gradients),
     "optax-jit": partial(AdapterRunner, partial(_drive, jit=True), gradients),
+    "optax-jit-numba": partial(AdapterRunner, partial(_drive, jit=True, numba=True), gradients),
     "core-jax": partial(CoreRunner, Library(jnp, jnp.asarray, np.array, gradients)),
 }
 

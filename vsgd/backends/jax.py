@@ -26,14 +26,14 @@ class _JaxIntegers(BitOps):
 
 
 _OPS = _JaxIntegers()
-_compute_key = rounding.make_key(_OPS)
+_compute_step_key = rounding.make_key(_OPS)
 _compute_word = rounding.make_word(_OPS)
 #: `to_bfloat16(value, word, multiplier)`: see `vsgd.rounding.make_round`.
 to_bfloat16 = rounding.make_round(_OPS)
 
 
-def make_words(seed: Any) -> Callable[[int, jax.Array, tuple[int, ...]], jax.Array]:
-    """Return `compute_words(number, count, shape)`, which computes the random bits of a leaf's elements at a step.
+def make_key(seed: Any) -> Callable[[int, jax.Array], jax.Array]:
+    """Return `compute_key(number, count)`, which computes the key of a leaf at a step.
 
     Args:
         seed: the user's seed, an integer or an array of one.
@@ -42,9 +42,14 @@ def make_words(seed: Any) -> Callable[[int, jax.Array, tuple[int, ...]], jax.Arr
         base_key, seed = rounding.base_key, int(seed)
     else:  # `inject_hyperparams` makes it an array
         base_key, seed = rounding.make_base_key(_OPS), jnp.asarray(seed).astype(jnp.int32)
+    return lambda number, count: _compute_step_key(base_key(seed, number), count)
 
-    def compute_words(number: int, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        indices = rounding.compute_indices(shape, functools.partial(jax.lax.broadcasted_iota, jnp.int32))
-        return _compute_word(indices, _compute_key(base_key(seed, number), count))
 
-    return compute_words
+def compute_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the random bits of the elements of an array of this shape.
+
+    Args:
+        key: the key of the array and the step; one for each array, if it has dimensions in front of those of the shape.
+        shape: the array's shape.
+    """
+    return _compute_word(rounding.compute_indices(shape, functools.partial(jax.lax.broadcasted_iota, jnp.int32)), key)

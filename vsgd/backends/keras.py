@@ -15,6 +15,8 @@ from vsgd.ops import BitOps
 
 if keras.backend.backend() == "torch":
     import torch
+if keras.backend.backend() == "jax":
+    from vsgd.backends.jax_step import step_array
 
 
 class _KerasIntegers(BitOps):
@@ -124,10 +126,9 @@ def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any,
         coefficients: the rule's coefficients of this step.
         decay: the factor of the variable's weight decay.
     """
-    update = rule.make_update(ops)
     new = []
     for param, grad, *state in zip(*map(split_complex, values), strict=True):
-        direction, new_state = update(grad, tuple(state), coefficients)
+        direction, new_state = step_array(rule, grad, state, coefficients)
         new.append((core.descend(param, direction, lr, decay), *new_state))
     return [join_complex(parts) for parts in zip(*new, strict=True)]
 
@@ -147,16 +148,31 @@ def compute_rounded_step(
         base: the variable's `rounding.base_key`, an int32 tensor.
         step: the count of this step, an int32 tensor.
     """
-    stored = keras.backend.standardize_dtype(values[-1].dtype)
-    param, *state = compute_step(rule, [ops.cast(value, "float32") for value in values], lr, coefficients, decay)
-    word = _compute_word(rounding.compute_indices(param.shape, _iota), _compute_key(base, step))
+    key = _compute_key(base, step)
+    param, grad = (ops.cast(value, "float32") for value in values[:2])
+    direction, state = step_array(rule, grad, values[2:], coefficients, key)
+    param = core.descend(param, direction, lr, decay)
+    return [_round_arrays([param], key, len(state))[0] if round_param else param, *state]
 
-    def round_value(value: Any, place: int) -> Any:
-        return ops.cast(_to_bfloat16(value, word, rounding.MULTIPLIERS[place]), "bfloat16")
 
-    if stored == "bfloat16":
-        state = [round_value(array, place) for place, array in enumerate(state)]
-    return [round_value(param, len(state)) if round_param else param, *state]
+def _round_arrays(arrays: Sequence[Any], key: Any, first: int = 0) -> list[Any]:
+    """Round arrays of one shape to bfloat16, with the random bits of the multipliers from the first one on."""
+    word = _compute_word(rounding.compute_indices(arrays[0].shape, _iota), key)
+    multipliers = rounding.MULTIPLIERS[first:]
+    return [ops.cast(_to_bfloat16(array, word, each), "bfloat16") for array, each in zip(arrays, multipliers, strict=False)]
+
+
+if keras.backend.backend() != "jax":
+
+    def step_array(  # type: ignore[misc]  # its arrays are of another framework
+        rule: core.Rule, grad: Any, state: Sequence[Any], coefficients: Any, key: Any = None
+    ) -> tuple[Any, Sequence[Any]]:
+        """Return the direction of a gradient, and the new state: see `vsgd.backends.jax_step.step_array`."""
+        if keras.backend.standardize_dtype(state[0].dtype) != "bfloat16":
+            direction, new = rule.make_update(ops)(grad, tuple(state), coefficients)
+            return direction, new
+        direction, new = rule.make_update(ops)(grad, tuple(ops.cast(array, "float32") for array in state), coefficients)
+        return direction, _round_arrays(new, key)
 
 
 @functools.cache

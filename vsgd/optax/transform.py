@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from vsgd import core, rounding
-from vsgd.backends.jax import make_words, to_bfloat16
+from vsgd.backends.jax import compute_words, make_key, to_bfloat16
+from vsgd.backends.jax_step import step_array
 from vsgd.optax.numerics import (
     cast_hyperparameters,
     check_gradient,
@@ -44,8 +45,7 @@ def scale_by_rule(
     validate_numbers(jax.Array, **{name: options[name] for name in rule.hyperparameters._fields}, seed=seed)
     hyper = rule.select_hyperparameters(options)
     validate_state_dtype(state_dtype)
-    update_real = rule.make_update(jnp)
-    compute_words = make_words(seed)
+    compute_key = make_key(seed)
 
     def compute_variance_scales(dtype: Any) -> tuple[jax.Array, jax.Array]:
         first, last = rule.variance_scales(cast_hyperparameters(hyper, dtype))
@@ -85,13 +85,12 @@ def scale_by_rule(
             stored = arrays[0].dtype
             dtype = choose_arithmetic_dtype(stored)
             c = compute_coefficients(jnp.finfo(dtype).dtype)
-            wide = (split_complex(array.astype(dtype)) for array in arrays)
-            pairs = zip(split_complex(jnp.asarray(grad, dtype)), zip(*wide, strict=True), strict=True)
-            direction, new_arrays = jax.tree.map(join_complex, *(update_real(part, old, c) for part, old in pairs))
-            if stored == jnp.bfloat16:
-                words = compute_words(number, count, arrays[0].shape)
-                factors = zip(new_arrays, rounding.MULTIPLIERS, strict=False)
-                new_arrays = [to_bfloat16(array, words, multiplier).astype(stored) for array, multiplier in factors]
+            key = compute_key(number, count) if stored == jnp.bfloat16 else None
+            halves = get_dtype(grad) == jnp.bfloat16 and dtype == jnp.float32
+            grad_parts = split_complex(jnp.asarray(grad, jnp.bfloat16 if halves else dtype))
+            pairs = zip(grad_parts, zip(*map(split_complex, arrays), strict=True), strict=True)
+            stepped = [step_array(rule, part, old, c, key) for part, old in pairs]
+            direction, new_arrays = jax.tree.map(join_complex, *stepped)
             return direction.astype(get_dtype(grad)), *new_arrays
 
         treedef: Any
@@ -133,7 +132,7 @@ def round_steps(
         rule: the rule.
         seed: the seed of the rounding.
     """
-    compute_words = make_words(seed)
+    compute_key = make_key(seed)
     multiplier = rounding.MULTIPLIERS[len(rule.state_names)]
 
     def widen(tree: Any) -> Any:
@@ -149,7 +148,8 @@ def round_steps(
             old = jnp.asarray(param, jnp.float32)
             new = old + jnp.asarray(step, jnp.float32)
             # `old + (rounded - old)` is exact: both are numbers of 8 digits, and float32 has 24.
-            return to_bfloat16(new, compute_words(number, new_state[0].count, old.shape), multiplier) - old
+            words = compute_words(compute_key(number, new_state[0].count), old.shape)
+            return to_bfloat16(new, words, multiplier) - old
 
         numbers = _number_leaves(state[0].mu_g)
         return jax.tree.map(round_leaf, steps, numbers, params, is_leaf=lambda leaf: leaf is None), new_state

@@ -69,7 +69,7 @@ class Batch:
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self._addresses = tuple(_get_addresses(role) for role in zip(*map(list_tensors, leaves), strict=True))
+        self._addresses = np.stack([_get_addresses(role) for role in zip(*map(list_tensors, leaves), strict=True)])
         self._chunks = numba_kernel.list_chunks(np.array([leaf.param.numel() for leaf in leaves], dtype=np.int64))
         self._signatures = _make_masks([_get_signature(leaf) for leaf in leaves])
         self._rounds = any(leaf.noise is not None for leaf in leaves)
@@ -81,7 +81,7 @@ class Batch:
 
     def set_grads(self, grads: Iterable[Tensor]) -> None:
         """Use other gradients, which equal the old ones in all but their addresses."""
-        self._addresses[1][:] = _get_addresses(grads)
+        self._addresses[1] = _get_addresses(grads)
 
     def step(self, counts: np.ndarray, options: StepOptions) -> None:
         """Take one step, in place, with the coefficients of each leaf's count.

@@ -1,0 +1,160 @@
+"""The core's update of one JAX array as one primitive: numba's handler on a CPU, XLA's own code elsewhere.
+
+The choice is made when the primitive is lowered, where the devices are known. (`jax.lax.platform_dependent` lowers both.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from vsgd import core, rounding
+from vsgd.backends.jax import compute_words, to_bfloat16
+
+#: Smaller arrays are left to XLA: the call of a handler costs more than it saves.
+SMALLEST = 4096
+
+_logger = logging.getLogger(__name__)
+_lock = threading.Lock()
+# NumPy has no bfloat16: the handler takes its bits.
+_DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16}
+
+_step = Primitive("vsgd_step")
+_step.multiple_results = True
+
+
+def step_array(
+    rule: core.Rule, grad: jax.Array, state: Sequence[jax.Array], coefficients: Any, key: jax.Array | None = None
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return the direction of a gradient, and the new state.
+
+    Args:
+        rule: the variant.
+        grad: real numbers in the dtype of the arithmetic, or in bfloat16.
+        state: arrays of the gradient's shape, float64, float32 or bfloat16.
+        coefficients: `rule.coefficients(step, hyper)`, numbers or 0-d arrays.
+        key: the key of this array and step, if the state is bfloat16: it is rounded stochastically.
+
+    Returns:
+        The direction in the gradient's dtype, and state in its own.
+
+    Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
+    """
+    if grad.size < SMALLEST:
+        direction, *new = _update(rule, coefficients, key, grad, state, grad.shape)
+        return direction, new
+    dtype = jnp.promote_types(state[0].dtype, jnp.float32)
+    numbers = jnp.stack([jnp.asarray(number, dtype) for number in coefficients])
+    direction, *new = _step.bind(numbers, jnp.zeros([], jnp.int32) if key is None else key, grad, *state, rule=rule)
+    return direction, new
+
+
+def _update(
+    rule: core.Rule, coefficients: Any, key: Any, grad: jax.Array, state: Sequence[jax.Array], shape: tuple[int, ...]
+) -> list[jax.Array]:
+    dtype = jnp.promote_types(state[0].dtype, jnp.float32)
+    wide = tuple(array.astype(dtype) for array in state)
+    direction, new = rule.make_update(jnp)(grad.astype(dtype), wide, coefficients)
+    if state[0].dtype == jnp.bfloat16:
+        words = compute_words(key, shape)
+        new = tuple(to_bfloat16(array, words, multiplier) for array, multiplier in zip(new, rounding.MULTIPLIERS, strict=False))
+    return [direction.astype(grad.dtype), *(array.astype(state[0].dtype) for array in new)]
+
+
+def _compute_step(numbers: jax.Array, key: jax.Array, grad: jax.Array, *state: jax.Array, rule: core.Rule) -> list[jax.Array]:
+    """Compute what the primitive means. Under `vmap`, each row of `numbers` and each key is for a row of the arrays."""
+    rows = (*key.shape, *[1] * (grad.ndim - key.ndim))
+    kind = type(rule.coefficients(1.0, rule.hyperparameters()))
+    coefficients = kind(*(numbers[..., i].reshape(rows) for i in range(numbers.shape[-1])))
+    return _update(rule, coefficients, key.reshape(rows), grad, state, grad.shape[key.ndim :])
+
+
+@functools.cache
+def _compile(rule: core.Rule) -> Any:
+    return jax.jit(functools.partial(_step.bind, rule=rule))
+
+
+@_step.def_impl  # type: ignore[untyped-decorator]
+def _(*operands: jax.Array, rule: core.Rule) -> Any:
+    return _compile(rule)(*operands)
+
+
+@_step.def_abstract_eval  # type: ignore[untyped-decorator]
+def _(numbers: Any, key: Any, *arrays: Any, rule: core.Rule) -> list[Any]:
+    # Where all inputs of `shard_map` do not vary together, the outputs vary as all of them do.
+    varying = frozenset().union(*(getattr(each, "vma", frozenset()) for each in (numbers, key, *arrays)))
+    return [each.update(weak_type=False, **({"vma": varying} if varying else {})) for each in arrays]
+
+
+def _differentiate(primals: Sequence[Any], tangents: Sequence[Any], *, rule: core.Rule) -> Any:
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(functools.partial(_compute_step, rule=rule), tuple(primals), tuple(tangents))
+
+
+def _batch(operands: Sequence[Any], axes: Sequence[int | None], *, rule: core.Rule) -> tuple[Any, list[int]]:
+    (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
+    rows = (
+        jnp.broadcast_to(operand, (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
+        for operand, axis in zip(operands, axes, strict=True)
+    )
+    return _step.bind(*rows, rule=rule), [0] * (len(operands) - 2)
+
+
+@functools.cache
+def _register_handler(rule: core.Rule, grad_dtype: str, stored: str) -> str | None:
+    """Compile and register a handler; return its name, or None where it cannot be had."""
+    try:
+        from vsgd.backends.xla_handler import compile_handler
+
+        handler = compile_handler(rule, _DTYPES[grad_dtype], _DTYPES[stored])
+        jax.ffi.register_ffi_target(handler.name, jax.ffi.pycapsule(handler.address), platform="cpu")
+    except Exception as error:  # whatever is missing or refused, XLA's own code does the same
+        _logger.info("XLA compiles the step of VSGD by itself, for there is no handler: %s", error)
+        return None
+    return handler.name
+
+
+def _choose_handler(context: Any, rule: core.Rule) -> str | None:
+    """Return the name of the handler for a lowering, or None where XLA must compile the step itself."""
+    # These are not quite public: what is not as expected, is no reason to fail.
+    module = context.module_context
+    axes = getattr(module, "axis_context", None)
+    mesh = getattr(axes, "mesh", None)
+    manual = mesh is not None and set(getattr(axes, "manual_axes", ())) == set(mesh.axis_names)
+    alone = getattr(axes, "num_devices", None) == 1 or manual
+    exported = getattr(getattr(module, "lowering_parameters", None), "for_export", True)
+    if not alone or exported or tuple(module.platforms) != ("cpu",):
+        return None
+    grad_dtype, stored = (context.avals_in[i].dtype.name for i in (2, 3))
+    with _lock:
+        return _register_handler(rule, grad_dtype, stored)
+
+
+_lower_plain = mlir.lower_fun(_compute_step, multiple_results=True)
+
+
+def _lower(context: Any, *operands: Any, rule: core.Rule) -> Any:
+    name = _choose_handler(context, rule)
+    if name is None:
+        return _lower_plain(context, *operands, rule=rule)
+    # The direction takes the place of a gradient that was computed here; XLA would copy an argument for that.
+    first = 0 if type(operands[2]).__name__ == "OpResult" else 1
+    aliases = {2 + i: i for i in range(first, len(operands) - 2)}
+    return jax.ffi.ffi_lowering(name, operand_output_aliases=aliases)(context, *operands)
+
+
+ad.primitive_jvps[_step] = _differentiate
+batching.primitive_batchers[_step] = _batch
+# A cached lowering sees a function's arguments only.
+_uncached: dict[str, Any] = {"cacheable": False} if "cacheable" in inspect.signature(mlir.register_lowering).parameters else {}
+mlir.register_lowering(_step, _lower, **_uncached)
