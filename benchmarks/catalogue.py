@@ -10,7 +10,12 @@ from benchmarks.suite import Suite
 _KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 
 #: The names of all suites.
-SUITES = ("torch", "optax", *(f"keras-{task}-{backend}" for task in ("apply", "train") for backend in _KERAS_BACKENDS))
+SUITES = (
+    "torch",
+    "optax",
+    "optax-inside",
+    *(f"keras-{task}-{backend}" for task in ("apply", "train") for backend in _KERAS_BACKENDS),
+)
 
 
 def load_suite(name: str) -> Suite:
@@ -22,9 +27,10 @@ def load_suite(name: str) -> Suite:
     Returns:
         The suite.
     """
-    if not name.startswith("keras-"):
-        return importlib.import_module(f"benchmarks.{name}_suite").SUITE
-    _, task, backend = name.split("-")
+    framework, *rest = name.split("-")
+    if framework != "keras":
+        return importlib.import_module(f"benchmarks.{framework}_suite").SUITES[name]
+    task, backend = rest
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     return importlib.import_module("benchmarks.keras_suite").SUITES[task]

@@ -120,7 +120,7 @@ COMPETITORS = {
     "ConstantVSGD, torch.compile": Competitor(_make_decaying_arm(_CONSTANT, compiled=True), needs=(COMPILER,)),
 }
 
-SUITE = Suite(
+_SUITE = Suite(
     title="PyTorch, `optimizer.step()`",
     baselines=("AdamW(fused=True)", "AdamW()"),
     competitors=COMPETITORS,
@@ -135,3 +135,6 @@ SUITE = Suite(
     count_threads=torch.get_num_threads,
     find_gpu=torch.cuda.get_device_name,
 )
+
+#: By name, as `benchmarks.catalogue` has it.
+SUITES = {"torch": _SUITE}

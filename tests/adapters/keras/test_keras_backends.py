@@ -15,10 +15,7 @@ from drivers.processes import run_python
 
 HERE = Path(__file__).parent
 BACKENDS = ("tensorflow", "jax", "torch")
-FILES = (
-    *(f"tests/adapters/keras/test_keras{name}.py" for name in ("", "_base_class", "_monitor", "_saving", "_training")),
-    *("tests/contract", "vsgd/keras", "vsgd/backends/keras.py"),
-)
+FILES = [f"tests/adapters/keras/test_keras{name}.py" for name in ("", "_base_class", "_training", "_monitor", "_saving")]
 
 if find_spec("keras") is None:
     pytest.skip("Keras is not installed", allow_module_level=True)
@@ -30,13 +27,23 @@ def run(backend: str, *command: str) -> subprocess.CompletedProcess[str]:
     return run_python(backend, *command)
 
 
+def pass_tests(backend: str, *chosen: str) -> None:
+    done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", f"keras,{backend}", "-k", "keras", *chosen)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_adapter_passes_its_tests_on(backend: str) -> None:
     if os.environ.get("KERAS_BACKEND") == backend:
         pytest.skip("this process runs them")
-    done = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", f"keras,{backend}", "-k", "keras", *FILES)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    pass_tests(backend, *FILES, "tests/contract", "vsgd/keras", "vsgd/backends/keras.py")
+
+
+@pytest.mark.slow
+def test_the_adapter_passes_its_tests_on_jax_where_numbas_handler_steps_all() -> None:
+    pytest.importorskip("numba")
+    pass_tests("jax", "-p", "drivers.by_handler", *FILES[:3])
 
 
 @pytest.fixture(scope="module")
