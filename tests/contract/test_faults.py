@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from decimal import Decimal
 from fractions import Fraction
-from importlib.util import find_spec
 from typing import Any
 
+import drivers
 import numpy as np
 import pytest
-from drivers import DRIVERS, HAS_MLX, HAS_OPTAX, HAS_TORCH, make_driver
+from drivers import DRIVERS, HAS_KERAS, HAS_MLX, HAS_OPTAX, HAS_TORCH, make_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vsgd.numpy
-
-HAS_KERAS = find_spec("keras") is not None and "KERAS_BACKEND" in os.environ
-
-
 #: A driver of each adapter that can run here.
-ADAPTERS = {
-    "numpy": "numpy",
-    **({"torch": "torch-loop"} if HAS_TORCH else {}),
-    **({"optax": "optax-eager"} if HAS_OPTAX else {}),
-    **({"keras": "keras"} if HAS_KERAS else {}),
-    **({"mlx": "mlx"} if HAS_MLX else {}),
-}
+ADAPTERS = {name: next(driver for driver in DRIVERS if driver.startswith(name)) for name in drivers.ADAPTERS}
 
 
 def make(adapter: str, kind: str, **arguments: Any) -> Any:
@@ -116,12 +104,6 @@ def test_a_value_of_any_type_acts_as_its_number_or_is_refused_by_name(adapter: s
                 np.testing.assert_allclose(after, expected[number], rtol=1e-6, err_msg=where)
             # A learning rate of 1e15 overflows in any optimizer.
             assert np.isfinite(after).all() or (number or 0) > 1e14, where
-
-
-@pytest.mark.parametrize("params", [5, None, 0.5], ids=repr)
-def test_parameters_that_are_no_list_are_named(params: Any) -> None:
-    with pytest.raises(ValueError, match=r"params is .*, but must be a list of arrays"):
-        vsgd.numpy.VSGD(params)
 
 
 # --- Keras: what is saved by number. ---

@@ -66,16 +66,6 @@ def test_a_loss_times_a_power_of_two_changes_no_bit(engine: str, kind: str, dtyp
                 np.testing.assert_array_equal(values, other[name])
 
 
-# Ten times what the roundings of 12 steps come to: 4e-7 and 7e-16.
-@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 4e-6), (np.float64, 7e-15)], ids=["float32", "float64"])
-@kinds
-@pytest.mark.parametrize("engine", AVAILABLE)
-def test_a_loss_times_any_number_changes_last_bits(engine: str, kind: str, dtype: Any, bound: float) -> None:
-    plain = trajectory(engine, kind, dtype, 1.0, eps=0.0)
-    for s in (1e-4, 1e4):
-        assert deviation(in_units(trajectory(engine, kind, dtype, s, eps=0.0), s), plain).error < bound
-
-
 @kinds
 @pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "optax-eager"])  # which is the jitted one's function
 def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> None:
@@ -89,20 +79,21 @@ def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> No
 
 
 @kinds
-def test_with_eps_as_it_was_the_scale_shows(kind: str) -> None:
-    s = 2.0**-13
-    plain = trajectory("numpy", kind, np.float64, 1.0, eps=1e-5)
-    assert deviation(in_units(trajectory("numpy", kind, np.float64, s, eps=1e-5), s), plain).error > 0.1
-
-
-@kinds
-def test_with_the_papers_shape_the_scale_shows_once_the_prior_is_not_small(kind: str) -> None:
-    # gamma is 5e-10 * 4 in the first run, and its shape lost beside 1e-4; in the second 0.1.
-    paper: dict[str, Any] = {"eps": 0.0, "prior_shape": None}
-    plain = trajectory("numpy", kind, np.float64, 1.0, **paper)
-    for s, follows in ((2.0**-13, True), (2.0**13, False)):
-        error = deviation(in_units(trajectory("numpy", kind, np.float64, s, **paper), s), plain).error
-        assert (error < 1e-4) is follows, error
+@pytest.mark.parametrize(
+    ("power", "options", "least", "most"),
+    [
+        (-13, {"eps": 1e-5}, 0.1, math.inf),
+        # gamma is 5e-10 * 4 in the first run, and its shape lost beside 1e-4; with gradients that are larger it is 0.1.
+        (-13, {"eps": 0.0, "prior_shape": None}, 0.0, 1e-4),
+        (13, {"eps": 0.0, "prior_shape": None}, 1e-4, math.inf),
+    ],
+)
+def test_with_eps_as_it_was_or_with_the_papers_shape_the_scale_shows(
+    kind: str, power: int, options: dict[str, Any], least: float, most: float
+) -> None:
+    s = 2.0**power
+    plain, scaled = (trajectory("numpy", kind, np.float64, scale, **options) for scale in (1.0, s))
+    assert least <= deviation(in_units(scaled, s), plain).error < most
 
 
 # --- Least squares, whose gradients are far larger than the default prior expects. ---
@@ -163,12 +154,6 @@ def test_every_engine_takes_a_shape(engine: str, kind: str) -> None:
     assert deviation([{name: each[name] for name in reference[0]} for each in run], reference).error < 1e-12
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, "none"])
-def test_shapes_out_of_range_are_named(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"Invalid prior_shape value: .* \(prior_shape must be None or a finite number >= 0\)"):
-        vsgd.numpy.VSGD([np.ones(2)], prior_shape=value)
-
-
 @kinds
 @pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
 def test_torch_checkpoints_hold_the_shape_and_older_ones_have_the_papers(kind: str) -> None:
@@ -180,14 +165,11 @@ def test_torch_checkpoints_hold_the_shape_and_older_ones_have_the_papers(kind: s
         param.grad = torch.ones(3)
         return getattr(adapter, kind)([param], **options)
 
-    saved = make(prior_shape=0.0)
-    saved.step()
+    older = make(prior_shape=0.0).state_dict()
     loaded = make()
-    loaded.load_state_dict(saved.state_dict())
+    loaded.load_state_dict(older)
     assert loaded.param_groups[0]["prior_shape"] == 0.0
-    older = saved.state_dict()
     del older["param_groups"][0]["prior_shape"]
-    loaded = make()
     loaded.load_state_dict(older)
     assert loaded.param_groups[0]["prior_shape"] is None
     # And a whole optimizer that was pickled before there was one.

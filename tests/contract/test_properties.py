@@ -6,9 +6,11 @@ import contextlib
 from typing import Any
 from unittest import mock
 
+import drivers
 import numpy as np
 import pytest
-from drivers import AVAILABLE, HAS_TORCH, start
+from drivers import AVAILABLE, HAS_TORCH
+from drivers.base import Read
 from drivers.rules import RULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,12 +31,9 @@ def gradients(elements: int, dtype: Any = np.float32) -> st.SearchStrategy[np.nd
     return steps.flatmap(lambda n: hnp.arrays(dtype, (n, elements), elements=magnitudes))
 
 
-def run(engine: str, kind: str, grads: list[list[np.ndarray]]) -> list[dict[str, np.ndarray]]:
+def run(engine: str, kind: str, grads: list[list[np.ndarray]]) -> Read:
     """Parameters and states after steps from zero; `grads` by step, then parameter."""
-    step, read = start(engine, kind, [np.zeros_like(grad) for grad in grads[0]])
-    for grad in grads:
-        step(grad)
-    return read()
+    return drivers.run(engine, kind, [np.zeros_like(grad) for grad in grads[0]], grads)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,27 +60,6 @@ def test_elements_are_independent_of_their_neighbours_order_and_shape(
             np.testing.assert_array_equal(values, np.concatenate([param[name] for param in split]))
         np.testing.assert_array_equal(values, shaped[name].ravel())
         np.testing.assert_array_equal(values, transposed[name].T.ravel())
-
-
-@settings(deadline=None, max_examples=60)
-@given(kind=kinds, grads=gradients(3, np.float64), power=st.integers(-20, 20))
-def test_the_model_has_no_unit_but_the_gradients(kind: str, grads: np.ndarray, power: int) -> None:
-    # Gradient and eps times s, rates and prior times s^2: for s a power of two not one bit of the direction changes.
-    rule = RULES[kind]
-    hyper = rule.hyperparameters()
-    update = rule.make_update(np)
-    s = 2.0**power
-    units = {"mu_g": s, "b_g": s * s, "b_ghat": s * s, "b": s * s}
-    state = tuple(np.full(3, value) for value in rule.initial_state(hyper))
-    scaled = tuple(units[name] * array for name, array in zip(rule.state_names, state, strict=True))
-    for t, grad in enumerate(grads, start=1):
-        c = rule.coefficients(t, hyper)
-        in_units = {name: s * s * getattr(c, name) for name in c._fields if name.startswith("prior")}
-        direction, state = update(grad, state, c)
-        scaled_direction, scaled = update(s * grad, scaled, c._replace(**in_units, eps=s * c.eps))
-        np.testing.assert_array_equal(direction, scaled_direction)
-        for name, array, scaled_array in zip(rule.state_names, state, scaled, strict=True):
-            np.testing.assert_array_equal(units[name] * array, scaled_array)
 
 
 @settings(deadline=None, max_examples=60)

@@ -118,6 +118,7 @@ def test_the_update_holds_no_numeric_literal(rule: str) -> None:
         ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a number in [1e-15, 1e15])"),
         ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"kappa": 0.5}, "Invalid kappa value: 0.5 (kappa must be a number in (0.5, 1])"),
+        ({"prior_shape": -1.0}, "Invalid prior_shape value: -1.0 (prior_shape must be None or a finite number >= 0)"),
         ({"kappa1": 1.5}, "Invalid kappa1 value: 1.5 (kappa1 must be a number in (0.5, 1])"),
     ],
 )

@@ -110,6 +110,13 @@ def outside(case: problem.Case) -> float:
     return problem.strayed(problem.advance(step, problem.fresh(case, layout), case, layout), problem.reference(case))
 
 
+def strength(case: problem.Case) -> float:
+    """How far, relatively, the prior's strength of sharded gradients is from that of the same ones on one device."""
+    sharded, whole = problem.fresh(case, problem.layout_of()).params, problem.reference(case, 0).params
+    assert len(sharded["rows"].sharding.device_set) > 1
+    return abs(vsgd.optax.prior_strength_from([sharded]) / vsgd.optax.prior_strength_from([whole]) - 1)
+
+
 def equally_rounded() -> list[float]:
     """The share of elements that two shards of equal gradients round alike, with one seed and with one for each."""
     grad = np.random.default_rng(0).standard_normal((64, 8), np.float32)

@@ -75,6 +75,11 @@ def test_a_step_communicates_nothing(case: Case, on: On) -> None:
     assert "all-reduce" in found["gradients"]  # so they would be seen
 
 
+def test_a_prior_strength_is_that_of_the_whole_gradients(on: On) -> None:
+    # Sums of some 500 numbers in float32, in another order.
+    assert on("jax", "jax_sharded.strength", FLOAT32) == pytest.approx([0], abs=1e-6)
+
+
 @mapped
 def test_a_shard_in_shard_map_is_rounded_as_an_array_of_its_own_by_the_seed_that_it_is_given(on: On) -> None:
     ((one_seed, one_for_each),) = on("jax", "jax_sharded.equally_rounded")

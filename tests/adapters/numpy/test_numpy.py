@@ -7,51 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vsgd.numpy import VSGD, ConstantVSGD
+from vsgd.numpy import VSGD
 
-classes = pytest.mark.parametrize("cls", [VSGD, ConstantVSGD])
 rng = np.random.default_rng(0)
 
 
-@classes
-def test_complex_parameters_equal_two_real_ones(cls: type) -> None:
-    values = rng.standard_normal((4, 3)) + 1j * rng.standard_normal((4, 3))
-    # Transposed, so that no axis is contiguous with the complex pair.
-    complex_param, pair = values.T.copy().T, [values.real.copy(), values.imag.copy()]
-    one, two = cls([complex_param], weight_decay=0.1), cls(pair, weight_decay=0.1)
-    for _ in range(4):
-        grad = rng.standard_normal((4, 3)) + 1j * rng.standard_normal((4, 3))
-        one.step([grad])
-        two.step([grad.real, grad.imag])
-    np.testing.assert_array_equal(complex_param, pair[0] + 1j * pair[1])
-    np.testing.assert_array_equal(one.state[0]["mu_g"], two.state[0]["mu_g"] + 1j * two.state[1]["mu_g"])
-
-
-@classes
-@pytest.mark.parametrize(
-    ("dtype", "state_dtype"),
-    [
-        (np.float16, np.float32),
-        (np.float32, np.float32),
-        (np.float64, np.float64),
-        (np.complex64, np.complex64),
-        (np.complex128, np.complex128),
-    ],
-)
-def test_state_is_float32_or_more(cls: type, dtype: type, state_dtype: type) -> None:
-    param = np.ones(5, dtype)
-    optimizer = cls([param])
-    optimizer.step([np.full(5, 0.5, dtype)])
-    assert param.dtype == dtype
-    assert {array.dtype for name, array in optimizer.state[0].items() if name != "step"} == {np.dtype(state_dtype)}
-
-
-def test_views_are_stepped_in_place() -> None:
-    whole = np.ones((4, 6))
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_views_are_stepped_in_place(dtype: type) -> None:
+    whole = np.ones((4, 6), dtype)
     part = whole[::2, 1::2]
-    alone = np.ones((2, 3))
+    alone = np.ones((2, 3), dtype)
     one, other = VSGD([part]), VSGD([alone])
-    grad = rng.standard_normal((2, 3))
+    grad = rng.standard_normal((2, 3, 2)).view(dtype)[..., 0]
     one.step([grad])
     other.step([grad])
     np.testing.assert_array_equal(whole[::2, 1::2], alone)
@@ -100,23 +67,18 @@ def test_gradients_that_do_not_fit_change_nothing(grads: list[Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("param", "message"),
+    ("params", "message"),
     [
-        (np.ones(2, np.int64), r"params\[0\] is ndarray of int64, but must be a NumPy array of floating or complex numbers"),
-        (np.ma.ones(2), r"params\[0\] is MaskedArray of float64, but must be a NumPy array .*, unmasked"),
-        ([1.0], r"params\[0\] is list, but must be"),
-        (np.broadcast_to(1.0, 3), r"params\[0\] is read-only"),
+        (5, "params is int, but must be a list of arrays"),
+        ([np.ones(2, np.int64)], r"params\[0\] is ndarray of int64, but must be a NumPy array of floating or complex numbers"),
+        ([np.ma.ones(2)], r"params\[0\] is MaskedArray of float64, but must be a NumPy array .*, unmasked"),
+        ([[1.0]], r"params\[0\] is list, but must be"),
+        ([np.broadcast_to(1.0, 3)], r"params\[0\] is read-only"),
     ],
 )
-def test_bad_parameters_are_named(param: Any, message: str) -> None:
+def test_bad_parameters_are_named(params: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VSGD([param])
-
-
-@classes
-def test_a_bad_hyperparameter_is_named(cls: type) -> None:
-    with pytest.raises(ValueError, match="Invalid learning rate: -1 "):
-        cls([np.ones(1)], lr=-1)
+        VSGD(params)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("lr", "x"), ("weight_decay", -0.1)])

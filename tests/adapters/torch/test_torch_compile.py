@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.torch.torch_optimizers import classes, problem, set_grads, train
+from adapters.torch.torch_optimizers import classes, problem, train
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
@@ -73,34 +73,6 @@ def test_powers_of_the_count_are_computed_outside_of_the_loop_over_elements() ->
     assert "pow(" in before
     assert after
     assert "pow(" not in "".join(after)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("engine", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
-@classes
-def test_a_cuda_graph_captures_the_step(cls: type, engine: dict[str, bool]) -> None:
-    if "fused" in engine:
-        pytest.importorskip("triton")
-    (params, _), (others, _) = problem(), problem()
-    params = [nn.Parameter(param.detach().cuda()) for param in params]
-    optimizer, eager = cls(params, capturable=True, **engine), cls(others, foreach=False)
-    set_grads(params, 0)
-    # Torch's recipe: warm up on a side stream, then capture.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        optimizer.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    for _ in range(3):
-        graph.replay()
-    set_grads(others, 0)
-    for _ in range(4):
-        eager.step()
-    assert_close([param.cpu() for param in params], others)
-    assert optimizer.state[params[0]]["step"].item() == 4
 
 
 def test_the_eager_step_is_not_disturbed_by_a_compiled_one() -> None:

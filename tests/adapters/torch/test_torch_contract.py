@@ -127,6 +127,7 @@ def test_maximize_is_minimizing_the_negative_and_leaves_the_gradient_alone(cls: 
         assert_close([param.grad for param in params], randn_like(params, seed), rtol=0, atol=0)
     assert_close(params, others, rtol=0, atol=0)
     assert_same_state(up, down)
+    assert list(up.surprise().values()) == list(down.surprise().values())
 
 
 def test_step_returns_the_closures_loss_and_runs_it_with_gradients() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.torch.torch_optimizers import set_grads
+from adapters.torch.torch_optimizers import classes, set_grads
 from torch import nn
 
 from vsgd.torch import VSGD
@@ -58,11 +58,12 @@ def test_the_host_does_not_wait(engine: dict[str, Any], noise: dict[str, Any], c
         torch.cuda.set_sync_debug_mode("default")
 
 
+@classes
 @engines
 @noises
-def test_a_replayed_graph_equals_single_steps(engine: dict[str, Any], noise: dict[str, Any]) -> None:
+def test_a_replayed_graph_equals_single_steps(cls: type, engine: dict[str, Any], noise: dict[str, Any]) -> None:
     params, others = make_params(noise), make_params(noise)
-    optimizer, other = (VSGD(each, capturable=True, **engine, **noise) for each in (params, others))
+    optimizer, other = (cls(each, capturable=True, **engine, **noise) for each in (params, others))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -78,6 +79,7 @@ def test_a_replayed_graph_equals_single_steps(engine: dict[str, Any], noise: dic
     for _ in range(6):
         other.step()
     assert_equal(params, others)
+    assert optimizer.state[params[0]]["step"].item() == 6
     assert len(junk) == 32
 
 
