@@ -1,12 +1,16 @@
-"""A comparison of a few short runs by one process: `python small_comparison.py FOLDER BACKEND`."""
+"""A comparison of a few short runs by one process: `python -m research.small_comparison FOLDER [--die-after RECORDS]`."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
-from experiments import comparison, spread, tasks
+from experiments import comparison, records, spread, tasks
 
 #: Of AdamW: for tuning 2 trials on 1 seed, then its defaults and what was chosen on 3 seeds.
 RUNS = 2 * 1 + 2 * 3
@@ -20,6 +24,16 @@ def shrink() -> None:
     tasks.TASKS["quadratic"] = dataclasses.replace(tasks.TASKS["quadratic"], steps=200)
 
 
+def die_after(count: int, path: Path) -> None:
+    """Kill this process once a file has so many records."""
+    while len(records.read_jsonl(path)) < count:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
     shrink()
-    spread.run_comparison(["quadratic"], ["adamw"], spread.Store(Path(sys.argv[1])), workers=1, backend=sys.argv[2])
+    folder = Path(sys.argv[1])
+    if sys.argv[2:]:
+        Thread(target=die_after, args=(int(sys.argv[3]), folder / "quadratic.jsonl"), daemon=True).start()
+    spread.run_comparison(["quadratic"], ["adamw"], spread.Store(folder), workers=1, backend=os.environ["KERAS_BACKEND"])

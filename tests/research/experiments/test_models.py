@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -93,18 +92,6 @@ def test_where_the_networks_start(name: str, shape: tuple[int, ...], deviation: 
 # The optimizers
 
 CLASSES = {"vsgd": "VSGD", "constant-vsgd": "ConstantVSGD", "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lion": "Lion"}
-
-
-def test_learning_rates_span_three_decades_around_the_default_by_equal_factors() -> None:
-    for each in OPTIMIZERS.values():
-        rates = each.list_learning_rates(20)
-        assert len(rates) == 20
-        assert rates[-1] / rates[0] == pytest.approx(1000)
-        assert rates[0] < each.learning_rate < rates[-1]
-        for low, high in itertools.pairwise(rates):
-            assert high / low == pytest.approx(1000 ** (1 / 19), rel=1e-2)  # of three digits each
-    with pytest.raises(ValueError, match="count is 1, but must be at least 2"):
-        OPTIMIZERS["sgd"].list_learning_rates(1)
 
 
 def test_each_is_made_with_its_defaults_or_what_is_given() -> None:

@@ -66,10 +66,3 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path) -> None:
         steps.write(6, loss=0.5)
     assert [each["step"] for each in records.read_jsonl(path)] == [1, 2, 3, 4, 5, 6]
     assert records.read_jsonl(path)[-1]["loss"] == 0.5
-
-
-def test_a_folders_name_is_of_the_key() -> None:
-    name = records.name_folder(KEY, "digits", "vsgd")
-    assert name.startswith("digits-vsgd-")
-    assert name == records.name_folder(REVERSED, "digits", "vsgd")
-    assert name != records.name_folder({**KEY, "learning_rate": 0.2}, "digits", "vsgd")

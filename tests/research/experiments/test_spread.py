@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,57 +13,26 @@ keras = pytest.importorskip("keras")
 for package in ("scipy", "tqdm"):
     pytest.importorskip(package)
 
+from drivers.processes import run_python  # noqa: E402
 from research import small_comparison  # noqa: E402
 
 from experiments import records, spread, sweep  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
-from experiments.comparison import ENTRANTS, Setting, Trial, find_entrant  # noqa: E402
+from experiments.comparison import Trial  # noqa: E402
 from experiments.paper_report import MISSING  # noqa: E402
-from vsgd import core  # noqa: E402
-
-
-def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, small_comparison.__file__, str(folder), keras.backend.backend()]
-    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
 def finish(folder: Path) -> None:
-    process = start(folder)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    done = run_python(keras.backend.backend(), "-m", "research.small_comparison", str(folder))
+    assert done.returncode == 0, done.stdout
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="without /proc, nothing tells the processes")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
 def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -> None:
     path = tmp_path / "quadratic.jsonl"
-    process = start(tmp_path)
-    wait_until(lambda: len(records.read_jsonl(path)) >= 2)
-    workers = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-    process.kill()
-    process.wait()
-    try:
-        # Workers end by themselves.
-        wait_until(lambda: not any(map(alive, workers)), seconds=20)
-    finally:
-        for worker in filter(alive, workers):
-            os.kill(worker, signal.SIGKILL)
-        process.communicate()
+    # Which ends when the workers have ended, for they hold its output.
+    done = run_python(keras.backend.backend(), "-m", "research.small_comparison", str(tmp_path), "--die-after", "2")
+    assert done.returncode == -signal.SIGKILL, done.stdout
     kept = path.read_bytes()
     assert 2 <= len(records.read_jsonl(path)) < small_comparison.RUNS
     path.write_bytes(kept + kept[:50])  # as if one had been killed as it wrote
@@ -85,16 +50,6 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     assert path.read_bytes() == whole
 
 
-def test_records_are_short(tmp_path: Path) -> None:
-    store = spread.Store(tmp_path)
-    setting = Setting("quadratic", "vsgd", Trial(0.01, "cosine"), 0, "jax")
-    found = {"curve": [1 / 3, None, 2.0], "final": {"test": {"loss": 1e-9 / 3}}}
-    store.add(setting, spread.round_numbers(found), {"cpu": "a CPU"})
-    record = spread.Store(tmp_path).find(setting)
-    assert {name: record[name] for name in found} == {"curve": [0.3333, None, 2.0], "final": {"test": {"loss": 3.333e-10}}}
-    assert store.find(setting._replace(seed=1)) is None
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -102,6 +57,10 @@ def test_records_are_short(tmp_path: Path) -> None:
         (["--tasks", "quadratic@0"], "task is 'quadratic@0', but after '@' it must have a positive integer"),
         (["--tasks", "quadratic@x"], "task is 'quadratic@x', but after '@' it must have a positive integer"),
         (["--entrants", "adam"], "entrant is 'adam', but must be one of vsgd, vsgd-kappas, "),
+        (
+            ["--entrants", "vsgd:kappa1"],
+            "entrant is 'vsgd:kappa1', but after ':' it must have NAME=NUMBER, separated by commas",
+        ),
         (["--workers", "0"], "workers is 0, but must be at least 1"),
     ],
 )
@@ -115,19 +74,6 @@ def test_what_is_not_there_is_named_before_anything_runs(
 
 
 # The sweep's
-
-
-def test_grids_hold_the_default_and_what_the_optimizer_takes() -> None:
-    defaults = core.VSGD.hyperparameters()
-    for grid in sweep.GRIDS:
-        values = [each for each, entrant in grid.entrants.items() if entrant == sweep.DEFAULT]
-        assert values == [tuple(getattr(defaults, head) for head in grid.heads)]
-        for each, entrant in grid.entrants.items():
-            if entrant != sweep.DEFAULT:
-                assert find_entrant(entrant).hyper == dict(zip(grid.heads, each, strict=True))
-                find_entrant(entrant).make()
-    tried = {trial.learning_rate for grid in sweep.GRIDS for trial in grid.trials}
-    assert set(sweep.RATES) < tried < set(ENTRANTS["vsgd"].base.list_learning_rates(10))
 
 
 def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The comparison's statistics beside closed forms and scipy's."""
+"""The comparison's statistics beside closed forms; `test_committed_pages.py` has them in tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ import pytest
 pytest.importorskip("scipy")
 
 
-from experiments.statistics import (
-    Difference,
-    compare_pairs,
-    compute_median_steps,
-    count_steps_to_target,
-    find_useful_range,
-)
+from experiments.statistics import compare_pairs, count_steps_to_target, find_useful_range
 
 
 def test_it_covers_the_truth_as_often_as_it_says() -> None:
@@ -24,24 +18,6 @@ def test_it_covers_the_truth_as_often_as_it_says() -> None:
     found = [compare_pairs(1 + rng.standard_normal(10), np.zeros(10)) for _ in range(1000)]
     # Four standard errors of a share of 1000; without the expansion it is 0.90.
     assert np.mean([each.low <= 1 <= each.high for each in found]) == pytest.approx(0.95, abs=0.0276)
-
-
-def test_pairing_removes_what_a_pair_shares() -> None:
-    rng = np.random.default_rng(3)
-    shared = 100 * rng.standard_normal(10)
-    ours, theirs = rng.standard_normal((2, 10))
-    alone, together = compare_pairs(ours, theirs), compare_pairs(shared + ours, shared + theirs)
-    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-12)  # of 100 in float64
-
-
-def test_equal_runs_have_an_interval_of_zero() -> None:
-    assert compare_pairs([0.5] * 10, [0.5] * 10) == Difference(0, 0, 0)
-
-
-@pytest.mark.parametrize(("ours", "theirs"), [([1.0], [2.0]), ([1.0, 2.0], [1.0])])
-def test_pairs_must_be_pairs(ours: list[float], theirs: list[float]) -> None:
-    with pytest.raises(ValueError, match=f"have {len(ours)} and {len(theirs)} values, but must have as many, at least 2"):
-        compare_pairs(ours, theirs)
 
 
 def test_steps_to_a_target_are_of_the_first_look_that_reaches_it() -> None:
@@ -52,10 +28,6 @@ def test_steps_to_a_target_are_of_the_first_look_that_reaches_it() -> None:
     assert count_steps_to_target(loss, 10, 0.6, sign=1) == 30
     assert count_steps_to_target(loss, 10, 2.5, sign=1) == 0
     assert count_steps_to_target([2.0, None, None], 10, 0.5, sign=1) is None
-
-
-def test_a_median_counts_runs_that_never_arrive() -> None:
-    assert [compute_median_steps(steps) for steps in ([10, 20, None], [10, 30], [10, None])] == [20, 20, None]
 
 
 def test_the_useful_range_of_a_parabola_in_the_logarithm() -> None:
