@@ -78,9 +78,9 @@ def _by_torch(case: str) -> tuple[Any, Callable[[], None], Callable[[], list[np.
     return model, optimizer.step, read
 
 
-def save(path: str) -> None:
+def save(path: str, case: str) -> None:
     """As `save` of `keras_distributed`, by the first rank of a training by DDP."""
-    model = compiled("VSGD")
+    model = compiled(case)
     for where in (path, f"{path}-goes-on"):
         train(model, partial(keras_step, model), part(dist.get_rank(), dist.get_world_size()))
         if dist.get_rank() == 0:

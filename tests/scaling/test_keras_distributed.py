@@ -89,27 +89,36 @@ def test_ddp_around_a_keras_model(device: str, optimizer: str, case: str, on: On
     agreed(f"DDP, {optimizer}, {case}", WHERE.get(pool, pool), max(strayed for strayed, _ in ranks), bound)
 
 
+# Where another backend's last digit tips a rounding of the state, what follows differs by a part of its 256.
+STATE = "bfloat16 state"
+CONTINUED = {"VSGD": BOUNDS["VSGD"], STATE: 2e-2}
 #: Each way saves, and each loads what another saved.
 LOADS = [
-    ("jax ModelParallel", "tensorflow MirroredStrategy"),
-    ("jax ModelParallel", "jax alone"),
-    ("tensorflow MirroredStrategy", "torch alone"),
-    ("torch DDP", "jax ModelParallel"),
-    ("jax alone", "jax DataParallel"),
+    ("jax ModelParallel", "tensorflow MirroredStrategy", "VSGD"),
+    ("jax ModelParallel", "jax alone", "VSGD"),
+    ("tensorflow MirroredStrategy", "torch alone", "VSGD"),
+    ("torch DDP", "jax ModelParallel", "VSGD"),
+    ("jax alone", "jax DataParallel", "VSGD"),
+    ("tensorflow alone", "jax alone", STATE),
+    ("jax alone", "torch alone", STATE),
+    ("torch alone", "tensorflow alone", STATE),
 ]
 
 
-@pytest.mark.parametrize(("saver", "reader"), LOADS, ids=[" to ".join(each) for each in LOADS])
-def test_saved_on_one_and_continued_on_another(saver: str, reader: str, on: On, agreed: Agreed, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("saver", "reader", "case"), LOADS, ids=[" to ".join(each) for each in LOADS])
+def test_saved_on_one_and_continued_on_another(
+    saver: str, reader: str, case: str, on: On, agreed: Agreed, tmp_path: Path
+) -> None:
     path = str(tmp_path / "model")
     if saver == "torch DDP":
-        on("keras-torch cpu", "keras_on_torch.save", path)
+        on("keras-torch cpu", "keras_on_torch.save", path, case)
     else:
         backend, how = saver.split()
-        on(f"keras-{backend} cpu", "keras_distributed.save", how, path)
+        on(f"keras-{backend} cpu", "keras_distributed.save", how, path, case)
     backend, how = reader.split()
     loaded, continued = on(f"keras-{backend} cpu", "keras_distributed.load", how, path)[0]
-    agreed(f"saved on {saver}, loaded", f"keras, {reader}", loaded)
-    agreed(f"saved on {saver}, continued", f"keras, {reader}", continued, BOUNDS["VSGD"])
+    what = f"saved on {saver}{f', {case}' if case == STATE else ''}"
+    agreed(f"{what}, loaded", f"keras, {reader}", loaded)
+    agreed(f"{what}, continued", f"keras, {reader}", continued, CONTINUED[case])
     if how in SHARDED:
         assert on("keras-jax cpu", "keras_on_jax.sharded", how, path) == [SHARDED[how]]
