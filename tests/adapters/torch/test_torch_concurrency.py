@@ -73,37 +73,6 @@ def test_threads_may_share_parameters() -> None:
 
 
 @forks
-def test_data_loader_workers_fork_between_steps() -> None:
-    pytest.importorskip("numba")
-    # In a process of its own, which other tests have given no threads.
-    script = """
-        import torch
-        from vsgd.torch import VSGD
-
-        class Rows(torch.utils.data.Dataset):
-            def __len__(self):
-                return 8
-
-            def __getitem__(self, index):
-                return torch.full((300_000,), float(index))
-
-        def train(workers):
-            param = torch.nn.Parameter(torch.zeros(300_000))
-            optimizer = VSGD([param], fused=True)
-            for _ in range(2):  # workers fork anew for each epoch, the second time after the kernel has run
-                how = {"multiprocessing_context": "fork"} if workers else {}
-                for batch in torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=workers, **how):
-                    param.grad = batch.mean(0)
-                    optimizer.step()
-            return param, optimizer.state[param]["step"].item()
-
-        (with_workers, steps), (without, _) = train(2), train(0)
-        print(steps, torch.equal(with_workers, without))
-    """
-    assert run_script(script) == ["8.0", "True"]
-
-
-@forks
 def test_a_forked_child_steps_by_itself() -> None:
     pytest.importorskip("numba")
     # In a process of its own: the child of a fork inherits threads and locks. The child calls nothing else of torch that is

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.torch.torch_optimizers import assert_same_state, classes, engines, problem, train
+from adapters.torch.torch_optimizers import classes, engines, problem, train
 from drivers.processes import TESTS
 from drivers.torch_driver import TorchDriver
 from drivers.trajectories import CASES, assert_follows, golden, stack
@@ -138,30 +138,12 @@ def test_a_checkpoint_with_decay_through_the_gradient_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@classes
-def test_a_distributed_checkpoint_makes_state_without_counting_a_step_and_resumes(cls: type, tensor_lr: bool) -> None:
-    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    (params, _), (others, _) = problem(), problem()
-    module = nn.ParameterList(params)
-    optimizer = cls(params, lr=torch.tensor(0.01) if tensor_lr else 0.01, weight_decay=0.1)
-    state_dict.get_optimizer_state_dict(module, optimizer)
-    assert [state["step"].item() for state in optimizer.state.values()] == [0, 0]
-    other = cls(others, weight_decay=0.1)
-    train(optimizer, params, range(3))
-    train(other, others, range(3))
-    assert_close(params, others)
-    assert_same_state(optimizer, other)
-    saved, resumed = state_dict.get_optimizer_state_dict(module, optimizer), cls(others)
-    state_dict.set_optimizer_state_dict(nn.ParameterList(others), resumed, saved)
-    assert_same_state(resumed, optimizer)
-
-
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_dry_run_makes_state_on_any_device(device: str) -> None:
-    # Of a model without memory; on the CPU, of an optimizer for a GPU.
+def test_a_dry_run_makes_state_on_any_device(device: str, tensor_lr: bool) -> None:
+    # As torch.distributed.checkpoint makes it; of a model without memory; on the CPU, of an optimizer for a GPU.
     param = nn.Parameter(torch.zeros(3, device=device))
     param.grad = torch.zeros_like(param)
-    optimizer = VSGD([param], lr=0.0, capturable=device == "cpu")
+    optimizer = VSGD([param], lr=torch.tensor(0.0) if tensor_lr else 0.0, capturable=device == "cpu")
     optimizer.step()
     assert optimizer.state[param]["b_g"].device == param.device
     assert device == "meta" or optimizer.state[param]["step"] == 0

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from contract.test_compact import share_rounded_otherwise
-from drivers import DRIVERS
+from drivers import DRIVERS, assert_equal
 from drivers.numpy_driver import NumpyDriver
 from drivers.processes import run_python
 from drivers.rules import RULES
@@ -33,7 +33,12 @@ from triton.compiler import ASTSource
 import vsgd.torch
 from vsgd import core, rounding
 from vsgd.backends import kernels
-from vsgd.backends.torch import dispatch, fused_cuda
+from vsgd.backends.torch import dispatch, foreach, fused_cuda, loop
+
+INTERPRETED = triton.knobs.runtime.interpret
+#: Where the kernel runs: on a GPU, or interpreted in the process of `torch_interpreted.py`.
+DEVICE = "cpu" if INTERPRETED else "cuda"
+where_it_runs = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
 def test_interpreted_it_is_numpys_step() -> None:
@@ -162,35 +167,36 @@ def test_an_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.check_fused(["cuda"])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@where_it_runs
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("kind", RULES)
-def test_on_a_gpu_it_is_numpys_step_bit_for_bit(kind: str, dtype: type) -> None:
+def test_it_is_numpys_step_bit_for_bit(kind: str, dtype: str, maximize: bool) -> None:
     rng = np.random.default_rng(0)
 
     def draw() -> list[np.ndarray]:
-        return [rng.standard_normal(size).astype(dtype) for size in (5, 1024, 2500, 100_000)]
+        # Shorter than a chunk, none at all, whole chunks, and whole chunks with a rest.
+        return [rng.standard_normal(size).astype(dtype) for size in (5, 0, 2048, 2500)]
 
     params = draw()
-    ours = TorchDriver(kind, params, device="cuda", weight_decay=0.1, fused=True)
+    ours = TorchDriver(kind, params, device=DEVICE, weight_decay=0.1, fused=True, maximize=maximize)
     reference = NumpyDriver(kind, params, weight_decay=0.1)
     for _ in range(10):
         grads = draw()
         ours.step(grads)
-        reference.step(grads)
-    for arrays, expected in zip(ours.read(), reference.read(), strict=True):
-        for name in expected:
-            np.testing.assert_array_equal(arrays[name], expected[name])
+        reference.step([-grad if maximize else grad for grad in grads])
+    assert_equal(ours.read(), reference.read())
 
 
-@pytest.mark.gpu
+@where_it_runs
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", RULES)
-def test_on_a_gpu_it_rounds_as_the_definition_says(
-    kind: str, dtype: str, capturable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = {"fused": True, "device": "cuda", "capturable": capturable}
+def test_it_rounds_as_the_definition_says(kind: str, dtype: str, capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that the kernel takes every step.
+    monkeypatch.setattr(loop.Loop, "step", None)
+    monkeypatch.setattr(foreach.Foreach, "step", None)
+    flags = {"fused": True, "device": DEVICE, "capturable": capturable}
     monkeypatch.setitem(DRIVERS, "torch-triton", DRIVERS["torch-fused"]._replace(needs=("torch", "triton"), options=flags))
     assert share_rounded_otherwise("torch-triton", kind, dtype, seed=5) == 0
 
