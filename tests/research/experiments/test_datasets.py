@@ -7,6 +7,7 @@ import functools
 import hashlib
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,66 +62,62 @@ def write_tar(name: str, value: object) -> None:
     paper_archives.write_tar(Path("cifar-100-python.tar.gz"), {name: pickle.dumps(value)})
 
 
-REFUSED = {
-    "but must be a folder with cifar-100-python.tar.gz, which http.* offers$": lambda: None,
-    "must be CIFAR-100's archive from .*, but cannot be read: ": lambda: SOURCE.write_bytes(b"no archive"),
-    "but cannot be read: ": lambda: SOURCE.touch(),
-    "cannot be read: .*cifar-100-python/train": lambda: write_tar("cifar-10-batches-py/data_batch_1", {}),
-    "it contains .*, but may contain only NumPy's arrays": lambda: write_tar("cifar-100-python/train", {b"data": Harm()}),
-    "lacks images of classes 0 to 99 or has others": lambda: paper_archives.cifar100(Path(), train=120, classes=101),
-    "but lacks images of classes 0 to 99": lambda: paper_archives.cifar100(Path(), test=0),
-}
+#: Of which source, what is said, and what is in the folder.
+REFUSED: list[tuple[str, str, Callable[[], object]]] = [
+    ("cifar100", "but must be a folder with cifar-100-python.tar.gz, which http.* offers$", lambda: None),
+    ("cifar100", "must be CIFAR-100's archive from .*, but cannot be read: ", lambda: SOURCE.write_bytes(b"no archive")),
+    ("cifar100", "but cannot be read: ", lambda: SOURCE.touch()),
+    ("cifar100", "cannot be read: .*cifar-100-python/train", lambda: write_tar("cifar-10-batches-py/data_batch_1", {})),
+    (
+        "cifar100",
+        "it contains .*, but may contain only NumPy's arrays",
+        lambda: write_tar("cifar-100-python/train", {b"data": Harm()}),
+    ),
+    (
+        "cifar100",
+        "lacks images of classes 0 to 99 or has others",
+        lambda: paper_archives.cifar100(Path(), train=120, classes=101),
+    ),
+    ("cifar100", "but lacks images of classes 0 to 99", lambda: paper_archives.cifar100(Path(), test=0)),
+    ("tiny-imagenet", r"tiny-imagenet-200.zip must be .*, but cannot be read: ", lambda: Path("tiny-imagenet-200.zip").touch()),
+]
 SOURCE = Path(datasets.SOURCES["cifar100"].file)
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize(("source", "message", "write"), REFUSED)
 def test_what_is_no_archive_of_the_data_is_refused_and_runs_no_code(
-    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, message: str, write: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    REFUSED[message]()
+    write()
     with pytest.raises(ValueError, match=message):
-        datasets.find_archive("cifar100", tmp_path).read()
+        datasets.find_archive(source, tmp_path).read()
     assert not Path("harm").exists()
 
 
-@pytest.mark.parametrize("text", [b"no archive", b""])
-def test_a_damaged_archive_of_tiny_imagenet_is_refused(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "tiny-imagenet-200.zip").write_bytes(text)
-    with pytest.raises(ValueError, match=r"tiny-imagenet-200.zip must be .*, but cannot be read: "):
-        datasets.find_archive("tiny-imagenet", tmp_path).read()
-
-
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny archive, and what is downloaded kept apart from the user's."""
+def test_what_is_published_is_downloaded_once_and_what_cannot_be_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keras = pytest.importorskip("keras")
-    (tmp_path / "home").mkdir()
-    monkeypatch.setattr(keras.utils, "get_file", functools.partial(keras.utils.get_file, cache_dir=tmp_path / "home"))
-    (tmp_path / "web").mkdir()
-    return paper_archives.cifar100(tmp_path / "web")
+    home, web = tmp_path / "home", tmp_path / "web"
+    for folder in (home, web):
+        folder.mkdir()
+    # What is downloaded is kept apart from the user's.
+    monkeypatch.setattr(keras.utils, "get_file", functools.partial(keras.utils.get_file, cache_dir=home))
 
+    def download(name: str, **source: str) -> datasets.Archive:
+        monkeypatch.setitem(datasets.SOURCES, name, dataclasses.replace(datasets.SOURCES[name], **source))
+        return datasets.find_archive(name)
 
-def test_what_is_published_is_downloaded_once(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "Tiny ImageNet-200 cannot be downloaded .*: place tiny-imagenet-200.zip in a folder, and pass that folder as --data"
+    with pytest.raises(ValueError, match=place):
+        download("tiny-imagenet", url=(web / "absent").as_uri())
+    published = paper_archives.cifar100(web)
+    with pytest.raises(ValueError, match=r"CIFAR-100 cannot be downloaded \(.*hash does not match.*85cd44d0"):
+        download("cifar100", url=published.as_uri())
     digest = hashlib.sha256(published.read_bytes()).hexdigest()
-    source = dataclasses.replace(datasets.SOURCES["cifar100"], url=published.as_uri(), digest=digest)
-    monkeypatch.setitem(datasets.SOURCES, "cifar100", source)
-    found = datasets.find_archive("cifar100")
-    assert found.path == tmp_path / "home" / "datasets" / published.name
+    found = download("cifar100", digest=digest)
+    assert found.path == home / "datasets" / published.name
     assert found.digest == digest
     published.unlink()
     assert datasets.find_archive("cifar100").read().train_x.shape == (12, 32, 32, 3)
-
-
-def test_what_cannot_be_downloaded_says_why_and_what_to_place_where(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(name: str, url: str) -> None:
-        monkeypatch.setitem(datasets.SOURCES, name, dataclasses.replace(datasets.SOURCES[name], url=url))
-        datasets.find_archive(name)
-
-    with pytest.raises(ValueError, match=r"CIFAR-100 cannot be downloaded \(.*hash does not match.*85cd44d0"):
-        download("cifar100", published.as_uri())
-    place = (
-        "Tiny ImageNet-200 cannot be downloaded .*: place tiny-imagenet-200.zip in a folder, and pass that folder as --data-dir"
-    )
-    with pytest.raises(ValueError, match=place):
-        download("tiny-imagenet", (published.parent / "absent").as_uri())

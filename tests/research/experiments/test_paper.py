@@ -44,10 +44,10 @@ def run_of(archives: Path, folder: Path, experiment: str, optimizer: str, *other
 
 
 @pytest.mark.parametrize(("experiment", "optimizer"), list(zip(RUNS, cycle(paper.COMPARED), strict=False)))
-def test_two_steps_of_each_and_once_only(
+def test_four_steps_of_each_and_once_only(
     archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, optimizer: str
 ) -> None:
-    command = run_of(archives, tmp_path, experiment, optimizer, "--iterations", "2", "--seed", "3")
+    command = run_of(archives, tmp_path, experiment, optimizer, "--iterations", "4", "--evaluate-every", "2", "--seed", "3")
     # Keras writes by TensorFlow, which is not loaded beside another backend here.
     main([*command, "--tensorboard"] if BACKEND == "tensorflow" else command)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -55,8 +55,11 @@ def test_two_steps_of_each_and_once_only(
     assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {"config.json", "steps.jsonl"}
     events = {path.parent.name for path in folder.rglob("events.out.tfevents.*")}
     assert events == ({"train", "validation"} if BACKEND == "tensorflow" else set())
-    steps = records.read_jsonl(folder / "steps.jsonl")
-    assert [sorted(each) for each in steps] == [["accuracy", "loss", "step"]] * 2 + [["step", "test_accuracy", "test_loss"]]
+    lines = records.read_jsonl(folder / "steps.jsonl")
+    assert [sorted(each) for each in lines] == 2 * (
+        2 * [["accuracy", "loss", "step"]] + [["step", "test_accuracy", "test_loss"]]
+    )
+    steps, tests = ([each for each in lines if name in each] for name in ("loss", "test_loss"))
     # As good as guessing, to begin with.
     classes = 100 if experiment.startswith("cifar") else 200
     assert 0.7 * math.log(classes) < steps[0]["loss"] < 2 * math.log(classes)
@@ -66,9 +69,11 @@ def test_two_steps_of_each_and_once_only(
     assert record["environment"]["versions"]["keras"] == keras.__version__
     assert record["key"]["seed"] == 3
     assert record["optimizer"]["learning_rate"]["config"]["initial_learning_rate"] == record["key"]["learning_rate"]
-    assert record["curve"]["test_accuracy"] == [pytest.approx(steps[2]["test_accuracy"], rel=1e-5)]
+    curve = {name: [(one[name] + other[name]) / 2 for one, other in (steps[:2], steps[2:])] for name in ("loss", "accuracy")}
+    curve |= {name: [each[name] for each in tests] for name in ("step", "test_loss", "test_accuracy")}
+    assert record["curve"] == {name: pytest.approx(values, rel=1e-5) for name, values in curve.items()}
     what = f"{experiment}, {optimizer}, seed 3"
-    assert capsys.readouterr().out == f"{what}\n{what}: test accuracy {100 * steps[2]['test_accuracy']:.2f} %\n"
+    assert capsys.readouterr().out == f"{what}\n{what}: test accuracy {100 * tests[1]['test_accuracy']:.2f} %\n"
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     main(command)
     assert capsys.readouterr().out == f"{what}: already finished\n"

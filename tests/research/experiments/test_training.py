@@ -145,16 +145,3 @@ def test_metrics_are_of_each_batch_alone(tmp_path: Path) -> None:
     assert [steps[3]["test_loss"], steps[3]["test_accuracy"]] == cross_entropy(
         model(IMAGES.test_x, training=False), IMAGES.test_y
     )
-
-
-def test_the_curve_has_means_of_the_steps_before_each_test() -> None:
-    steps = [{"step": step, "loss": loss, "accuracy": loss / 4} for step, loss in enumerate((4.0, 2.0, 1.0, 0.0), start=1)]
-    tests = [{"step": step, "test_loss": step / 2, "test_accuracy": step / 20} for step in (2, 4)]
-    curve = {
-        "step": [2, 4],
-        "loss": [3.0, 0.5],
-        "accuracy": [0.75, 0.125],
-        "test_loss": [1.0, 2.0],
-        "test_accuracy": [0.1, 0.2],
-    }
-    assert training.compute_curve([*steps[:2], tests[0], *steps[2:], tests[1]]) == curve
