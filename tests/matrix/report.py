@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 
 from matrix.experiments import DTYPES, EXPERIMENTS, TOLERANCE, is_reference
 from matrix.worker import Cell, Outcome
+
+from reporting.machine import describe_environment
+from reporting.pages import format_table
 
 # Column by column, the experiments of which it shows the worst.
 _COLUMNS = {
@@ -21,10 +22,6 @@ _COLUMNS = {
     "training": ["training"],
     "constant training": ["constant-training"],
 }
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _bound(experiment: str, dtype: str) -> str:
@@ -53,19 +50,7 @@ def table(strayed: Mapping[Cell, float]) -> str:
     for name, device in dict.fromkeys((name, device) for name, device, _, _ in strayed):
         worst = [_cell(strayed, name, device, experiments, dtype) for experiments in _COLUMNS.values() for dtype in DTYPES]
         rows.append([name, device, *worst])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows))
-    first, *others = map(_row, padded)
-    return "\n".join([first, _row("-" * width for width in widths), *others])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{os.cpu_count()} processors ({model})"
+    return format_table(header, rows)
 
 
 def page(before: str, strayed: Mapping[Cell, float], outcomes: Iterable[Outcome]) -> str:
@@ -83,7 +68,8 @@ def page(before: str, strayed: Mapping[Cell, float], outcomes: Iterable[Outcome]
     if any(name == "torch-fused" for name, *_ in strayed):
         versions["numba"] = version("numba")
     gpus = sorted({outcome.gpu for outcome in outcomes if outcome.gpu is not None})
-    machine = " and ".join([_processor(), *gpus])
+    processors = describe_environment([], 0, None)
+    machine = " and ".join([f"{processors['processors']} processors ({processors['cpu']})", *gpus])
     numbers = ", ".join(f"{name} {number}" for name, number in versions.items())
     gpu = "Float32 products on the GPU are of full precision, not TF32." if gpus else "There was no GPU."
     head = re.sub(r"(?<=wrote this page, on ).*", f"{machine}, with {numbers}.", before.partition("| runner ")[0])

@@ -28,36 +28,22 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 }
 
 
-class Mutation(NamedTuple):
-    """One change of a line.
-
-    Attributes:
-        path: the module, from the root.
-        line: its number, from 1.
-        text: the line as changed.
-    """
-
-    path: Path
-    line: int
-    text: str
-
-
-def _change(node: ast.AST) -> str | None:
-    """Return the node's source with another operator or constant, or None if it has none."""
+def _change(node: ast.AST) -> bool:
+    """Give the node another operator or constant, if it has one."""
     match node:
         case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in _SWAPS:
             node.op = _SWAPS[type(op)]()
         case ast.Compare(ops=[op]):
             node.ops = [_SWAPS[type(op)]()]
         case ast.UnaryOp(op=ast.Not()):
-            return ast.unparse(node.operand)
+            node.operand = ast.UnaryOp(ast.Not(), node.operand)
         case ast.Constant(value=bool()):
             node.value = not node.value
         case ast.Constant(value=int() | float()):
             node.value += 1
         case _:
-            return None
-    return ast.unparse(node) if isinstance(node, ast.Constant) else f"({ast.unparse(node)})"
+            return False
+    return True
 
 
 def _list_code(tree: ast.AST) -> Iterator[ast.AST]:
@@ -70,38 +56,42 @@ def _list_code(tree: ast.AST) -> Iterator[ast.AST]:
                     yield from _list_code(node)
 
 
-def list_mutations(path: Path) -> dict[int, list[Mutation]]:
-    """Return the changes of each line of a module that can be changed within the line."""
-    source = (ROOT / path).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    found: dict[int, list[Mutation]] = {}
-    for node in _list_code(ast.parse(source)):
-        if not isinstance(node, ast.expr) or node.lineno != node.end_lineno:
-            continue
-        line = lines[node.lineno - 1]
-        changed = _change(node)
-        if changed is not None and line.isascii():  # the offsets are in bytes
-            text = line[: node.col_offset] + changed + line[node.end_col_offset :]
-            found.setdefault(node.lineno, []).append(Mutation(path, node.lineno, text))
-    return found
+class Mutation(NamedTuple):
+    """One change of a line.
+
+    Attributes:
+        path: the module, from the root.
+        number: of the node that is changed.
+    """
+
+    path: Path
+    number: int
+
+    def apply(self) -> tuple[str, str]:
+        """Return where and what the change is, and the module's source with it."""
+        tree = ast.parse((ROOT / self.path).read_text(encoding="utf-8"))
+        node = list(_list_code(tree))[self.number]
+        _change(node)
+        return f"{self.path}:{node.lineno}: {ast.unparse(node)}", ast.unparse(tree)
 
 
 def choose_mutations(seed: int, count: int) -> list[Mutation]:
     """Choose a change of `count` lines, each line of `vsgd/` as likely as another."""
-    paths = sorted(path.relative_to(ROOT) for path in (ROOT / "vsgd").rglob("*.py"))
-    lines = [mutations for path in paths for mutations in list_mutations(path).values()]
+    lines: dict[tuple[Path, int], list[Mutation]] = {}
+    for path in sorted((ROOT / "vsgd").rglob("*.py")):
+        for number, node in enumerate(list(_list_code(ast.parse(path.read_text(encoding="utf-8"))))):
+            if isinstance(node, ast.expr) and _change(node):
+                lines.setdefault((path, node.lineno), []).append(Mutation(path.relative_to(ROOT), number))
     rng = random.Random(seed)
-    return [rng.choice(mutations) for mutations in rng.sample(lines, count)]
+    return [rng.choice(mutations) for mutations in rng.sample(list(lines.values()), count)]
 
 
-def find_failure(mutation: Mutation, arguments: list[str]) -> str | None:
-    """Return the first failure that pytest reports in a copy of the repository with the change, or None."""
+def find_failure(path: Path, source: str, arguments: list[str]) -> str | None:
+    """Return the first failure that pytest reports in a copy of the repository with this source of a module, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*_cache", ".git", ".tox", ".venv", "__pycache__", "build"))
-        lines = (copy / mutation.path).read_text(encoding="utf-8").splitlines()
-        lines[mutation.line - 1] = mutation.text
-        (copy / mutation.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (copy / path).write_text(source, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(copy)}  # before an installed vsgd
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
@@ -120,9 +110,10 @@ def main() -> int:
     unnoticed = 0
     for mutation in choose_mutations(options.seed, options.lines):
         start = time.perf_counter()
-        failure = find_failure(mutation, options.pytest)
+        what, source = mutation.apply()
+        failure = find_failure(mutation.path, source, options.pytest)
         unnoticed += failure is None
-        print(f"{mutation.path}:{mutation.line}: {mutation.text.strip()}")
+        print(what)
         print(f"    {failure or 'NOT NOTICED'} ({time.perf_counter() - start:.0f} s)", flush=True)
     return unnoticed
 
