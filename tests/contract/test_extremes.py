@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from drivers import DRIVERS, make_driver, start
+from drivers import DRIVERS, make_driver, run, start
 
 KINDS = {"VSGD": ("b_g", "b_ghat"), "ConstantVSGD": ("b",)}
 STEPS = 50
@@ -55,16 +55,12 @@ def test_a_slow_ramp_keeps_the_rates_positive(engine: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", DRIVERS)
 def test_what_is_not_finite_shows_in_its_own_element_only(engine: str, kind: str, bad: float) -> None:
-    step, read = start(engine, kind, [np.ones(40, np.float32), np.ones(3, np.float32)])
-    clean_step, clean_read = start(engine, kind, [np.ones(40, np.float32), np.ones(3, np.float32)])
-    rng = np.random.default_rng(1)
-    for t in range(3):
-        grad = rng.standard_normal(40).astype(np.float32)
-        other = rng.standard_normal(3).astype(np.float32)
-        clean_step([grad, other])
-        with np.errstate(invalid="ignore"):
-            step([np.where((np.arange(40) == 17) & (t == 1), np.float32(bad), grad), other])
-    (hit, spared), (clean, clean_spared) = read(), clean_read()
+    params, rng = [np.ones(40, np.float32), np.ones(3, np.float32)], np.random.default_rng(1)
+    grads = [[rng.standard_normal(param.size).astype(np.float32) for param in params] for _ in range(3)]
+    clean, clean_spared = run(engine, kind, params, grads)
+    grads[1][0][17] = bad
+    with np.errstate(invalid="ignore"):
+        hit, spared = run(engine, kind, params, grads)
     assert not np.isfinite(hit["param"][17])
     np.testing.assert_array_equal(np.delete(hit["param"], 17), np.delete(clean["param"], 17))
     np.testing.assert_array_equal(spared["param"], clean_spared["param"])

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from drivers import ADAPTERS, DRIVERS, assert_equal, make_driver
+from drivers import ADAPTERS, DRIVERS, assert_equal, make_driver, run
 from drivers.emulation import round_to_nearest
 from drivers.rules import RULES
 
@@ -35,12 +35,9 @@ def test_a_complex_parameter_is_two_real_ones(driver: str, kind: str, dtype: str
     rng = np.random.default_rng(0)
     real = {"complex64": np.float32, "complex128": np.float64}[dtype]
     param, *grads = rng.standard_normal((6, 2, 7, 3)).astype(real)
-    one = make_driver(driver, kind, [param[0] + 1j * param[1]], promise="complex64", weight_decay=0.125)
-    two = make_driver(driver, kind, list(param), weight_decay=0.125)
-    for grad in grads:
-        one.step([grad[0] + 1j * grad[1]])
-        two.step(list(grad))
-    (ours,), (re, im) = one.read(), two.read()
+    decay = {"weight_decay": 0.125}
+    (ours,) = run(driver, kind, [param[0] + 1j * param[1]], [[re + 1j * im] for re, im in grads], promise="complex64", **decay)
+    re, im = run(driver, kind, list(param), list(map(list, grads)), **decay)
     for name, value in ours.items():
         assert value.dtype == dtype
         # XLA may contract a product and a sum in one of them and not in the other.
@@ -78,11 +75,7 @@ def test_half_precision_is_float32_rounded_after_each_step(driver: str, kind: st
 def test_a_parameter_without_gradient_is_left_alone_and_starts_as_new(driver: str, kind: str) -> None:
     rng = np.random.default_rng(0)
     params = [rng.standard_normal(3).astype(np.float32), rng.standard_normal((2, 5)).astype(np.float32)]
-    one = make_driver(driver, kind, params, promise="counts of their own", weight_decay=0.125)
-    alone = make_driver(driver, kind, params[1:], weight_decay=0.125)
-    for t in range(8):
-        first, late = (rng.standard_normal(param.shape).astype(np.float32) for param in params)
-        one.step([first, late if t >= 5 else None])
-        if t >= 5:
-            alone.step([late])
-    assert_equal(one.read()[1:], alone.read())
+    draws = [[rng.standard_normal(param.shape).astype(np.float32) for param in params] for _ in range(8)]
+    grads = [[first, late if t >= 5 else None] for t, (first, late) in enumerate(draws)]
+    (_, ours) = run(driver, kind, params, grads, promise="counts of their own", weight_decay=0.125)
+    assert_equal([ours], run(driver, kind, params[1:], [[late] for _, late in draws[5:]], weight_decay=0.125))

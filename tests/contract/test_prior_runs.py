@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drivers import AVAILABLE, DRIVERS, HAS_TORCH, make_driver, start
+from drivers import AVAILABLE, DRIVERS, HAS_TORCH, make_driver, run, start
 from drivers.trajectories import deviation, stack
 
 import vsgd.numpy
@@ -70,10 +70,8 @@ def test_a_loss_times_a_power_of_two_changes_no_bit(engine: str, kind: str, dtyp
 @pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "optax-eager"])  # which is the jitted one's function
 def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> None:
     # The weakest prior: what keeps the variance above 0 is its part of each rate.
-    step, read = start(engine, kind, [np.ones(3, np.float32)], prior_strength=1e-30, prior_shape=0.0, eps=0.0)
-    for _ in range(500):
-        step([np.zeros(3, np.float32)])
-    (ended,) = read()
+    options = {"prior_strength": 1e-30, "prior_shape": 0.0, "eps": 0.0}
+    (ended,) = run(engine, kind, [np.ones(3, np.float32)], [[np.zeros(3, np.float32)]] * 500, **options)
     np.testing.assert_array_equal(ended["param"], 1)
     assert (ended["b" if kind == "ConstantVSGD" else "b_g"] > 0).all()
 
@@ -152,8 +150,8 @@ def test_a_shape_that_is_the_strength_is_the_papers(kind: str) -> None:
 @pytest.mark.parametrize("engine", AVAILABLE)
 def test_every_engine_takes_a_shape(engine: str, kind: str) -> None:
     reference = trajectory("numpy", kind, np.float64, 1.0, prior_shape=0.3)
-    run = trajectory(engine, kind, np.float64, 1.0, prior_shape=0.3)
-    assert deviation([{name: each[name] for name in reference[0]} for each in run], reference).error < 1e-12
+    found = trajectory(engine, kind, np.float64, 1.0, prior_shape=0.3)
+    assert deviation([{name: each[name] for name in reference[0]} for each in found], reference).error < 1e-12
 
 
 @kinds

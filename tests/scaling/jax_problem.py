@@ -177,14 +177,8 @@ def advance(step: Any, trained: Trained, case: Case, layout: Layout | None, seed
 def reference(case: Case, steps: int = STEPS) -> Trained:
     """The same training on one device."""
     with jax.default_device(jax.local_devices()[0]):
-        if steps == 0:
-            return fresh(case, None)
-        return advance(_step_on_one(case), reference(case, steps - 1), case, None, [steps - 1])
-
-
-@cache
-def _step_on_one(case: Case) -> Any:
-    return make_step(case.solver(), gradient_of(case, None))
+        step = make_step(case.solver(), gradient_of(case, None))
+        return advance(step, fresh(case, None), case, None, range(steps))
 
 
 def strayed(one: Any, other: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapters.torch.torch_optimizers import ENGINES, assert_same_state, classes, engines, problem, randn_like, set_grads, train
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler
 from torch.testing import assert_close
 from torch.testing._internal.common_optimizers import get_error_inputs_for_all_optims, optim_db
@@ -162,28 +162,6 @@ def test_autograd_sees_the_step_as_an_in_place_change(engine: dict[str, Any]) ->
     VSGD(params, **engine).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@engines
-@classes
-def test_one_optimizer_per_parameter_stepped_inside_backward(cls: type, engine: dict[str, Any]) -> None:
-    inside, outside = (problem()[0] for _ in range(2))
-    optimizers = {param: cls([param], **engine) for param in inside}
-
-    def step_and_free(param: Tensor) -> None:
-        optimizers[param].step()
-        param.grad = None
-
-    for param in inside:
-        param.register_post_accumulate_grad_hook(step_and_free)
-    optimizer = cls(outside, **engine)
-    for seed in range(4):
-        (x,) = randn_like([torch.empty(4)], seed)
-        for weight, bias in (inside, outside):
-            (weight.mv(x) + bias).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_close(inside, outside, rtol=0, atol=0)
 
 
 @classes
