@@ -19,6 +19,10 @@ from packaging.version import Version
 #: Makes of a new process, told its rank, how many there are and a free port, one of the group.
 Join = Callable[[int, int, int], None]
 
+#: The types of the fixtures `on` and `agreed`.
+On = Callable[..., list[Any]]
+Agreed = Callable[..., None]
+
 _PATIENCE = 120  # seconds, for the slowest call on a busy machine
 #: x86 before AVX2 has no instruction that multiplies and adds with one rounding.
 _UNCONTRACTED = "--xla_cpu_max_isa=AVX"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,9 +11,8 @@ pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 
 from scaling.jax_problem import BOUND, Case
+from scaling.ranks import Agreed, On
 
-On = Callable[..., list[Any]]
-Agreed = Callable[..., None]
 Loads = list[tuple[str, tuple[int, ...]]]
 pytestmark = pytest.mark.slow
 

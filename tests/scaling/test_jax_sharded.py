@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 
 from scaling.jax_problem import BOUND, Case  # noqa: E402
+from scaling.ranks import Agreed, On  # noqa: E402
 
-On = Callable[..., list[Any]]
 # Sums of few digits are exact, so the gradients are equal in whatever order they are summed.
 EXACT, PROCESSES, CONTRACTED = "jax uncontracted", "jax processes", "jax"
 WHERE = {
@@ -61,7 +60,7 @@ ROWS = [pytest.param(*row, marks=marks, id=f"{row[1]}-{row[0]}-{row[3].dtype}") 
 
 @pytest.mark.parametrize(("what", "pool", "how", "case"), ROWS)
 def test_training_ends_where_one_device_ends_and_lies_as_the_parameters(
-    what: str, pool: str, how: str, case: Case, on: On, agreed: Callable[..., None]
+    what: str, pool: str, how: str, case: Case, on: On, agreed: Agreed
 ) -> None:
     bound = 0.0 if pool in (EXACT, PROCESSES) else BOUND[case.gradients][case.dtype]
     agreed(f"{what}, {case.dtype}", WHERE[pool], max(on(pool, f"jax_sharded.{how}", case)), bound)

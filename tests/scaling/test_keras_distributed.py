@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
+from scaling.ranks import Agreed, On
 
 if find_spec("keras") is None:
     pytest.skip("Keras is not installed", allow_module_level=True)
 
-On = Callable[..., list[Any]]
-Agreed = Callable[..., None]
 
 WHERE = {
     "keras-jax cpu": "keras-jax, 8 CPU devices",

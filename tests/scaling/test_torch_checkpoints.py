@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,10 +12,9 @@ if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
 from scaling import torch_checkpoints  # noqa: E402
+from scaling.ranks import Agreed, On  # noqa: E402
 from scaling.torch_problem import Case, fsdp2  # noqa: E402
 
-On = Callable[..., list[Any]]
-Agreed = Callable[..., None]
 pytestmark = [pytest.mark.slow, fsdp2]
 
 CASES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import cycle, product
 from typing import Any
 
@@ -13,6 +12,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
+from scaling.ranks import Agreed, On  # noqa: E402
 from scaling.torch_problem import Case, fsdp2  # noqa: E402
 
 TWO, FOUR = "torch, 2 processes", "torch, 4 processes"
@@ -29,8 +29,6 @@ STORAGES = {
 }
 #: Each storage by each engine; the rules in turn, so that each meets every storage and every engine.
 CELLS = [(*cell, kind) for cell, kind in zip(product(STORAGES, ENGINES), cycle(["VSGD", "ConstantVSGD"]), strict=False)]
-On = Callable[..., list[Any]]
-Agreed = Callable[..., None]
 
 # How many elements of weights and biases two ranks hold: shared evenly, unevenly, and by one alone.
 SHARDS = [[12, 2, 8, 2, 3, 1], [12, 2, 4, 1, 0, 0]]
