@@ -6,10 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
+from research.scripts import need
 
-for package in ("matplotlib", "scipy", "tqdm"):
-    pytest.importorskip(package)
+need("matplotlib", "scipy", "tqdm")
 
 from reporting.examples import load_example  # noqa: E402
 from reporting.pages import replace_section  # noqa: E402

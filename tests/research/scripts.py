@@ -10,9 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from reporting.examples import load_example
 
 ROOT = Path(__file__).parents[2]
+
+
+def need(*packages: str) -> None:
+    """Skip the test, or the module that is being imported, and say which of these is missing."""
+    for package in packages:
+        pytest.importorskip(package)
 
 
 def run(*command: str, code: int = 0, **environment: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from research.scripts import need
 
-for package in ("keras", "matplotlib", "scipy", "tqdm"):
-    pytest.importorskip(package)
+need("keras", "matplotlib", "scipy", "tqdm")
 
 import benchmarks.__main__  # noqa: E402
 import experiments.__main__  # noqa: E402

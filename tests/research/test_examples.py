@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from research.scripts import run
+from research.scripts import need, run
 
 from reporting.examples import load_example
 
@@ -25,14 +25,12 @@ from reporting.examples import load_example
 )
 def test_a_bad_option_is_named(name: str, option: str, message: str) -> None:
     needs = {"quickstart": ("torch", "matplotlib", "tqdm"), "jax_training": ("optax",), "jax_sharded": ("optax", "orbax")}
-    for package in needs.get(name, ("keras",)):
-        pytest.importorskip(package)
+    need(*needs.get(name, ("keras",)))
     assert message in run(f"examples/{name}.py", option, code=2, JAX_PLATFORMS="cpu")
 
 
 def test_in_jax_both_optimizers_learn_the_digits() -> None:
-    for package in ("jax", "optax", "sklearn"):
-        pytest.importorskip(package)
+    need("jax", "optax", "sklearn")
     row = re.compile(r"(VSGD|AdamW), lr [\d.]+ +test accuracy ([\d.]+) ± ([\d.]+) %  train loss ([\d.e-]+)  [\d.]+ s")
     rows = [row.fullmatch(line) for line in run("examples/jax_training.py", "--epochs", "5", "--seeds", "2").splitlines()]
     assert [match and match[1] for match in rows] == ["VSGD", "AdamW"]
@@ -55,8 +53,7 @@ def test_in_keras_both_optimizers_learn_the_digits() -> None:
 
 
 def test_a_batch_size_is_chosen_from_a_table_and_a_figure(tmp_path: Path) -> None:
-    for package in ("torch", "sklearn", "matplotlib", "tqdm"):
-        pytest.importorskip(package)
+    need("torch", "sklearn", "matplotlib", "tqdm")
     from matplotlib.image import imread
 
     output = tmp_path / "figure.png"
@@ -76,8 +73,7 @@ def test_a_batch_size_is_chosen_from_a_table_and_a_figure(tmp_path: Path) -> Non
 
 def test_the_noise_scale_of_weights_held_still_is_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    for package in ("sklearn", "matplotlib", "tqdm"):
-        pytest.importorskip(package)
+    need("sklearn", "matplotlib", "tqdm")
     from experiments.uncertainty import noise_scale
 
     example = load_example("choose_batch_size")

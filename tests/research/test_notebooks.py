@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from research.scripts import need
 
 from reporting.examples import load_example
 
@@ -57,8 +58,7 @@ def test_what_is_stored_is_one_execution_without_a_complaint_small_and_has_no_pa
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_an_execution_shows_what_is_stored(name: str) -> None:
-    for package in (*FRAMEWORKS[name], "nbclient", "ipykernel", "matplotlib", "sklearn"):
-        pytest.importorskip(package)
+    need(*FRAMEWORKS[name], "nbclient", "ipykernel", "matplotlib", "sklearn")
     import nbformat
 
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)

@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
-from research.scripts import run
+from research.scripts import need, run
 
 torch = pytest.importorskip("torch")
-for package in ("sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(package)
+need("sklearn", "matplotlib", "tqdm")
 
 from experiments import torch_mlp  # noqa: E402
 from experiments.uncertainty import noise_scale  # noqa: E402

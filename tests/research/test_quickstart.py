@@ -6,11 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-from research.scripts import run
+from research.scripts import need, run
 
-for package in ("torch", "sklearn", "matplotlib", "tqdm"):
-    pytest.importorskip(package)
+need("torch", "sklearn", "matplotlib", "tqdm")
 
 from reporting.examples import load_example  # noqa: E402
 

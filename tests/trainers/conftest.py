@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from drivers.processes import run_python
+from research.conftest import one_thread
 from research.scripts import loaded
 
 HERE = Path(__file__).parent
@@ -20,17 +21,9 @@ collect_ignore_glob: list[str] = []
 if find_spec("torch") is None:
     collect_ignore_glob += ["torch_*.py"]
 
+__all__ = ["one_thread"]
+
 Seen = Callable[[str], list[dict[str, Any]]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model gains nothing by more, and a busy machine takes from it."""
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

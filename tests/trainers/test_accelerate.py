@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from research.scripts import need
 
 torch = pytest.importorskip("torch")
-for package in ("accelerate", "sklearn"):
-    pytest.importorskip(package)
+need("accelerate", "sklearn")
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402

@@ -5,12 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+from research.scripts import loaded, need
 
 torch = pytest.importorskip("torch")
-for package in ("lightning", "jsonargparse"):
-    pytest.importorskip(package)
+need("lightning", "jsonargparse")
 
-from research.scripts import loaded  # noqa: E402
 from torch import nn  # noqa: E402
 from trainers.conftest import RECIPES  # noqa: E402
 

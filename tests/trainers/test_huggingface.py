@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from research.scripts import need
 
 torch = pytest.importorskip("torch")
-for package in ("transformers", "accelerate", "sklearn"):
-    pytest.importorskip(package)
+need("transformers", "accelerate", "sklearn")
 
 import transformers  # noqa: E402
 from scaling.torch_problem import Trained, strayed  # noqa: E402

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from research.scripts import need
 
-for package in ("torch", "sklearn"):
-    pytest.importorskip(package)
+need("torch", "sklearn")
 
 from scaling.torch_problem import fsdp2  # noqa: E402
 

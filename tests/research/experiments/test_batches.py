@@ -59,10 +59,3 @@ def test_labels_go_with_their_images_and_another_seed_gives_another_order_and_ot
     assert not np.array_equal(one[1], other[1])
     hows = [[VIEWS[label][image.tobytes()] for image, label in zip(*each, strict=True)] for each in (one, other)]
     assert hows[0] != hows[1]
-
-
-def test_all_test_images_come_once_as_they_are() -> None:
-    every = batches.TestBatches(IMAGES, LABELS, 4)
-    assert [len(every[index][1]) for index in range(len(every))] == [4, 4, 2]
-    assert np.array_equal(np.concatenate([every[index][0] for index in range(3)]), IMAGES)
-    assert np.array_equal(np.concatenate([every[index][1] for index in range(3)]), LABELS)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from research.scripts import need
 
 keras = pytest.importorskip("keras")
-for package in ("mnist1d", "scipy", "sklearn", "tqdm"):
-    pytest.importorskip(package)
+need("mnist1d", "scipy", "sklearn", "tqdm")
 
 from experiments import bench, layers, tasks  # noqa: E402
 from experiments.__main__ import main  # noqa: E402

@@ -95,13 +95,8 @@ CLASSES = {"vsgd": "VSGD", "constant-vsgd": "ConstantVSGD", "adam": "Adam", "ada
 
 
 def test_each_is_made_with_its_defaults_or_what_is_given() -> None:
-    schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.5, staircase=True)
     for name, each in OPTIMIZERS.items():
         made = each.make()
         assert type(made).__name__ == CLASSES[name]
         assert float(made.learning_rate) == pytest.approx(each.learning_rate)
-        other = each.make(schedule, weight_decay=0.125)
-        assert other.get_config()["learning_rate"]["class_name"] == "ExponentialDecay"
-        assert other.weight_decay == 0.125
-    assert OPTIMIZERS["sgd"].make().momentum == 0.9
-    assert OPTIMIZERS["sgd"].make(momentum=0.5).momentum == 0.5
+    assert [OPTIMIZERS["sgd"].make(**given).momentum for given in ({}, {"momentum": 0.5})] == [0.9, 0.5]

@@ -8,10 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from research.scripts import need
 
 keras = pytest.importorskip("keras")
-for package in ("scipy", "tqdm"):
-    pytest.importorskip(package)
+need("scipy", "tqdm")
 
 from drivers.processes import run_python  # noqa: E402
 from research import small_comparison  # noqa: E402

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from research.scripts import need
 
 keras = pytest.importorskip("keras")
-for package in ("mnist1d", "scipy", "sklearn"):
-    pytest.importorskip(package)
+need("mnist1d", "scipy", "sklearn")
 
 from scipy import integrate, stats  # noqa: E402
 
@@ -145,12 +145,6 @@ def test_the_negative_elbo_is_that_of_the_distributions() -> None:
     code, prior = stats.norm(mean, np.exp(log_variance / 2)), stats.norm()
     divergence = integrate.trapezoid(code.pdf(codes) * (code.logpdf(codes) - prior.logpdf(codes)), codes, axis=0).sum(axis=1)
     np.testing.assert_allclose(to_numpy(found), distortion + divergence, rtol=1e-5)
-
-
-def test_a_longer_task_differs_in_its_length_alone() -> None:
-    task = tasks.find_task("quadratic@4")
-    assert (task.steps, task.every, task.name) == (8000, 320, "quadratic@4")
-    assert task.load_data is tasks.TASKS["quadratic"].load_data
 
 
 # A part of what whole runs gain: from 2.6 to 0.3, from 0.1 to 0.6 and 0.9 of accuracy, from 5 to 2.4, from 46 to 24 or 25.
