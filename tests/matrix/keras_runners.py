@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -29,16 +30,9 @@ def tensorflow_gradients(params: Sequence[Any], x: np.ndarray, y: np.ndarray) ->
     return tape.gradient(loss, params)
 
 
-def backend_gradients() -> Callable[..., Sequence[Any]]:
-    if BACKEND == "tensorflow":
-        return tensorflow_gradients
-    if BACKEND == "jax":
-        from matrix import jax_runners
-
-        return jax_runners.gradients
-    from matrix import torch_runners
-
-    return torch_runners.gradients
+#: What the runners of the backend itself have; TensorFlow has none.
+NATIVE = None if BACKEND == "tensorflow" else import_module(f"matrix.{BACKEND}_runners")
+gradients = tensorflow_gradients if NATIVE is None else NATIVE.gradients
 
 
 class KerasRunner(AdapterRunner):
@@ -52,7 +46,7 @@ class KerasRunner(AdapterRunner):
         if "weight_decay" in options:
             # As float64: the base class takes a Python float through float32 on TensorFlow.
             options["weight_decay"] = np.float64(options["weight_decay"])
-        super().__init__(KerasDriver, backend_gradients(), kind, params, **options)
+        super().__init__(KerasDriver, gradients, kind, params, **options)
         self.kind, self.model = kind, None
 
     def train(self, x: np.ndarray, y: np.ndarray) -> None:
@@ -81,7 +75,7 @@ def array(values: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(values, dtype=values.dtype.name)
 
 
-_OPS = Library(keras.ops, array, to_numpy, backend_gradients())
+_OPS = Library(keras.ops, array, to_numpy, gradients)
 RUNNERS: dict[str, Callable[..., Any]] = {
     f"keras-{BACKEND}": KerasRunner,
     f"core-keras-{BACKEND}": partial(CoreRunner, _OPS),
@@ -101,16 +95,10 @@ def versions() -> dict[str, str]:
 
 def gpu() -> str | None:
     """The name of the GPU, if there is one."""
-    if BACKEND == "tensorflow":
-        found = tf.config.list_physical_devices("GPU")
-        return tf.config.experimental.get_device_details(found[0]).get("device_name", "GPU") if found else None
-    if BACKEND == "jax":
-        from matrix import jax_runners
-
-        return jax_runners.gpu()
-    from matrix import torch_runners
-
-    return torch_runners.gpu()
+    if NATIVE is not None:
+        return NATIVE.gpu()
+    found = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(found[0]).get("device_name", "GPU") if found else None
 
 
 @contextlib.contextmanager

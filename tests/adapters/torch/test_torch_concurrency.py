@@ -55,23 +55,6 @@ def test_concurrent_steps_survive_each_threading_layer_of_numba(layer: str) -> N
     assert run_script(script, layer) == [layer]
 
 
-def test_threads_may_share_parameters() -> None:
-    # As in Hogwild: steps of one may overwrite those of the other, but every element moves, down, and nothing breaks.
-    pytest.importorskip("numba")
-    param = nn.Parameter(torch.zeros(SIZE))
-
-    def work(seed: int) -> None:
-        mine = nn.Parameter(param.detach())  # the same memory
-        optimizer = VSGD([mine], lr=0.1, fused=True)
-        mine.grad = torch.ones(SIZE)
-        for _ in range(20):
-            optimizer.step()
-
-    run_at_once(work, 2)
-    assert param.isfinite().all()
-    assert (param < 0).all()
-
-
 @forks
 def test_a_forked_child_steps_by_itself() -> None:
     pytest.importorskip("numba")
