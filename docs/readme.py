@@ -42,7 +42,8 @@ COLUMNS = ("golden, float64", "golden, float32", "training, float64", "training,
 #: By file: what the suite measures, its baseline, and the names of VSGD and Constant VSGD in it.
 SUITES = {
     "torch": ("PyTorch, a fused step", "AdamW(fused=True)", ("VSGD(fused=True)", "ConstantVSGD(fused=True)")),
-    "optax": ("JAX, a step under `jit`", "optax.adamw", ("vsgd", "constant_vsgd")),
+    "optax": ("JAX, a jitted step on given gradients", "optax.adamw", ("vsgd", "constant_vsgd")),
+    "optax-inside": ("JAX, gradients and step jitted", "optax.adamw", ("vsgd", "constant_vsgd")),
     "keras-train-tensorflow": ("Keras on TensorFlow, a train step", "keras AdamW", ("VSGD", "ConstantVSGD")),
     "keras-train-jax": ("Keras on JAX, a train step", "keras AdamW", ("VSGD", "ConstantVSGD")),
     "keras-train-torch": ("Keras on PyTorch, a train step", "keras AdamW", ("VSGD", "ConstantVSGD")),

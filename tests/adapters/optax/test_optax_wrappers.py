@@ -26,6 +26,7 @@ from adapters.optax.optax_problems import (  # noqa: E402
     storages,
     train,
 )
+from drivers.optax_driver import BY_XLA  # noqa: E402
 
 from vsgd import core  # noqa: E402
 from vsgd.optax import constant_vsgd, scale_by_constant_vsgd, scale_by_vsgd, vsgd  # noqa: E402
@@ -273,7 +274,8 @@ def test_bytes_that_a_compiled_step_moves_and_keeps(make: Callable[..., Any], mo
     number = 1 << 16
     solver = make(0.1, weight_decay=0.1)
     params = jnp.ones(number)
-    compiled = make_step(solver, donate_argnums=(0, 1)).lower(params, solver.init(params), params).compile()
+    with BY_XLA:
+        compiled = make_step(solver, donate_argnums=(0, 1)).lower(params, solver.init(params), params).compile()
     # Beside the arrays there are some scalars.
     assert compiled.cost_analysis()["bytes accessed"] <= moved * number + 1000
     assert compiled.memory_analysis().temp_size_in_bytes <= temporary * number + 10_000

@@ -24,7 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from vsgd import core
 from vsgd.backends import jax_step
+from vsgd.backends.xla_handler import compile_handler
 from vsgd.optax import constant_vsgd, vsgd
+from vsgd.outliers import choose_rule
 
 SIZE = 200_000
 
@@ -73,9 +75,10 @@ def run_fork(folder: Path) -> None:
 
 
 def run_kernels(folder: Path) -> None:
-    """Step by several handlers of one process."""
+    """Step by several handlers of one process, which come from disk if another process has compiled them."""
+    done = folder / "compiled"
     params = jnp.linspace(-1, 1, SIZE)
-    for make in (vsgd, constant_vsgd):
+    for make, rule in ((vsgd, core.VSGD), (constant_vsgd, core.CONSTANT_VSGD)):
         for options in ({}, {"outlier_threshold": 2.0}):
             ends = []
             for limit in (0, 2**62):
@@ -86,6 +89,9 @@ def run_kernels(folder: Path) -> None:
                     end, state = jax.jit(step_by(solver))(end, params, state)
                 ends.append((end, state))
             assert_close(*ends)
+            handler = compile_handler(choose_rule(rule, options.get("outlier_threshold")), np.float32, np.float32)
+            assert [each.cache_hits for each in handler.code] == [done.exists()] * 2
+    done.touch()
 
 
 def run_saved(folder: Path) -> None:
