@@ -34,9 +34,17 @@ _step.multiple_results = True
 
 
 def step_array(
-    rule: core.Rule, grad: jax.Array, state: Sequence[jax.Array], coefficients: Any, key: jax.Array | None = None
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Return the direction of a gradient, and the new state.
+    rule: core.Rule,
+    grad: jax.Array,
+    state: Sequence[jax.Array],
+    coefficients: Any,
+    key: jax.Array | None = None,
+    turn: jax.Array | None = None,
+) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
+    """Return the direction of a gradient, the new state, and the turn of the next array.
+
+    Steps on a function's arguments could all start at once, and XLA would fill memory with all directions before it used the
+    first one. With turns, the handler waits for the last array's, and XLA uses a direction while it is in the caches.
 
     Args:
         rule: the variant.
@@ -44,19 +52,21 @@ def step_array(
         state: arrays of the gradient's shape, float64, float32 or bfloat16.
         coefficients: `rule.coefficients(step, hyper)`, numbers or 0-d arrays.
         key: the key of this array and step, if the state is bfloat16: it is rounded stochastically.
+        turn: what the step on another array returned; None: do not wait.
 
     Returns:
-        The direction in the gradient's dtype, and state in its own.
+        The direction in the gradient's dtype, state in its own, and the next turn, a scalar without meaning.
 
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
     """
     if grad.size < SMALLEST:
         direction, *new = _update(rule, coefficients, key, grad, state, grad.shape)
-        return direction, new
+        return direction, new, turn
     dtype = jnp.promote_types(state[0].dtype, jnp.float32)
     numbers = jnp.stack([jnp.asarray(number, dtype) for number in coefficients])
-    direction, *new = _step.bind(numbers, jnp.zeros([], jnp.int32) if key is None else key, grad, *state, rule=rule)
-    return direction, new
+    key, turn = (jnp.zeros([], jnp.int32) if each is None else each for each in (key, turn))
+    turn, direction, *new = _step.bind(numbers, key, turn, grad, *state, rule=rule)
+    return direction, new, turn
 
 
 def _update(
@@ -71,12 +81,14 @@ def _update(
     return [direction.astype(grad.dtype), *(array.astype(state[0].dtype) for array in new)]
 
 
-def _compute_step(numbers: jax.Array, key: jax.Array, grad: jax.Array, *state: jax.Array, rule: core.Rule) -> list[jax.Array]:
+def _compute_step(
+    numbers: jax.Array, key: jax.Array, turn: jax.Array, grad: jax.Array, *state: jax.Array, rule: core.Rule
+) -> list[jax.Array]:
     """Compute what the primitive means. Under `vmap`, each row of `numbers` and each key is for a row of the arrays."""
     rows = (*key.shape, *[1] * (grad.ndim - key.ndim))
     kind = type(rule.coefficients(1.0, rule.hyperparameters()))
     coefficients = kind(*(numbers[..., i].reshape(rows) for i in range(numbers.shape[-1])))
-    return _update(rule, coefficients, key.reshape(rows), grad, state, grad.shape[key.ndim :])
+    return [turn, *_update(rule, coefficients, key.reshape(rows), grad, state, grad.shape[key.ndim :])]
 
 
 @functools.cache
@@ -135,7 +147,7 @@ def _choose_handler(context: Any, rule: core.Rule) -> str | None:
     exported = getattr(getattr(module, "lowering_parameters", None), "for_export", True)
     if not alone or exported or tuple(module.platforms) != ("cpu",):
         return None
-    grad_dtype, stored = (context.avals_in[i].dtype.name for i in (2, 3))
+    grad_dtype, stored = (context.avals_in[i].dtype.name for i in (3, 4))
     with _lock:
         return _register_handler(rule, grad_dtype, stored)
 
@@ -147,10 +159,13 @@ def _lower(context: Any, *operands: Any, rule: core.Rule) -> Any:
     name = _choose_handler(context, rule)
     if name is None:
         return _lower_plain(context, *operands, rule=rule)
+    computed = type(operands[3]).__name__ == "OpResult"
     # The direction takes the place of a gradient that was computed here; XLA would copy an argument for that.
-    first = 0 if type(operands[2]).__name__ == "OpResult" else 1
-    aliases = {2 + i: i for i in range(first, len(operands) - 2)}
-    return jax.ffi.ffi_lowering(name, operand_output_aliases=aliases)(context, *operands)
+    aliases = {2 + i: i for i in range(len(operands) - 2) if computed or i != 1}
+    results = list(jax.ffi.ffi_lowering(name, operand_output_aliases=aliases)(context, *operands))
+    if computed:
+        results[0] = operands[2]  # the next step need not wait for this one
+    return results
 
 
 ad.primitive_jvps[_step] = _differentiate

@@ -128,7 +128,7 @@ def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any,
     """
     new = []
     for param, grad, *state in zip(*map(split_complex, values), strict=True):
-        direction, new_state = step_array(rule, grad, state, coefficients)
+        direction, new_state, _ = step_array(rule, grad, state, coefficients)
         new.append((core.descend(param, direction, lr, decay), *new_state))
     return [join_complex(parts) for parts in zip(*new, strict=True)]
 
@@ -150,7 +150,7 @@ def compute_rounded_step(
     """
     key = _compute_key(base, step)
     param, grad = (ops.cast(value, "float32") for value in values[:2])
-    direction, state = step_array(rule, grad, values[2:], coefficients, key)
+    direction, state, _ = step_array(rule, grad, values[2:], coefficients, key)
     param = core.descend(param, direction, lr, decay)
     return [_round_arrays([param], key, len(state))[0] if round_param else param, *state]
 
@@ -166,13 +166,13 @@ if keras.backend.backend() != "jax":
 
     def step_array(  # type: ignore[misc]  # its arrays are of another framework
         rule: core.Rule, grad: Any, state: Sequence[Any], coefficients: Any, key: Any = None
-    ) -> tuple[Any, Sequence[Any]]:
+    ) -> tuple[Any, Sequence[Any], None]:
         """Return the direction of a gradient, and the new state: see `vsgd.backends.jax_step.step_array`."""
         if keras.backend.standardize_dtype(state[0].dtype) != "bfloat16":
             direction, new = rule.make_update(ops)(grad, tuple(state), coefficients)
-            return direction, new
+            return direction, new, None
         direction, new = rule.make_update(ops)(grad, tuple(ops.cast(array, "float32") for array in state), coefficients)
-        return direction, _round_arrays(new, key)
+        return direction, _round_arrays(new, key), None
 
 
 @functools.cache

@@ -204,7 +204,7 @@ def _answer_version(frame):
 def _make_job(frame, n_roles, itemsize):
     """Return the address of a new job for one thread, or 0 if there are no elements."""
     rows = _count_elements(_get_buffer(frame.arguments_items, 1))
-    size = _count_elements(_get_buffer(frame.arguments_items, 2))
+    size = _count_elements(_get_buffer(frame.arguments_items, 3))
     if size == 0:
         return 0
     address = _malloc(_JOB_BYTES + 8 * n_roles)
@@ -215,9 +215,9 @@ def _make_job(frame, n_roles, itemsize):
     job.tasks = rows * job.parts
     job.coefficients = _get_buffer(frame.arguments_items, 0).data
     job.keys = _get_buffer(frame.arguments_items, 1).data
-    job.gradient = _get_buffer(frame.arguments_items, 2).data
+    job.gradient = _get_buffer(frame.arguments_items, 3).data
     for role in range(n_roles):
-        addresses[role] = _get_buffer(frame.results_items, role).data
+        addresses[role] = _get_buffer(frame.results_items, 1 + role).data
     if job.gradient != addresses[0] and size * itemsize >= _HUGE_PAGE // 2:
         # XLA takes the direction's memory from the system in each step, which page by page costs more than the step.
         first = addresses[0] & -_HUGE_PAGE
@@ -286,8 +286,9 @@ class Handler(NamedTuple):
 def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
     """Compile the handler of a rule.
 
-    Its operands are coefficients (rows x coefficients), the keys of stochastic rounding (rows, int32), the gradient and the
-    state arrays (rows x the leaf's shape); its results the direction and the new state, in the buffers of the old one.
+    Its operands are coefficients (rows x coefficients), the keys of stochastic rounding and turns (rows, int32), the gradient
+    and the state arrays (rows x the leaf's shape). Its results are turns, which only order the calls, the direction, and the
+    new state in the buffers of the old one.
 
     Args:
         rule: the variant.

@@ -78,9 +78,12 @@ def scale_by_rule(
             # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
             return rule.coefficients(count.astype(dtype), cast_hyperparameters(hyper, dtype))
 
+        turn = None
+
         def update_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> tuple[Any, ...]:
             if grad is None:
                 return None, *arrays
+            nonlocal turn
             check_gradient("updates", path, grad, arrays)
             stored = arrays[0].dtype
             dtype = choose_arithmetic_dtype(stored)
@@ -89,7 +92,10 @@ def scale_by_rule(
             halves = get_dtype(grad) == jnp.bfloat16 and dtype == jnp.float32
             grad_parts = split_complex(jnp.asarray(grad, jnp.bfloat16 if halves else dtype))
             pairs = zip(grad_parts, zip(*map(split_complex, arrays), strict=True), strict=True)
-            stepped = [step_array(rule, part, old, c, key) for part, old in pairs]
+            stepped = []
+            for part, old in pairs:
+                *new, turn = step_array(rule, part, old, c, key, turn)
+                stepped.append(new)
             direction, new_arrays = jax.tree.map(join_complex, *stepped)
             return direction.astype(get_dtype(grad)), *new_arrays
 
