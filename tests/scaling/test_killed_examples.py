@@ -33,7 +33,8 @@ def said(name: str, folder: Path, *options: str, killed: bool = False, gpus: boo
     environment = {"OMP_NUM_THREADS": "1", **(GPUS if gpus else CPU)}
     if name == "torch_distributed":
         processes = ranks.count_gpus("torch") if gpus else 2
-        restarted = ["torch.distributed.run", "--standalone", "--max-restarts=1", f"--nproc-per-node={processes}"]
+        # Three, for a restart may itself fail, of a connection.
+        restarted = ["torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={processes}"]
         return run("-m", *restarted, *command, *(["--die-at=25"] if killed else []), **environment).splitlines()
     before = run(*command, "--die-at=25", code=-signal.SIGKILL, **environment).splitlines() if killed else []
     return before + run(*command, **environment).splitlines()
