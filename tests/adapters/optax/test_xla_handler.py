@@ -200,6 +200,7 @@ def test_xla_refuses_a_handler_of_another_version() -> None:
 
 
 def test_an_exported_step_holds_no_handler(chosen: list[str | None]) -> None:
+    pytest.importorskip("flatbuffers")
     from jax import export
 
     solver = vsgd(0.1)
