@@ -90,6 +90,13 @@ def _select_prior_shape(hyper: Hyperparameters | ConstantHyperparameters) -> flo
     return hyper.prior_strength if hyper.prior_shape is None else hyper.prior_shape
 
 
+def _compute_forgetting(step: Any, kappa: Any, floor: Any) -> Any:
+    """Return the learning rate of a rate b, `max(step ** -kappa, floor)`."""
+    rho = step**-kappa
+    # The larger of two numbers by operators alone; exactly the first one where the floor is 0.
+    return (rho + floor + abs(rho - floor)) / 2
+
+
 # VSGD (paper, section 3; the residual form of Algorithm 1)
 
 
@@ -103,6 +110,7 @@ class Hyperparameters(NamedTuple):
         kappa2: how fast `b_ghat` forgets: its learning rate at step t is `t ** -kappa2`.
         eps: a number added to the root of the second moment, in units of the gradient.
         prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper.
+        forgetting_floor: the smallest learning rate of `b_g` and `b_ghat`; 0 is none, as in the paper.
     """
 
     variance_ratio: float = 30.0
@@ -111,6 +119,7 @@ class Hyperparameters(NamedTuple):
     kappa2: float = 0.9
     eps: float = 1e-8
     prior_shape: float | None = None
+    forgetting_floor: float = 0.0
 
 
 def compute_shape(hyper: Hyperparameters) -> float:
@@ -146,8 +155,8 @@ class Coefficients(NamedTuple):
 
 
 def _compute_coefficients(step: Any, hyper: Hyperparameters) -> Coefficients:
-    rho_1 = step**-hyper.kappa1
-    rho_2 = step**-hyper.kappa2
+    rho_1 = _compute_forgetting(step, hyper.kappa1, hyper.forgetting_floor)
+    rho_2 = _compute_forgetting(step, hyper.kappa2, hyper.forgetting_floor)
     return Coefficients(
         keep_g=1 - rho_1,
         prior_g=rho_1 * hyper.prior_strength,
@@ -200,6 +209,7 @@ class ConstantHyperparameters(NamedTuple):
         kappa: how fast `b` forgets: its learning rate at step t is `t ** -kappa`.
         eps: a number added to the root of the second moment, in units of the gradient.
         prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper.
+        forgetting_floor: the smallest learning rate of `b`; 0 is none, as in the paper.
     """
 
     variance_ratio: float = 3.0
@@ -207,6 +217,7 @@ class ConstantHyperparameters(NamedTuple):
     kappa: float = 0.9
     eps: float = 1e-8
     prior_shape: float | None = None
+    forgetting_floor: float = 0.0
 
 
 def compute_constant_shape(hyper: ConstantHyperparameters) -> float:
@@ -240,7 +251,7 @@ class ConstantCoefficients(NamedTuple):
 
 
 def _compute_constant_coefficients(step: Any, hyper: ConstantHyperparameters) -> ConstantCoefficients:
-    rho = step**-hyper.kappa
+    rho = _compute_forgetting(step, hyper.kappa, hyper.forgetting_floor)
     ratio = hyper.variance_ratio
     return ConstantCoefficients(
         gain=1 / (ratio + 1),

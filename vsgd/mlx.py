@@ -108,6 +108,7 @@ class VSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in `mlx.optimizers.AdamW`, applied before the step.
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Raises:
         ValueError: a hyperparameter is out of its range; or, in a step, a parameter is not of real floating numbers, or a shape
@@ -141,6 +142,7 @@ class VSGD(_RuleOptimizer):
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
     ) -> None:
         super().__init__(
             learning_rate,
@@ -152,6 +154,7 @@ class VSGD(_RuleOptimizer):
             eps=eps,
             outlier_threshold=outlier_threshold,
             prior_shape=prior_shape,
+            forgetting_floor=forgetting_floor,
         )
 
 
@@ -172,6 +175,7 @@ class ConstantVSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in `mlx.optimizers.AdamW`, applied before the step.
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Raises:
         ValueError: a hyperparameter is out of its range; or, in a step, a parameter is not of real floating numbers, or a shape
@@ -199,6 +203,7 @@ class ConstantVSGD(_RuleOptimizer):
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
     ) -> None:
         super().__init__(
             learning_rate,
@@ -209,6 +214,7 @@ class ConstantVSGD(_RuleOptimizer):
             eps=eps,
             outlier_threshold=outlier_threshold,
             prior_shape=prior_shape,
+            forgetting_floor=forgetting_floor,
         )
 
 

@@ -199,6 +199,7 @@ class VSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is not a writeable array of floating numbers.
@@ -226,6 +227,7 @@ class VSGD(_RuleOptimizer):
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
     ) -> None:
         super().__init__(
             params,
@@ -238,6 +240,7 @@ class VSGD(_RuleOptimizer):
             eps=eps,
             outlier_threshold=outlier_threshold,
             prior_shape=prior_shape,
+            forgetting_floor=forgetting_floor,
         )
 
 
@@ -258,6 +261,7 @@ class ConstantVSGD(_RuleOptimizer):
         weight_decay: decoupled weight decay, as in AdamW, applied before the step.
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter is not a writeable array of floating numbers.
@@ -283,6 +287,7 @@ class ConstantVSGD(_RuleOptimizer):
         weight_decay: float = 0.0,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
     ) -> None:
         super().__init__(
             params,
@@ -294,6 +299,7 @@ class ConstantVSGD(_RuleOptimizer):
             eps=eps,
             outlier_threshold=outlier_threshold,
             prior_shape=prior_shape,
+            forgetting_floor=forgetting_floor,
         )
 
 

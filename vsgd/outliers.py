@@ -29,6 +29,7 @@ class RobustHyperparameters(NamedTuple):
     kappa2: float = 0.9
     eps: float = 1e-8
     prior_shape: float | None = None
+    forgetting_floor: float = 0.0
     outlier_threshold: float = 5.0
 
 
@@ -59,6 +60,7 @@ class RobustConstantHyperparameters(NamedTuple):
     kappa: float = 0.9
     eps: float = 1e-8
     prior_shape: float | None = None
+    forgetting_floor: float = 0.0
     outlier_threshold: float = 5.0
 
 

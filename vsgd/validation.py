@@ -42,6 +42,7 @@ _RANGES = {
     "scale": _Range("scale value", *_POSITIVE),
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
     "prior_shape": _Range("prior_shape value", "None or a finite number >= 0", _NON_NEGATIVE[1]),
+    "forgetting_floor": _Range("forgetting_floor value", "a number in [0, 1)", lambda x: 0 <= x < 1),
 }
 _MAY_BE_NONE = {"prior_shape"}
 
@@ -64,6 +65,10 @@ _DESCRIPTIONS = {
     "prior_shape": (
         "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0 a run can follow the "
         "loss's scale exactly: see `docs/tuning.md`."
+    ),
+    "forgetting_floor": (
+        "the smallest learning rate of the rates, in [0, 1), where t ** -kappa falls below it. With 0.01 they remember one or "
+        "two hundred steps of a long run, so that the noise estimates follow noise that falls."
     ),
     "state_dtype": (
         '"float32", or "bfloat16" for state in half the memory, stochastically rounded; the arithmetic stays float32. float64 '

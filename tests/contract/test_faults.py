@@ -22,7 +22,16 @@ def make(adapter: str, kind: str, **arguments: Any) -> Any:
     return make_driver(ADAPTERS[adapter], kind, [np.ones(3, np.float32)], **arguments)
 
 
-COMMON = ["lr", "variance_ratio", "prior_strength", "eps", "weight_decay", "outlier_threshold", "prior_shape"]
+COMMON = [
+    "lr",
+    "variance_ratio",
+    "prior_strength",
+    "eps",
+    "weight_decay",
+    "outlier_threshold",
+    "prior_shape",
+    "forgetting_floor",
+]
 STORAGE = ["state_dtype", "seed", "stochastic_rounding"]
 WITHOUT_STORAGE = [name for name, driver in ADAPTERS.items() if "bfloat16" in DRIVERS[driver].lacks]
 ARGUMENTS = {

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from drivers import AVAILABLE, DRIVERS, HAS_TORCH, make_driver, run, start
+from drivers.rules import RULES
 from drivers.trajectories import deviation, stack
 
 import vsgd.numpy
 
-KINDS = ("VSGD", "ConstantVSGD")
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", RULES)
 rates = pytest.mark.parametrize("lr", [0.1, 0.3])
 
 
@@ -148,31 +148,70 @@ def test_a_shape_that_is_the_strength_is_the_papers(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("engine", AVAILABLE)
-def test_every_engine_takes_a_shape(engine: str, kind: str) -> None:
-    reference = trajectory("numpy", kind, np.float64, 1.0, prior_shape=0.3)
-    found = trajectory(engine, kind, np.float64, 1.0, prior_shape=0.3)
+def test_every_engine_takes_a_shape_and_a_floor(engine: str, kind: str) -> None:
+    # The floor holds from the fifth of twelve steps on, or the sixth.
+    options = {"prior_shape": 0.3, "forgetting_floor": 0.25}
+    reference = trajectory("numpy", kind, np.float64, 1.0, **options)
+    found = trajectory(engine, kind, np.float64, 1.0, **options)
     assert deviation([{name: each[name] for name in reference[0]} for each in found], reference).error < 1e-12
 
 
 @kinds
 @pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
-def test_torch_checkpoints_hold_the_shape_and_older_ones_have_the_papers(kind: str) -> None:
+@pytest.mark.parametrize(("name", "value", "before"), [("prior_shape", 0.0, None), ("forgetting_floor", 0.01, 0.0)])
+def test_torch_checkpoints_hold_what_is_newer_and_older_ones_have_the_papers(
+    name: str, value: float, before: float | None, kind: str
+) -> None:
     def make(**options: Any) -> Any:
         driver = make_driver("torch-loop", kind, [np.ones(3)], **options)
         driver.step([np.ones(3)])
         return driver.optimizer
 
-    older = make(prior_shape=0.0).state_dict()
+    older = make(**{name: value}).state_dict()
     loaded = make()
     loaded.load_state_dict(older)
-    assert loaded.param_groups[0]["prior_shape"] == 0.0
-    del older["param_groups"][0]["prior_shape"]
+    assert loaded.param_groups[0][name] == value
+    del older["param_groups"][0][name]
     loaded.load_state_dict(older)
-    assert loaded.param_groups[0]["prior_shape"] is None
+    assert loaded.param_groups[0][name] == before
     # And a whole optimizer that was pickled before there was one.
     pickled = make().__getstate__()
     for holder in (pickled["defaults"], pickled["param_groups"][0]):
-        del holder["prior_shape"]
+        del holder[name]
     loaded.__setstate__(pickled)
     loaded.step()
-    assert loaded.param_groups[0]["prior_shape"] is None
+    assert loaded.param_groups[0][name] == before
+
+
+# --- forgetting_floor. ---
+
+
+@kinds
+@pytest.mark.parametrize("floor", [0.0, 0.01, 0.3])
+def test_the_rates_forget_by_the_power_of_the_step_or_by_the_floor(kind: str, floor: float) -> None:
+    rule = RULES[kind]
+    hyper = rule.hyperparameters(forgetting_floor=floor)
+    kappa = hyper.kappa if kind == "ConstantVSGD" else hyper.kappa2
+    for step in (1, 2, 10, 1000, 10**6):
+        rho = max(step**-kappa, floor)
+        coefficients = rule.coefficients(step, hyper)._asdict()
+        keep, half_rho = (coefficients[f"{name}_ghat" if kind == "VSGD" else name] for name in ("keep", "half_rho"))
+        assert keep == pytest.approx(1 - rho, rel=1e-15, abs=1e-15)
+        assert half_rho == pytest.approx(rho / 2, rel=1e-15)
+
+
+def test_with_a_floor_the_noise_estimate_follows_noise_that_falls() -> None:
+    rng = np.random.default_rng(0)
+    observers = {
+        floor: vsgd.numpy.ConstantVSGD([np.zeros(2000)], lr=0.0, prior_strength=1e-6, forgetting_floor=floor)
+        for floor in (0.0, 0.01)
+    }
+    for step in range(4000):
+        grad = rng.standard_normal(2000) * (1.0 if step < 2000 else 0.1)
+        for observer in observers.values():
+            observer.step([grad])
+    noise = {floor: observer.posterior(0).noise_variance.mean() / 0.1**2 for floor, observer in observers.items()}
+    # Where the gradient stands still, with a gain w: docs/uncertainty.md.
+    w = 1 / 4
+    assert noise[0.01] == pytest.approx(2 * (1 - w) / (2 - w), rel=0.02)
+    assert noise[0.0] > 20

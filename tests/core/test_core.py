@@ -119,6 +119,7 @@ def test_the_update_holds_no_numeric_literal(rule: str) -> None:
         ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
         ({"kappa": 0.5}, "Invalid kappa value: 0.5 (kappa must be a number in (0.5, 1])"),
         ({"prior_shape": -1.0}, "Invalid prior_shape value: -1.0 (prior_shape must be None or a finite number >= 0)"),
+        ({"forgetting_floor": 1}, "Invalid forgetting_floor value: 1 (forgetting_floor must be a number in [0, 1))"),
         ({"kappa1": 1.5}, "Invalid kappa1 value: 1.5 (kappa1 must be a number in (0.5, 1])"),
     ],
 )

@@ -93,6 +93,7 @@ class VSGD(RuleOptimizer):
         stochastic_rounding: {stochastic_rounding}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
         **kwargs: further arguments of `keras.optimizers.Optimizer`.
 
     Raises:
@@ -135,6 +136,7 @@ class VSGD(RuleOptimizer):
         stochastic_rounding: bool = False,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_collect_arguments(locals()))
@@ -173,6 +175,7 @@ class ConstantVSGD(RuleOptimizer):
         stochastic_rounding: {stochastic_rounding}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
         **kwargs: further arguments of `keras.optimizers.Optimizer`.
 
     Raises:
@@ -213,6 +216,7 @@ class ConstantVSGD(RuleOptimizer):
         stochastic_rounding: bool = False,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**_collect_arguments(locals()))

@@ -42,6 +42,7 @@ def scale_by_vsgd(
     seed: jax.typing.ArrayLike = 0,
     outlier_threshold: jax.typing.ArrayLike | None = None,
     prior_shape: jax.typing.ArrayLike | None = None,
+    forgetting_floor: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -57,6 +58,7 @@ def scale_by_vsgd(
         seed: {seed}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Returns:
         A gradient transformation with a `ScaleByVsgdState`. It ignores extra arguments and needs no `params`.
@@ -85,6 +87,7 @@ def scale_by_vsgd(
         eps=eps,
         outlier_threshold=outlier_threshold,
         prior_shape=prior_shape,
+        forgetting_floor=forgetting_floor,
     )
 
 
@@ -99,6 +102,7 @@ def scale_by_constant_vsgd(
     seed: jax.typing.ArrayLike = 0,
     outlier_threshold: jax.typing.ArrayLike | None = None,
     prior_shape: jax.typing.ArrayLike | None = None,
+    forgetting_floor: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace gradients by Constant VSGD's directions, E[g] / sqrt(E[g^2]).
 
@@ -113,6 +117,7 @@ def scale_by_constant_vsgd(
         seed: {seed}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Returns:
         A gradient transformation with a `ScaleByConstantVsgdState`. It ignores extra arguments and needs no `params`.
@@ -139,6 +144,7 @@ def scale_by_constant_vsgd(
         eps=eps,
         outlier_threshold=outlier_threshold,
         prior_shape=prior_shape,
+        forgetting_floor=forgetting_floor,
     )
 
 
@@ -158,6 +164,7 @@ def vsgd(
     stochastic_rounding: bool = False,
     outlier_threshold: jax.typing.ArrayLike | None = None,
     prior_shape: jax.typing.ArrayLike | None = None,
+    forgetting_floor: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variational stochastic gradient descent.
 
@@ -224,6 +231,7 @@ def vsgd(
         stochastic_rounding: {stochastic_rounding}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
@@ -255,6 +263,7 @@ def vsgd(
         "seed": seed,
         "outlier_threshold": outlier_threshold,
         "prior_shape": prior_shape,
+        "forgetting_floor": forgetting_floor,
     }
     scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, **options)
     solver = descend(scaling, learning_rate, weight_decay, mask)
@@ -276,6 +285,7 @@ def constant_vsgd(
     stochastic_rounding: bool = False,
     outlier_threshold: jax.typing.ArrayLike | None = None,
     prior_shape: jax.typing.ArrayLike | None = None,
+    forgetting_floor: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VSGD with one precision for drift and noise, the paper's second variant, in Adam's memory.
 
@@ -310,6 +320,7 @@ def constant_vsgd(
         stochastic_rounding: {stochastic_rounding}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Returns:
         A gradient transformation. As with `optax.adamw`, its `update` needs `params`.
@@ -336,6 +347,7 @@ def constant_vsgd(
         "seed": seed,
         "outlier_threshold": outlier_threshold,
         "prior_shape": prior_shape,
+        "forgetting_floor": forgetting_floor,
     }
     scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, **options)
     solver = descend(scaling, learning_rate, weight_decay, mask)

@@ -65,6 +65,7 @@ class VSGD(RuleOptimizer):
         seed: {seed}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -108,6 +109,7 @@ class VSGD(RuleOptimizer):
         seed: int = 0,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
     ) -> None:
         super().__init__(params, _select_options(locals()))
 
@@ -140,6 +142,7 @@ class ConstantVSGD(RuleOptimizer):
         seed: {seed}
         outlier_threshold: {outlier_threshold}
         prior_shape: {prior_shape}
+        forgetting_floor: {forgetting_floor}
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -179,5 +182,6 @@ class ConstantVSGD(RuleOptimizer):
         seed: int = 0,
         outlier_threshold: float | None = None,
         prior_shape: float | None = None,
+        forgetting_floor: float = 0.0,
     ) -> None:
         super().__init__(params, _select_options(locals()))

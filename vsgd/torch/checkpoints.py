@@ -137,8 +137,8 @@ def hide_tensors(
     """
     params: dict[Any, tuple[Tensor, str]] = {}
     for number, (saved, group) in enumerate(zip(state_dict["param_groups"], param_groups, strict=False)):
-        defaults = rule.hyperparameters._field_defaults
-        required = (name for name in defaults if defaults[name] is not None)
+        # Newer hyperparameters are None or 0 by default; older checkpoints lack them.
+        required = (name for name, default in rule.hyperparameters._field_defaults.items() if default)
         _check_present(class_name, saved, required, f"param_groups[{number}]")
         dtype = saved.get("state_dtype", group["state_dtype"])
         params.update((index, (param, dtype)) for index, param in zip(saved["params"], group["params"], strict=False))

@@ -38,6 +38,7 @@ _OLD_DEFAULTS = {
     "seed": 0,
     "outlier_threshold": None,
     "prior_shape": None,
+    "forgetting_floor": 0.0,
 }
 
 

@@ -42,6 +42,9 @@ class TensorList:
     def __neg__(self) -> TensorList:
         return TensorList(torch._foreach_neg(self.tensors))
 
+    def __abs__(self) -> TensorList:
+        return TensorList(torch._foreach_abs(self.tensors))
+
     def __add__(self, other: Any) -> TensorList:
         return self._apply(torch._foreach_add, other)
 
