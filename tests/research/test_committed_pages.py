@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("name", "records", "program", "command", "sections"),
     [
-        ("performance", "performance", benchmarks, "report", "torch|optax|keras-train-.*"),
+        ("performance", "performance", benchmarks, "report", "torch|optax.*|keras-train-.*"),
         ("results", "results", experiments, "report", ".*"),
         ("tuning", "results", experiments, "sweep", "sweep-.*"),
     ],
