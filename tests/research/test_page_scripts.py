@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 need("sklearn", "matplotlib", "tqdm")
 
 from experiments import torch_mlp  # noqa: E402
-from experiments.uncertainty import noise_scale  # noqa: E402
+from experiments.uncertainty import forgetting, noise_scale  # noqa: E402
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -68,6 +68,29 @@ def test_noise_scales_are_compared_with_the_truth() -> None:
     *_, cells = cells_of(noise_scale.format_rows({("digits", "Constant VSGD"): [row]}))
     assert cells[:3] == ["digits", "Constant VSGD", "20"]
     assert float(cells[4]) == pytest.approx(truth, rel=0.01)
+
+
+def test_the_noise_of_a_batch_that_holds_no_example_twice() -> None:
+    x, y = torch_mlp.load_digits()
+    torch.manual_seed(0)
+    model = torch_mlp.make_model(x.shape[1])
+    mean, noise = forgetting.compute_truth(model, x, y)
+    grads = noise_scale.compute_example_gradients(model, x, y)
+    batches = torch.stack([grads[torch.randperm(len(x))[: torch_mlp.BATCH_SIZE]].mean(0) for _ in range(400)])
+    assert noise == pytest.approx((batches - mean).square().sum().item() / 400, rel=0.05)
+
+
+def test_filters_are_compared_with_the_truth() -> None:
+    need("mnist1d")
+    found = forgetting.follow(forgetting.TRAININGS["AdamW, constant 0.001"], steps=400, looks=1)
+    rows = cells_of(forgetting.format_looks({"AdamW": found}, settled=0))
+    assert [row[1] for row in rows] == list(forgetting.FILTERS)
+    for _, name, spread, noise, covered in rows:
+        assert spread.split(" to ") == [noise] * 2
+        # The noise has grown so far, and is remembered from before it did.
+        if name.startswith("Constant"):
+            assert 0.4 < float(noise) < 1.1
+            assert float(covered.split()[0]) == pytest.approx(90, abs=10)
 
 
 def test_clipping_lowers_the_trace_and_the_squared_norm_alike(monkeypatch: pytest.MonkeyPatch) -> None:
