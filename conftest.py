@@ -4,6 +4,7 @@ The plugin `tests/project/pages.py` runs the pages' snippets as tests.
 """
 
 import os
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -15,10 +16,12 @@ if find_spec("torch") is None:
     collect_ignore_glob += ["tests/adapters/torch", "tests/scaling/torch_*.py"]
 if find_spec("numba") is None:
     collect_ignore_glob += ["vsgd/backends/numba*.py", "vsgd/backends/torch/fused_cpu.py"]
+if find_spec("numba") is None or sys.platform != "linux":
+    collect_ignore_glob += ["vsgd/backends/xla_handler.py", "tests/adapters/optax/xla_handler_scripts.py"]
 if find_spec("triton") is None or version("triton") < "3.6":
     collect_ignore_glob += ["vsgd/backends/torch/fused_cuda.py", "tests/adapters/torch/torch_interpreted.py"]
 if find_spec("jax") is None or find_spec("optax") is None:
-    collect_ignore_glob += ["vsgd/optax", "vsgd/backends/jax.py", "tests/adapters/optax", "tests/scaling/jax_*.py"]
+    collect_ignore_glob += ["vsgd/optax", "vsgd/backends/jax*.py", "tests/adapters/optax", "tests/scaling/jax_*.py"]
 if find_spec("mlx") is None:
     collect_ignore_glob += ["vsgd/mlx.py", "tests/adapters/mlx"]
 if find_spec("tqdm") is None:
