@@ -219,7 +219,7 @@ def _make_job(frame, n_roles, itemsize):
     for role in range(n_roles):
         addresses[role] = _get_buffer(frame.results_items, 1 + role).data
     if job.gradient != addresses[0] and size * itemsize >= _HUGE_PAGE // 2:
-        # XLA takes the direction's memory from the system in each step, which page by page costs more than the step.
+        # XLA takes the direction's memory from the system in each step: large pages need fewer page faults.
         first = addresses[0] & -_HUGE_PAGE
         _madvise(first, addresses[0] + size * itemsize - first, _MADV_HUGEPAGE)
     return address
@@ -250,7 +250,7 @@ def _take_task(address):
 
 @inline
 def _finish_task(address):
-    """Tell that a task of a job is done."""
+    """Count a task of a job as done."""
     _fetch_add(address + _DONE, 1)
 
 
