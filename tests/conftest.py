@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from drivers import list_gaps
 from packaging.requirements import Requirement
 
 # Last, so that an installed vsgd comes before the checkout's.
@@ -39,6 +40,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write what each driver lacks, after a run of the contract."""
+    reports = (report for some in terminalreporter.stats.values() for report in some)
+    if any(getattr(report, "nodeid", "").startswith("tests/contract") for report in reports):
+        terminalreporter.section("drivers")
+        for gap in list_gaps():
+            terminalreporter.write_line(gap)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from vsgd.ops import Array, ArrayOps
+from vsgd.prior import resolve_prior
 
 #: The state arrays of one parameter, in the order of `Rule.state_names`.
 State = tuple[Any, ...]
@@ -65,11 +66,12 @@ class Rule:
     variance_scales: Callable[[Any], tuple[Any, Any]]
 
     def select_hyperparameters(self, options: Mapping[str, Any]) -> Any:
-        """Return the rule's hyperparameters from a mapping that holds at least these.
+        """Return the rule's hyperparameters from a mapping that holds at least these, with numbers in place of "auto".
 
         Numbers become Python floats: NumPy's would compute in their own precision, and backends take an integer as 32 bits.
         """
-        values = (options[name] for name in self.hyperparameters._fields)
+        resolved = resolve_prior(options)
+        values = (resolved[name] for name in self.hyperparameters._fields)
         return self.hyperparameters(*(float(value) if isinstance(value, Real) else value for value in values))
 
 

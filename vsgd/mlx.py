@@ -15,7 +15,7 @@ except ImportError as error:
 
 from vsgd import core, prior
 from vsgd.outliers import choose_rule
-from vsgd.posterior import Posterior, compute_posterior
+from vsgd.posterior import Posterior, Scales, compute_posterior
 from vsgd.validation import document_options, validate_numbers
 
 __all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
@@ -36,6 +36,9 @@ class _RuleOptimizer(Optimizer):
         names = self._rule.hyperparameters._fields
         validate_numbers(weight_decay=weight_decay, **{name: options[name] for name in names})
         self.hyper = self._rule.select_hyperparameters(options)
+        self._calibrates = prior.is_auto(options["prior_strength"])
+        if self._calibrates:
+            self.state["gradient_unit"] = mx.array(0.0)
         self.weight_decay = float(weight_decay)
         # MLX takes an integer for one of 64 bits.
         self._maybe_schedule("learning_rate", float(learning_rate) if isinstance(learning_rate, Real) else learning_rate)
@@ -52,7 +55,22 @@ class _RuleOptimizer(Optimizer):
         if not self._initialized:
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         tree_map(self._check, gradients, parameters, self.state)
-        return super().apply_gradients(gradients, parameters)
+        if ("gradient_unit" in self.state) != self._calibrates:
+            found = "no gradient_unit" if self._calibrates else "a gradient_unit"
+            raise ValueError(
+                f"state has {found}, but only the state of an optimizer with prior_strength='auto' has and needs one"
+            )
+        if not self._calibrates:
+            return super().apply_gradients(gradients, parameters)
+        before = self.step
+        self.state["gradient_unit"] = mx.where(self._unit > 0, self._unit, _measure_unit(gradients))
+        stepped = super().apply_gradients(gradients, parameters)
+        self.state["step"] = mx.where(self._unit > 0, self.step, before)
+        return stepped
+
+    @property
+    def _unit(self) -> mx.array:
+        return self.state["gradient_unit"]
 
     def _check(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> None:
         shapes = {name: array.shape for name, array in {"parameter": parameter, **state}.items()}
@@ -67,10 +85,18 @@ class _RuleOptimizer(Optimizer):
         arrays = tuple(state[name] for name in self._rule.state_names)
         dtype = arrays[0].dtype
         coefficients = self._rule.coefficients(self.step.astype(dtype), self.hyper)
-        direction, arrays = self._rule.make_update(mx)(gradient.astype(dtype), arrays, coefficients)
-        state.update(zip(self._rule.state_names, arrays, strict=True))
+        gradient = gradient.astype(dtype)
+        if self._calibrates:
+            gradient = gradient * (1 / self._unit.astype(dtype))
+        direction, new_arrays = self._rule.make_update(mx)(gradient, arrays, coefficients)
         lr = self.learning_rate.astype(dtype)
-        return core.descend(parameter.astype(dtype), direction, lr, 1 - lr * self.weight_decay).astype(parameter.dtype)
+        stepped = core.descend(parameter.astype(dtype), direction, lr, 1 - lr * self.weight_decay).astype(parameter.dtype)
+        if self._calibrates:  # a step without a unit changes nothing
+            old = parameter, *arrays
+            new = (mx.where(self._unit > 0, *pair) for pair in zip((stepped, *new_arrays), old, strict=True))
+            stepped, new_arrays = next(new), tuple(new)
+        state.update(zip(self._rule.state_names, new_arrays, strict=True))
+        return stepped
 
     def posterior(self, state: dict[str, mx.array]) -> Posterior:
         """Return the posterior of a parameter's gradient: the uncertainty of the gradient, not of the weights.
@@ -87,7 +113,8 @@ class _RuleOptimizer(Optimizer):
         if state.keys() != set(self._rule.state_names):
             raise ValueError(f"state has {sorted(state)}, but must be one parameter's: {sorted(self._rule.state_names)}")
         arrays = tuple(state[name] for name in self._rule.state_names)
-        return compute_posterior(arrays, self._rule.variance_scales(self.hyper))
+        unit = mx.where(self._unit > 0, self._unit, 1.0).astype(arrays[0].dtype) if self._calibrates else 1.0
+        return compute_posterior(arrays, Scales(*self._rule.variance_scales(self.hyper), unit))
 
 
 @document_options()
@@ -135,7 +162,7 @@ class VSGD(_RuleOptimizer):
         learning_rate: LearningRate = 0.01,
         *,
         variance_ratio: float = 30.0,
-        prior_strength: float = 1e-8,
+        prior_strength: float | str = 1e-8,
         kappa1: float = 0.81,
         kappa2: float = 0.9,
         eps: float = 1e-8,
@@ -197,7 +224,7 @@ class ConstantVSGD(_RuleOptimizer):
         learning_rate: LearningRate = 0.01,
         *,
         variance_ratio: float = 3.0,
-        prior_strength: float = 1e-8,
+        prior_strength: float | str = 1e-8,
         kappa: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -250,6 +277,13 @@ def prior_strength_from(gradients: Iterable[Any], scale: float = 10.0) -> float:
         >>> optimizer = VSGD(prior_strength=strength)
     """
     return prior.prior_strength_from(gradients, scale, _iterate_leaves, lambda magnitudes: magnitudes.sum().item())
+
+
+def _measure_unit(gradients: Any) -> mx.array:
+    arrays = [gradient for _, gradient in tree_flatten(gradients)]
+    # On the CPU, for a GPU has no float64.
+    wide = [array if array.dtype == mx.float64 else array.astype(mx.float32) for array in arrays]
+    return mx.array(prior.measure_unit(mx, [prior.Shards(wide)], sum(array.size for array in arrays)))
 
 
 def _iterate_leaves(name: str, batch: Any) -> Iterator[prior.Gradient]:

@@ -15,6 +15,7 @@ from vsgd.posterior import (
     NoiseScale,
     NoiseScales,
     Posterior,
+    Scales,
     compute_posterior,
     compute_surprise,
     estimate_noise_scale,
@@ -32,6 +33,7 @@ class _RuleOptimizer:
         lr: the step size; assign to it to follow a schedule.
         weight_decay: decoupled weight decay.
         hyper: the rule's other hyperparameters.
+        gradient_unit: the gradient in which the state counts, 1.0 unless `prior_strength` is "auto"; None until calibrated.
         state: for each parameter a dict with `step`, the count of its steps, and the rule's state arrays.
     """
 
@@ -47,6 +49,7 @@ class _RuleOptimizer:
         self.lr = lr
         self.weight_decay = weight_decay
         self.hyper = self._rule.select_hyperparameters(options)
+        self.gradient_unit: float | None = None if prior.is_auto(options["prior_strength"]) else 1.0
         self.state = [self._make_state(param) for param in self.params]
 
     def _make_state(self, param: np.ndarray) -> dict[str, Any]:
@@ -68,17 +71,28 @@ class _RuleOptimizer:
                 changed.
         """
         validate_numbers(lr=self.lr, weight_decay=self.weight_decay)
-        for param, grad, state in zip(self.params, self._check_grads(grads), self.state, strict=True):
-            if grad is not None:
-                self._step_one(param, grad, state)
+        checked = self._check_grads(grads)
+        if self.gradient_unit is None:
+            self.gradient_unit = self._measure_unit(checked)
+        if self.gradient_unit is not None:
+            for param, grad, state in zip(self.params, checked, self.state, strict=True):
+                if grad is not None:
+                    self._step_one(param, grad, state, 1 / self.gradient_unit)
 
-    def _step_one(self, param: np.ndarray, grad: np.ndarray, state: dict[str, Any]) -> None:
+    def _measure_unit(self, grads: Sequence[np.ndarray | None]) -> float | None:
+        pairs = [(grad, state["mu_g"].dtype) for grad, state in zip(grads, self.state, strict=True) if grad is not None]
+        arrays = [_view_as_real(grad.astype(dtype)) for grad, dtype in pairs]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(prior.measure_unit(np, [prior.Shards(arrays)], sum(array.size for array in arrays))) or None
+
+    def _step_one(self, param: np.ndarray, grad: np.ndarray, state: dict[str, Any], scale: float) -> None:
         state["step"] += 1
         arrays = tuple(state[name] for name in self._rule.state_names)
         update = self._rule.make_update(np)
         coefficients = self._rule.coefficients(state["step"], self.hyper)
         dtype = arrays[0].dtype
-        direction, new_arrays = update(_view_as_real(grad.astype(dtype)), tuple(map(_view_as_real, arrays)), coefficients)
+        real_grad = _view_as_real(grad.astype(dtype)) * scale
+        direction, new_arrays = update(real_grad, tuple(map(_view_as_real, arrays)), coefficients)
         for array, new in zip(arrays, new_arrays, strict=True):
             _view_as_real(array)[...] = new
         lr = float(self.lr)
@@ -142,9 +156,9 @@ class _RuleOptimizer:
     def _compute_posterior(self, state: dict[str, Any]) -> Posterior:
         return compute_posterior(*self._get_real_state(state))
 
-    def _get_real_state(self, state: dict[str, Any]) -> tuple[core.State, tuple[Any, Any]]:
+    def _get_real_state(self, state: dict[str, Any]) -> tuple[core.State, Scales]:
         arrays = tuple(_view_as_real(state[name]) for name in self._rule.state_names)
-        return arrays, self._rule.variance_scales(self.hyper)
+        return arrays, Scales(*self._rule.variance_scales(self.hyper), self.gradient_unit or 1.0)
 
     def _check_grads(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
         """Return the gradients as arrays, or raise an error if one does not fit its parameter."""
@@ -220,7 +234,7 @@ class VSGD(_RuleOptimizer):
         params: Iterable[np.ndarray],
         lr: float = 0.01,
         variance_ratio: float = 30.0,
-        prior_strength: float = 1e-8,
+        prior_strength: float | str = 1e-8,
         kappa1: float = 0.81,
         kappa2: float = 0.9,
         eps: float = 1e-8,
@@ -281,7 +295,7 @@ class ConstantVSGD(_RuleOptimizer):
         params: Iterable[np.ndarray],
         lr: float = 0.01,
         variance_ratio: float = 3.0,
-        prior_strength: float = 1e-8,
+        prior_strength: float | str = 1e-8,
         kappa: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,

@@ -15,9 +15,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class Array(Protocol):
     """An array, a scalar or a list of arrays, with elementwise arithmetic that keeps its dtype next to Python numbers."""
 
-    def __neg__(self) -> Any:
-        """Return `-self`."""
-
     def __add__(self, other: Any, /) -> Any:
         """Return `self + other`."""
 

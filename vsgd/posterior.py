@@ -44,12 +44,26 @@ class Posterior(NamedTuple):
         return 1 - self.gain
 
 
-def compute_posterior(state: core.State, scales: Sequence[Array]) -> Posterior:
+class Scales(NamedTuple):
+    """The factors from a state to what it describes, numbers or arrays that broadcast with the state.
+
+    Attributes:
+        drift: the factor from the state's first rate to the variance of the drift, as `rule.variance_scales(hyper)` has it.
+        noise: the factor from the state's last rate to the variance of the mini-batch noise, likewise.
+        unit: the gradient in which the state counts: see `vsgd.prior`.
+    """
+
+    drift: Array
+    noise: Array
+    unit: Array = 1.0
+
+
+def compute_posterior(state: core.State, scales: Scales) -> Posterior:
     """Return the posterior of one parameter's gradient.
 
     Args:
         state: the state arrays of one parameter in the rule's order, real, float32 or float64.
-        scales: `rule.variance_scales(hyper)`.
+        scales: the factors of its state.
 
     Returns:
         Arrays of the state's shape and dtype.
@@ -58,14 +72,15 @@ def compute_posterior(state: core.State, scales: Sequence[Array]) -> Posterior:
         >>> import numpy as np
         >>> hyper = core.VSGD.hyperparameters()
         >>> state = tuple(np.array([value]) for value in (0.3, 1e-3, 3e-2))
-        >>> posterior = compute_posterior(state, core.VSGD.variance_scales(hyper))
+        >>> posterior = compute_posterior(state, Scales(*core.VSGD.variance_scales(hyper)))
         >>> float(posterior.gain[0].round(4)), float(posterior.snr[0].round(1))
         (0.0323, 46.5)
 
     Source: arXiv 2404.06549, Algorithm 1 (`vsgd.core` has the constants).
     """
-    mean, *rates = state
-    drift_variance, noise_variance = rates[0] * scales[0], rates[-1] * scales[1]
+    square = scales.unit * scales.unit
+    mean = state[0] * scales.unit
+    drift_variance, noise_variance = state[1] * (scales.drift * square), state[-1] * (scales.noise * square)
     gain = drift_variance / (drift_variance + noise_variance)
     variance = gain * noise_variance
     return Posterior(mean, variance, noise_variance, drift_variance, gain, mean * mean / variance)
@@ -86,18 +101,18 @@ def predict_variance(state: core.State, scales: Sequence[Array]) -> Array:
     return drift_variance + noise_variance + drift_variance / (drift_variance + noise_variance) * noise_variance
 
 
-def compute_surprise(grad: Array, state: core.State, scales: Sequence[Array]) -> Array:
+def compute_surprise(grad: Array, state: core.State, scales: Scales) -> Array:
     """Return how unexpected a gradient is: its squared standardized innovation, near 1 on average where the model fits.
 
     Args:
         grad: a mini-batch gradient, in the state's dtype.
         state: the state arrays of its parameter before the step that takes it.
-        scales: `rule.variance_scales(hyper)`.
+        scales: the factors of this state.
 
     Returns:
         An array of the gradient's shape: `(grad - mu_g)**2` over the predicted variance.
     """
-    innovation = grad - state[0]
+    innovation = grad * (1 / scales.unit) - state[0]
     return innovation * innovation / predict_variance(state, scales)
 
 
@@ -161,7 +176,7 @@ def estimate_noise_scale(posterior: Posterior, batch_size: Array, total: Callabl
     Example:
         >>> import numpy as np
         >>> state = (np.array([1.0, 2.0]), np.array([1.0, 1.0]), np.array([3.0, 3.0]))
-        >>> estimate_noise_scale(compute_posterior(state, (1.0, 1.0)), batch_size=10, total=np.sum).scale.item()
+        >>> estimate_noise_scale(compute_posterior(state, Scales(1.0, 1.0)), batch_size=10, total=np.sum).scale.item()
         17.5
 
     Source: arXiv 1812.06162, appendix A; `docs/uncertainty.md` derives the correction.

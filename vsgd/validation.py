@@ -20,8 +20,6 @@ class _Range(NamedTuple):
 
 _POSITIVE = ("a finite number > 0", lambda x: 0 < x <= sys.float_info.max)
 _NON_NEGATIVE = ("a finite number >= 0", lambda x: 0 <= x <= sys.float_info.max)
-# A smaller prior underflows in float32, and so does b.
-_ABOVE_UNDERFLOW = ("a finite number >= 1e-30", lambda x: 1e-30 <= x <= sys.float_info.max)
 _FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
 
 # Keys are the names in torch and NumPy, and the names in Keras and optax where these differ.
@@ -29,7 +27,10 @@ _RANGES = {
     "lr": _Range("learning rate", *_NON_NEGATIVE),
     "learning_rate": _Range("learning rate", *_NON_NEGATIVE),
     "variance_ratio": _Range("variance_ratio value", "a number in [1e-15, 1e15]", lambda x: 1e-15 <= x <= 1e15),
-    "prior_strength": _Range("prior_strength value", *_ABOVE_UNDERFLOW),
+    # A smaller one underflows in float32, and so does b.
+    "prior_strength": _Range(
+        "prior_strength value", "'auto' or a finite number >= 1e-30", lambda x: 1e-30 <= x <= sys.float_info.max
+    ),
     "kappa": _Range("kappa value", *_FORGETTING),
     "kappa1": _Range("kappa1 value", *_FORGETTING),
     "kappa2": _Range("kappa2 value", *_FORGETTING),
@@ -43,8 +44,10 @@ _RANGES = {
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
     "prior_shape": _Range("prior_shape value", "None or a finite number >= 0", _NON_NEGATIVE[1]),
     "forgetting_floor": _Range("forgetting_floor value", "a number in [0, 1)", lambda x: 0 <= x < 1),
+    "gradient_unit": _Range("gradient_unit value", "None or a finite number > 0", _POSITIVE[1]),
 }
-_MAY_BE_NONE = {"prior_shape"}
+# Values that are no numbers.
+_NAMED = {"prior_shape": None, "prior_strength": "auto", "gradient_unit": None}
 
 #: The dtypes in which an optimizer can store what is computed in float32.
 STATE_DTYPES = ("float32", "bfloat16")
@@ -53,7 +56,12 @@ STATE_DTYPES = ("float32", "bfloat16")
 _DESCRIPTIONS = {
     "variance_ratio": "the paper's K_g, the prior of Var(ghat - g) / Var(g_t - g_{t-1}), noise over drift.",
     "constant_variance_ratio": "the paper's K_g, the fixed ratio Var(ghat - g) / Var(g_t - g_{t-1}), noise over drift.",
-    "prior_strength": "the paper's gamma, in units of gradient^2: multiply it by c^2 if you multiply the loss by c.",
+    "prior_strength": (
+        "the paper's gamma, in units of gradient^2: multiply it by c^2 if you multiply the loss by c. 'auto': the first "
+        "gradient calibrates the run, which then does not depend on the loss's scale; `prior_shape` None is 0, and the prior "
+        "and `eps` count in the root mean square of that gradient. A first gradient that is all zero or not finite changes "
+        "nothing, and the next one calibrates."
+    ),
     "kappa1": "how fast b_g forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa1.",
     "kappa2": "how fast b_ghat forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa2.",
     "kappa": "how fast b forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa.",
@@ -128,7 +136,7 @@ def validate_numbers(array_type: Any = None, /, **values: Any) -> None:
         ValueError: Invalid learning rate: -1 (lr must be a finite number >= 0)
     """
     for name, value in values.items():
-        if value is None and name in _MAY_BE_NONE:
+        if name in _NAMED and (value is None or isinstance(value, str)) and value == _NAMED[name]:
             continue
         label, allowed, holds = _RANGES[name]
         # NumPy's numbers have a dtype. Other kinds, such as fractions, are no numbers to the frameworks.

@@ -11,7 +11,15 @@ from drivers import DRIVERS, HAS_TORCH, make_driver
 from drivers.rules import RULES
 
 import vsgd.numpy
-from vsgd.posterior import NoiseScale, Posterior, compute_posterior, compute_surprise, estimate_noise_scale, predict_variance
+from vsgd.posterior import (
+    NoiseScale,
+    Posterior,
+    Scales,
+    compute_posterior,
+    compute_surprise,
+    estimate_noise_scale,
+    predict_variance,
+)
 
 kinds = pytest.mark.parametrize("kind", RULES)
 
@@ -167,12 +175,16 @@ def test_torch_keys_by_index_where_names_repeat_or_lack() -> None:
 
 def test_the_core_of_it_works_on_any_arrays() -> None:
     # Of scalars: by hand. a = 1, so the rates are the variances.
-    state, scales = (2.0, 1.0, 3.0), (1.0, 1.0)
+    state, scales = (2.0, 1.0, 3.0), Scales(1.0, 1.0)
     known = compute_posterior(state, scales)
     assert known == Posterior(2.0, 0.75, 3.0, 1.0, 0.25, 4 / 0.75)
     assert known.momentum == 0.75
     assert predict_variance(state, scales) == 4.75
     assert compute_surprise(5.0, state, scales) == 9 / 4.75
+    # In another unit the state describes another gradient, as unexpected as before.
+    doubled = compute_posterior(state, scales._replace(unit=2.0))
+    assert doubled == Posterior(4.0, 3.0, 12.0, 4.0, 0.25, 4 / 0.75)
+    assert compute_surprise(10.0, state, scales._replace(unit=2.0)) == 9 / 4.75
     # Innovations vary by 4, of which w / 2 = 1/8 is the mean's own error.
     assert estimate_noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
 

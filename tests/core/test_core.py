@@ -116,7 +116,14 @@ def test_the_update_holds_no_numeric_literal(rule: str) -> None:
         ({"eps": float("nan")}, "Invalid epsilon value: nan (eps must be a finite number >= 0)"),
         ({"weight_decay": "0"}, "Invalid weight_decay value: '0' (weight_decay must be a finite number >= 0)"),
         ({"variance_ratio": 0}, "Invalid variance_ratio value: 0 (variance_ratio must be a number in [1e-15, 1e15])"),
-        ({"prior_strength": 0.0}, "Invalid prior_strength value: 0.0 (prior_strength must be a finite number >= 1e-30)"),
+        (
+            {"prior_strength": 0.0},
+            "Invalid prior_strength value: 0.0 (prior_strength must be 'auto' or a finite number >= 1e-30)",
+        ),
+        (
+            {"prior_strength": ""},
+            "Invalid prior_strength value: '' (prior_strength must be 'auto' or a finite number >= 1e-30)",
+        ),
         ({"kappa": 0.5}, "Invalid kappa value: 0.5 (kappa must be a number in (0.5, 1])"),
         ({"prior_shape": -1.0}, "Invalid prior_shape value: -1.0 (prior_shape must be None or a finite number >= 0)"),
         ({"forgetting_floor": 1}, "Invalid forgetting_floor value: 1 (forgetting_floor must be a number in [0, 1))"),
@@ -131,6 +138,6 @@ def test_a_bad_hyperparameter_is_named(values: dict[str, Any], message: str) -> 
 
 def test_good_numbers_and_values_not_yet_known_pass() -> None:
     validate_numbers(
-        lr=0, eps=0.0, weight_decay=0, variance_ratio=1, prior_strength=1e-30, kappa=1, kappa1=0.51, kappa2=np.float32(1)
+        lr=0, eps=0.0, weight_decay=0, variance_ratio=1, prior_strength="auto", kappa=1, kappa1=0.51, kappa2=np.float32(1)
     )
     validate_numbers(np.ndarray, lr=np.array(-1.0), prior_strength=np.array(0.0))

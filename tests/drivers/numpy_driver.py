@@ -55,9 +55,9 @@ class NumpyDriver:
         return [StateArray(array.dtype.name, array.nbytes) for array in arrays]
 
     def save(self, path: Path) -> None:
-        path.write_bytes(pickle.dumps((self.params, self.optimizer.state)))
+        path.write_bytes(pickle.dumps((self.params, self.optimizer.state, self.optimizer.gradient_unit)))
 
     def load(self, path: Path) -> None:
-        params, self.optimizer.state = pickle.loads(path.read_bytes())
+        params, self.optimizer.state, self.optimizer.gradient_unit = pickle.loads(path.read_bytes())
         for param, value in zip(self.params, params, strict=True):
             param[...] = value

@@ -12,7 +12,7 @@ from matrix.experiments import LR, Snapshot
 
 from vsgd import core
 from vsgd.outliers import choose_rule
-from vsgd.posterior import compute_posterior
+from vsgd.posterior import Scales, compute_posterior
 
 
 def _as_they_are(arrays: list[Any]) -> list[Any]:
@@ -76,5 +76,7 @@ class CoreRunner:
         return [dict(zip(names, map(self.library.numpy, row), strict=True)) for row in rows]
 
     def posterior(self) -> Snapshot:
-        known = (compute_posterior(state, self.rule.variance_scales(self.hyper)) for state in zip(*self.states, strict=True))
+        known = (
+            compute_posterior(state, Scales(*self.rule.variance_scales(self.hyper))) for state in zip(*self.states, strict=True)
+        )
         return [{name: self.library.numpy(array) for name, array in each._asdict().items()} for each in known]

@@ -41,6 +41,7 @@ class Case(NamedTuple):
         compact: whether state and parameters, where they can, are rounded stochastically to bfloat16.
         gradients: where they come from, by name.
         types: of the mesh's axes.
+        auto: whether the first gradient calibrates the run.
     """
 
     kind: str = "vsgd"
@@ -48,10 +49,12 @@ class Case(NamedTuple):
     compact: bool = False
     gradients: str = "exact"
     types: str = "Auto"
+    auto: bool = False
 
     def solver(self) -> Any:
+        calibration = {"prior_strength": "auto"} if self.auto else {}
         compact = {"state_dtype": "bfloat16", "stochastic_rounding": True} if self.compact else {}
-        return getattr(vsgd.optax, self.kind)(0.05, weight_decay=0.1, **compact)
+        return getattr(vsgd.optax, self.kind)(0.05, weight_decay=0.1, **calibration, **compact)
 
 
 class Trained(NamedTuple):

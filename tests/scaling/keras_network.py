@@ -36,6 +36,7 @@ CASES = {
     "VSGD": Case("VSGD", "float32", {}),
     "ConstantVSGD": Case("ConstantVSGD", "float32", {}),
     "average of the weights": Case("VSGD", "float32", {"use_ema": True, "ema_momentum": 0.5}),
+    "calibrated": Case("VSGD", "float32", {"prior_strength": "auto"}),
     "mixed precision": Case("VSGD", "mixed_bfloat16", {}),
     "bfloat16 state": Case("VSGD", "float32", {"state_dtype": "bfloat16"}),
     "bfloat16 state and variables": Case("VSGD", "bfloat16", {"state_dtype": "bfloat16", "stochastic_rounding": True}),

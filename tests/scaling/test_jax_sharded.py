@@ -50,6 +50,8 @@ for _case in (FLOAT32, DOUBLE):
         # Which of two products is fused with their sum depends on how the compiler unrolls a loop of a shard's length.
         ("equal gradients, XLA's contraction", CONTRACTED, "trained", _case._replace(gradients="given"), []),
         ("gradients summed in another order", CONTRACTED, "trained", _case._replace(gradients="summed"), []),
+        ("calibrated by the first gradient", CONTRACTED, "trained", _case._replace(gradients="summed", auto=True), []),
+        ("calibrated in shard_map", CONTRACTED, "inside", _case._replace(gradients="given", auto=True), [mapped]),
         ("gradients summed in another order", "jax gpus", "trained", _case._replace(gradients="summed"), [gpu]),
         ("ZeRO-1 by out_shardings", "jax gpus", "zero", _case._replace(gradients="summed"), [gpu]),
         ("shard_map of the whole step", "jax gpus", "inside", _case._replace(gradients="given"), [gpu, mapped]),

@@ -71,6 +71,17 @@ def test_hsdp_and_fsdp2_on_tensor_parallelism(options: dict[str, Any], on: On, a
     agreed("FSDP2 on tensor parallelism, 2 x 2, equal gradients", FOUR, strayed)
 
 
+@fsdp2
+@pytest.mark.parametrize(("pool", "shape", "reductions"), [("torch 2", (), 2), ("torch 4", (2, 2), 4)], ids=["FSDP2", "HSDP"])
+def test_the_first_gradient_calibrates_all_shards_alike(
+    pool: str, shape: tuple[int, ...], reductions: int, on: On, agreed: Agreed
+) -> None:
+    for strayed, unit, counts in on(pool, "torch_sharded.calibrated", Case({"prior_strength": "auto"}), *shape):
+        agreed("FSDP2, calibrated by the first gradient", TWO if pool == "torch 2" else FOUR, strayed, 1e-6)
+        assert abs(unit) < 1e-7
+        assert counts == [reductions, 0]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tensor_parallel(engine: str, on: On, agreed: Agreed) -> None:
     case = Case(ENGINES[engine], dtype=torch.float64)

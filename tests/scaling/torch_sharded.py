@@ -160,6 +160,23 @@ def seen(case: problem.Case) -> dict[str, float]:
     return {name: _relatively_apart(views[0][name], views[1][name]) for name in views[0]}
 
 
+def calibrated(case: problem.Case, *shape: int) -> tuple[float, float, list[int]]:
+    """How far FSDP2 strayed, the unit over one process', and how often the first two steps communicated."""
+    model = problem.network(case)
+    shard(model, case, *(shape or (dist.get_world_size(),)))
+    trained = problem.trained_of(model, case)
+    counts = []
+    for seed in range(2):
+        problem.loss_of(model, seed, dist.get_rank(), case).backward()
+        with CommDebugMode() as communication:
+            trained.optimizer.step()
+        counts.append(communication.get_total_counts())
+    again = train_fsdp(case, *(shape or (dist.get_world_size(),)))
+    reference = problem.reference(case, dist.get_world_size())
+    units = [each.optimizer.param_groups[0]["gradient_unit"] for each in (again, reference)]
+    return problem.strayed(again, reference), units[0] / units[1] - 1, counts
+
+
 def _relatively_apart(one: torch.Tensor, other: torch.Tensor) -> float:
     one, other = one.double(), other.double()
     assert torch.equal(one.isfinite(), other.isfinite())

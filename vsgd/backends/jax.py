@@ -45,6 +45,21 @@ def make_key(seed: Any) -> Callable[[int, jax.Array], jax.Array]:
     return lambda number, count: _compute_step_key(base_key(seed, number), count)
 
 
+def list_varying_axes(value: Any) -> frozenset[str]:
+    """Return the axes of `jax.shard_map` over which an abstract value varies, as far as JAX tracks that."""
+    # Newer versions of JAX keep it with more that concerns manual axes.
+    return frozenset(getattr(getattr(value, "manual_axis_type", None), "varying", getattr(value, "vma", ())))
+
+
+def vary_over(value: Any, axes: frozenset[str]) -> Any:
+    """Return an abstract value that varies over these axes."""
+    if not axes:
+        return value
+    if hasattr(value, "manual_axis_type"):
+        return value.update(manual_axis_type=value.manual_axis_type.update(varying=axes))
+    return value.update(vma=axes)
+
+
 def compute_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return the random bits of the elements of an array of this shape.
 

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from vsgd import core, rounding
-from vsgd.backends.jax import compute_words, to_bfloat16
+from vsgd.backends.jax import compute_words, list_varying_axes, to_bfloat16, vary_over
 
 #: Smaller arrays are left to XLA: the call of a handler costs more than it saves.
 SMALLEST = 4096
@@ -40,6 +40,7 @@ def step_array(
     coefficients: Any,
     key: jax.Array | None = None,
     turn: jax.Array | None = None,
+    grad_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
     """Return the direction of a gradient, the new state, and the turn of the next array.
 
@@ -53,6 +54,8 @@ def step_array(
         coefficients: `rule.coefficients(step, hyper)`, numbers or 0-d arrays.
         key: the key of this array and step, if the state is bfloat16: it is rounded stochastically.
         turn: what the step on another array returned; None: do not wait.
+        grad_scale: the factor of the gradient, a 0-d array; None: 1. With 0 there is no step, whatever the gradient is: the
+            direction is 0, and the state stays.
 
     Returns:
         The direction in the gradient's dtype, state in its own, and the next turn, a scalar without meaning.
@@ -60,25 +63,36 @@ def step_array(
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
     """
     if grad.size < SMALLEST:
-        direction, *new = _update(rule, coefficients, key, grad, state, grad.shape)
+        direction, *new = _update(rule, coefficients, key, grad, state, grad.shape, grad_scale)
         return direction, new, turn
     dtype = jnp.promote_types(state[0].dtype, jnp.float32)
-    numbers = jnp.stack([jnp.asarray(number, dtype) for number in coefficients])
+    numbers = jnp.stack([jnp.asarray(number, dtype) for number in (*coefficients, 1.0 if grad_scale is None else grad_scale)])
     key, turn = (jnp.zeros([], jnp.int32) if each is None else each for each in (key, turn))
     turn, direction, *new = _step.bind(numbers, key, turn, grad, *state, rule=rule)
     return direction, new, turn
 
 
 def _update(
-    rule: core.Rule, coefficients: Any, key: Any, grad: jax.Array, state: Sequence[jax.Array], shape: tuple[int, ...]
+    rule: core.Rule,
+    coefficients: Any,
+    key: Any,
+    grad: jax.Array,
+    state: Sequence[jax.Array],
+    shape: tuple[int, ...],
+    grad_scale: jax.Array | None,
 ) -> list[jax.Array]:
     dtype = jnp.promote_types(state[0].dtype, jnp.float32)
     wide = tuple(array.astype(dtype) for array in state)
-    direction, new = rule.make_update(jnp)(grad.astype(dtype), wide, coefficients)
+    scaled = grad.astype(dtype) if grad_scale is None else grad.astype(dtype) * grad_scale.astype(dtype)
+    direction, new = rule.make_update(jnp)(scaled, wide, coefficients)
     if state[0].dtype == jnp.bfloat16:
         words = compute_words(key, shape)
         new = tuple(to_bfloat16(array, words, multiplier) for array, multiplier in zip(new, rounding.MULTIPLIERS, strict=False))
-    return [direction.astype(grad.dtype), *(array.astype(state[0].dtype) for array in new)]
+    results = [direction.astype(grad.dtype), *(array.astype(state[0].dtype) for array in new)]
+    if grad_scale is None:
+        return results
+    unchanged = jnp.zeros_like(grad), *state
+    return [jnp.where(grad_scale == 0, old, new) for old, new in zip(unchanged, results, strict=True)]
 
 
 def _compute_step(
@@ -87,8 +101,8 @@ def _compute_step(
     """Compute what the primitive means. Under `vmap`, each row of `numbers` and each key is for a row of the arrays."""
     rows = (*key.shape, *[1] * (grad.ndim - key.ndim))
     kind = type(rule.coefficients(1.0, rule.hyperparameters()))
-    coefficients = kind(*(numbers[..., i].reshape(rows) for i in range(numbers.shape[-1])))
-    return [turn, *_update(rule, coefficients, key.reshape(rows), grad, state, grad.shape[key.ndim :])]
+    *coefficients, grad_scale = (numbers[..., i].reshape(rows) for i in range(numbers.shape[-1]))
+    return [turn, *_update(rule, kind(*coefficients), key.reshape(rows), grad, state, grad.shape[key.ndim :], grad_scale)]
 
 
 @functools.cache
@@ -104,8 +118,8 @@ def _(*operands: jax.Array, rule: core.Rule) -> Any:
 @_step.def_abstract_eval  # type: ignore[untyped-decorator]
 def _(numbers: Any, key: Any, *arrays: Any, rule: core.Rule) -> list[Any]:
     # Where all inputs of `shard_map` do not vary together, the outputs vary as all of them do.
-    varying = frozenset().union(*(getattr(each, "vma", frozenset()) for each in (numbers, key, *arrays)))
-    return [each.update(weak_type=False, **({"vma": varying} if varying else {})) for each in arrays]
+    varying = frozenset[str]().union(*map(list_varying_axes, (numbers, key, *arrays)))
+    return [vary_over(each.update(weak_type=False), varying) for each in arrays]
 
 
 def _differentiate(primals: Sequence[Any], tangents: Sequence[Any], *, rule: core.Rule) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from vsgd import core, rounding
+from vsgd import core, prior, rounding
 from vsgd.ops import BitOps
 
 if keras.backend.backend() == "torch":
@@ -59,11 +60,12 @@ class Scalars(NamedTuple):
     """The scalars of one step, as tensors. Passed as `learning_rate` because Keras copies it to every replica.
 
     Attributes:
-        by_dtype: the step size and the rule's coefficients for each dtype of the arithmetic.
+        by_dtype: for each dtype of the arithmetic the step size, the rule's coefficients and the factor of gradients: None for
+            gradients as they are, and 0 where there is no step.
         step: the count of this step, int32; None where nothing is rounded stochastically.
     """
 
-    by_dtype: dict[str, tuple[Any, Any]]
+    by_dtype: dict[str, tuple[Any, Any, Any]]
     step: Any
 
 
@@ -116,7 +118,22 @@ def join_complex(parts: tuple[Any, ...]) -> Any:
     return real + imaginary * 1j
 
 
-def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any, decay: Any = 1.0) -> list[Any]:
+def measure_unit(grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+    """Return the root mean square of all elements of the variables' gradients, or 0 if they are all zero or not finite."""
+
+    def densify(grad: Any, variable: Any) -> Any:
+        if hasattr(grad, "dense_shape"):
+            grad = ops.add(ops.zeros(variable.shape, grad.dtype), grad)
+        return ops.reshape(ops.stop_gradient(grad), variable.shape)  # TensorFlow may know the shape only in part
+
+    pairs = zip(grads, variables, strict=True)
+    arrays = [part for grad, variable in pairs for part in split_complex(densify(grad, variable))]
+    double = any(keras.backend.standardize_dtype(array.dtype) == "float64" for array in arrays)
+    shards = prior.Shards(arrays, partial(ops.cast, dtype="float64" if double else "float32"))
+    return prior.measure_unit(ops, [shards], sum(math.prod(array.shape) for array in arrays))
+
+
+def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any, grad_scale: Any, decay: Any) -> list[Any]:
     """Return the new variable and its new state.
 
     Args:
@@ -124,17 +141,26 @@ def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any,
         values: the variable, its gradient and its state, all of one dtype.
         lr: the step size.
         coefficients: the rule's coefficients of this step.
+        grad_scale: the factor of the gradient: see `Scalars`.
         decay: the factor of the variable's weight decay.
     """
     new = []
     for param, grad, *state in zip(*map(split_complex, values), strict=True):
-        direction, new_state, _ = step_array(rule, grad, state, coefficients)
-        new.append((core.descend(param, direction, lr, decay), *new_state))
+        direction, new_state, _ = step_array(rule, grad, state, coefficients, grad_scale=grad_scale)
+        new.append((_hold(grad_scale, core.descend(param, direction, lr, decay), param), *new_state))
     return [join_complex(parts) for parts in zip(*new, strict=True)]
 
 
 def compute_rounded_step(
-    rule: core.Rule, round_param: bool, values: list[Any], lr: Any, coefficients: Any, decay: Any, base: Any, step: Any
+    rule: core.Rule,
+    round_param: bool,
+    values: list[Any],
+    lr: Any,
+    coefficients: Any,
+    grad_scale: Any,
+    decay: Any,
+    base: Any,
+    step: Any,
 ) -> list[Any]:
     """Return the new variable and its new state, computed in float32, with bfloat16 rounded stochastically.
 
@@ -144,15 +170,21 @@ def compute_rounded_step(
         values: the variable, its gradient and its state.
         lr: the step size.
         coefficients: the rule's coefficients of this step.
+        grad_scale: the factor of the gradient: see `Scalars`.
         decay: the factor of the variable's weight decay.
         base: the variable's `rounding.base_key`, an int32 tensor.
         step: the count of this step, an int32 tensor.
     """
     key = _compute_key(base, step)
     param, grad = (ops.cast(value, "float32") for value in values[:2])
-    direction, state, _ = step_array(rule, grad, values[2:], coefficients, key)
-    param = core.descend(param, direction, lr, decay)
+    direction, state, _ = step_array(rule, grad, values[2:], coefficients, key, grad_scale=grad_scale)
+    param = _hold(grad_scale, core.descend(param, direction, lr, decay), param)
     return [_round_arrays([param], key, len(state))[0] if round_param else param, *state]
+
+
+def _hold(grad_scale: Any, new: Any, old: Any) -> Any:
+    """Return the new value, or the old one where there is no step."""
+    return new if grad_scale is None else ops.where(grad_scale == 0, old, new)
 
 
 def _round_arrays(arrays: Sequence[Any], key: Any, first: int = 0) -> list[Any]:
@@ -165,14 +197,14 @@ def _round_arrays(arrays: Sequence[Any], key: Any, first: int = 0) -> list[Any]:
 if keras.backend.backend() != "jax":
 
     def step_array(  # type: ignore[misc]  # its arrays are of another framework
-        rule: core.Rule, grad: Any, state: Sequence[Any], coefficients: Any, key: Any = None
+        rule: core.Rule, grad: Any, state: Sequence[Any], coefficients: Any, key: Any = None, *, grad_scale: Any = None
     ) -> tuple[Any, Sequence[Any], None]:
         """Return the direction of a gradient, and the new state: see `vsgd.backends.jax_step.step_array`."""
-        if keras.backend.standardize_dtype(state[0].dtype) != "bfloat16":
-            direction, new = rule.make_update(ops)(grad, tuple(state), coefficients)
-            return direction, new, None
-        direction, new = rule.make_update(ops)(grad, tuple(ops.cast(array, "float32") for array in state), coefficients)
-        return direction, _round_arrays(new, key), None
+        rounds = keras.backend.standardize_dtype(state[0].dtype) == "bfloat16"
+        wide = tuple(ops.cast(array, "float32") for array in state) if rounds else tuple(state)
+        direction, new = rule.make_update(ops)(grad if grad_scale is None else grad * grad_scale, wide, coefficients)
+        stored = _round_arrays(new, key) if rounds else new
+        return direction, [_hold(grad_scale, *pair) for pair in zip(stored, state, strict=True)], None
 
 
 @functools.cache

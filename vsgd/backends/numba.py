@@ -95,20 +95,20 @@ def _make_kernel(rule: core.Rule, indices: Callable[[int], Any], round_params: b
     for_state, for_param = rounding.MULTIPLIERS[:n_state], rounding.MULTIPLIERS[n_state] if round_params else None
 
     @inline
-    def step_block(param, grad, state, c, lr, decay, sign, key, first_index):
+    def step_block(param, grad, state, c, lr, decay, grad_scale, key, first_index):
         for i in range(param.shape[0]):
             word = compute_word(np.int32(first_index + np.int32(i)), key)
-            direction, new_state = update(sign * get_element(grad, i), load_elements(state, i), c)
+            direction, new_state = update(grad_scale * get_element(grad, i), load_elements(state, i), c)
             store_elements(state, i, new_state, for_state, word)
             put_element(param, i, descend(get_element(param, i), direction, lr, decay), for_param, word)
 
-    def kernel(addresses, stored, tensors, starts, stops, c, lr, decay, sign, keys, first_indices):
+    def kernel(addresses, stored, tensors, starts, stops, c, lr, decay, grad_scale, keys, first_indices):
         version  # noqa: B018
         for k in indices(tensors.shape[0]):
             tensor, start = tensors[k], starts[k]
             arrays = view_arrays(addresses, stored, tensor, start, stops[k] - start)
             first_index = np.int32(first_indices[tensor] + start)
-            step_block(arrays[0], arrays[1], arrays[2:], c, lr, decay, sign, keys[tensor], first_index)
+            step_block(arrays[0], arrays[1], arrays[2:], c, lr, decay, grad_scale, keys[tensor], first_index)
 
     return kernel
 
@@ -157,7 +157,7 @@ def step(
     stored: Sequence[Any],
     noise: NoiseTable,
     round_params: bool = False,
-    maximize: bool = False,
+    grad_scale: float = 1.0,
     threads: int = 1,
 ) -> None:
     """Take one step of `rule`, in place, on dense arrays in CPU memory.
@@ -174,7 +174,7 @@ def step(
             float64 or float32. bfloat16 state is rounded stochastically.
         noise: the random bits of stochastic rounding.
         round_params: whether bfloat16 parameters are rounded stochastically, and not to the nearest.
-        maximize: whether to step with the negative gradient.
+        grad_scale: the factor of gradients.
         threads: the largest number of threads to use.
 
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
@@ -182,7 +182,7 @@ def step(
     scalar = np.float64 if stored[0] is np.float64 else np.float32
     c = type(coefficients)(*map(scalar, coefficients))
     like = tuple(dtype(0) for dtype in stored)
-    arguments = (addresses, like, *chunks, c, scalar(lr), scalar(decay), scalar(-1 if maximize else 1), *noise)
+    arguments = (addresses, like, *chunks, c, scalar(lr), scalar(decay), scalar(grad_scale), *noise)
     threads = min(threads, len(chunks.tensors), numba.config.NUMBA_NUM_THREADS)
     if threads <= 1 or (chunks.stops - chunks.starts).sum() <= CHUNK * 4 or os.getpid() != _home_process:
         _compile(rule, round_params, parallel=False)(*arguments)

@@ -286,9 +286,9 @@ class Handler(NamedTuple):
 def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
     """Compile the handler of a rule.
 
-    Its operands are coefficients (rows x coefficients), the keys of stochastic rounding and turns (rows, int32), the gradient
-    and the state arrays (rows x the leaf's shape). Its results are turns, which only order the calls, the direction, and the
-    new state in the buffers of the old one.
+    Its operands are numbers (rows x the coefficients and the factor of the gradient), the keys of stochastic rounding and turns
+    (rows, int32), the gradient and the state arrays (rows x the leaf's shape). Its results are turns, which only order the
+    calls, the direction, and the new state in the buffers of the old one. With a factor of 0 there is no step.
 
     Args:
         rule: the variant.
@@ -300,7 +300,7 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
     """
     coefficients = rule.coefficients(1.0, rule.hyperparameters())
     kind, scalar = type(coefficients), np.float64 if stored is np.float64 else np.float32
-    likes = (scalar(0),) * len(coefficients)
+    likes = (scalar(0),) * (len(coefficients) + 1)
     n_state = len(rule.state_names)
     n_roles = 1 + n_state
     multipliers = rounding.MULTIPLIERS[:n_state] if stored is np.uint16 else (None,) * n_state
@@ -318,9 +318,9 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
 
     @inline
     @name_apart
-    def step_element(i, direction, grad, state, c, key, first_index):
+    def step_element(i, direction, grad, state, c, grad_scale, key, first_index):
         word = compute_word(np.int32(first_index + np.int32(i)), key)
-        value, new_state = update(get_element(grad, i), load_elements(state, i), c)
+        value, new_state = update(grad_scale * get_element(grad, i), load_elements(state, i), c)
         store_elements(state, i, new_state, multipliers, word)
         put_element(direction, i, value, None, word)
 
@@ -328,15 +328,21 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
 
     @inline
     @name_apart
-    def step_in_place(grad, state, c, key, first_index):
+    def step_in_place(grad, state, c, grad_scale, key, first_index):
         for i in range(grad.shape[0]):
-            step_element(i, grad, grad, state, c, key, first_index)
+            step_element(i, grad, grad, state, c, grad_scale, key, first_index)
 
     @inline
     @name_apart
-    def step_apart(direction, grad, state, c, key, first_index):
+    def step_apart(direction, grad, state, c, grad_scale, key, first_index):
         for i in range(grad.shape[0]):
-            step_element(i, direction, grad, state, c, key, first_index)
+            step_element(i, direction, grad, state, c, grad_scale, key, first_index)
+
+    @inline
+    @name_apart
+    def stay(direction):
+        for i in range(direction.shape[0]):
+            put_element(direction, i, scalar(0), None, np.int32(0))
 
     @inline
     @name_apart
@@ -348,15 +354,18 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
                 return
             row, part = divmod(task, job.parts)
             numbers = _view_array(job.coefficients + row * row_bytes, likes[0], len(likes))
-            c, key = kind(*_read_numbers(numbers, likes)), _view_array(job.keys, np.int32(0), row + 1)[row]
+            c, grad_scale = kind(*_read_numbers(numbers, likes[1:])), numbers[len(likes) - 1]
+            key = _view_array(job.keys, np.int32(0), row + 1)[row]
             start = part * TASK
             first, size = row * job.row_size + start, min(TASK, job.row_size - start)
             arrays = view_arrays(addresses, like, 0, first, size)
-            if job.gradient == addresses[0, 0]:
-                step_in_place(arrays[0], arrays[1:], c, key, np.int32(start))
+            if grad_scale == 0:
+                stay(arrays[0])
+            elif job.gradient == addresses[0, 0]:
+                step_in_place(arrays[0], arrays[1:], c, grad_scale, key, np.int32(start))
             else:
                 grad = _view_array(job.gradient + first * itemsize, like[0], size)
-                step_apart(arrays[0], grad, arrays[1:], c, key, np.int32(start))
+                step_apart(arrays[0], grad, arrays[1:], c, grad_scale, key, np.int32(start))
             _finish_task(address)
 
     # An intrinsic may stand in these two: in a function that they capture it would have another cache key in each process.

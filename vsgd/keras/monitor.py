@@ -116,11 +116,12 @@ def _iterate_blocks(optimizer: Any) -> Iterator[Block]:
             groups.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
     for members in groups.values():
         flat = [[tuple(ops.reshape(array, (-1,)) for array in part) for part in parts] for _, parts in members]
+        state = tuple(map(ops.concatenate, zip(*(part for parts in flat for part in parts), strict=True)))
         yield Block(
             names=[name for name, _ in members],
             sizes=tuple(sum(int(part[0].shape[0]) for part in parts) for parts in flat),
-            state=tuple(map(ops.concatenate, zip(*(part for parts in flat for part in parts), strict=True))),
-            scales=optimizer._compute_scales(),
+            state=state,
+            scales=optimizer._compute_scales(state),
             grads=None,
         )
 

@@ -18,6 +18,7 @@ from vsgd.backends.keras import Scalars
 from vsgd.keras.checkpoints import assign_all, check_dtype, check_shapes
 from vsgd.keras.posterior import PosteriorMixin
 from vsgd.outliers import choose_rule
+from vsgd.prior import is_auto
 from vsgd.validation import validate_flags, validate_numbers, validate_state_dtype
 
 # Hyperparameters that Keras names differently.
@@ -47,6 +48,8 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
             arguments["weight_decay"] = float(arguments["weight_decay"])  # TensorFlow takes an integer for one of 32 bits
         super().__init__(**arguments)
         self._rule = choose_rule(self._plain_rule, options["outlier_threshold"])
+        self._gradient_unit: Any = None
+        self._skipped_steps: Any = None
         options["seed"] = int(options["seed"])  # the configuration cannot hold NumPy's integers
         for name, value in (hyper | options).items():
             setattr(self, name, value)
@@ -87,6 +90,11 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
             else [self._add_state(variable, name, value) for name, value in initial.items()]
             for variable in variables
         ]
+        if is_auto(self.prior_strength):
+            shared: dict[str, Any] = {"shape": (), "aggregation": "only_first_replica"}
+            widest = "float64" if "float64" in self._list_real_dtypes() else "float32"
+            self._gradient_unit = self.add_variable(dtype=widest, name="gradient_unit", **shared)
+            self._skipped_steps = self.add_variable(dtype="int32", name="skipped_steps", **shared)
         rounds = self._rounds_anything()
         self._keys = [rounding.base_key(self.seed, i) if rounds else None for i in range(len(variables))]
 
@@ -105,6 +113,9 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
                 name=f"{label}_{name}",
             )
 
+    def _list_real_dtypes(self) -> list[str]:
+        return [*dict.fromkeys(backend.choose_real_dtype(states[0].dtype) for states in self._states if states)]
+
     def _colocate(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which TensorFlow creates state on each device of the variable, or refuses to."""
         if keras.backend.backend() != "tensorflow":
@@ -120,15 +131,21 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         """Return whether the variable itself is rounded stochastically."""
         return self.stochastic_rounding and keras.backend.standardize_dtype(variable.dtype) == "bfloat16"
 
+    def _decays_in_update(self, variable: Any) -> bool:
+        """Return whether the update decays a variable, and not the base class.
+
+        The base class rounds the decay to the nearest, which may lose it, and decays before a gradient has calibrated the run.
+        """
+        return self._gradient_unit is not None or self._rounds(variable)
+
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        # Variables that are rounded stochastically decay in the update: here the rounding to the nearest would lose the decay.
-        others = [variable for variable in variables if not self._rounds(variable)] if self.stochastic_rounding else variables
+        others = [variable for variable in variables if not self._decays_in_update(variable)]
         if others:
             super()._apply_weight_decay(others)
 
     def _get_update_decay(self, variable: Any) -> float:
         """Return the weight decay that the update applies."""
-        decays = self._rounds(variable) and self.weight_decay is not None and self._use_weight_decay(variable)
+        decays = self._decays_in_update(variable) and self.weight_decay is not None and self._use_weight_decay(variable)
         return float(self.weight_decay) if decays else 0.0
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -150,20 +167,38 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
 
     def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
         """Update one variable after the other, with scalars that are computed once."""
-        dtypes = dict.fromkeys(backend.choose_real_dtype(state[0].dtype) for state in self._states if state)
-        step = ops.cast(self.iterations + 1, "int32") if self._rounds_anything() else None
-        scalars = Scalars({dtype: self._compute_scalars(learning_rate, dtype) for dtype in dtypes}, step)
-        super()._backend_update_step(grads, trainable_variables, scalars)
+        count, unit = self.iterations + 1, None
+        if self._gradient_unit is not None:
+            if keras.backend.backend() == "tensorflow":
+                grads = [grad for grad, _ in super()._all_reduce_sum_gradients(zip(grads, trainable_variables, strict=True))]
+            count = count - ops.cast(self._skipped_steps, count.dtype)
+            unit = self._calibrate(grads, trainable_variables)
+        step = ops.cast(count, "int32") if self._rounds_anything() else None
+        by_dtype = {dtype: self._compute_scalars(learning_rate, count, unit, dtype) for dtype in self._list_real_dtypes()}
+        super()._backend_update_step(grads, trainable_variables, Scalars(by_dtype, step))
 
-    def _compute_scalars(self, learning_rate: Any, dtype: str) -> tuple[Any, Any]:
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        # On TensorFlow; gradients that have been measured are sums already.
+        return grads_and_vars if self._gradient_unit is not None else super()._all_reduce_sum_gradients(grads_and_vars)
+
+    def _calibrate(self, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
+        """Return the unit of gradients, measured if there is none yet; 0 if there can be none."""
+        old = ops.convert_to_tensor(self._gradient_unit)
+        unit = ops.cond(old > 0, lambda: old, lambda: ops.cast(backend.measure_unit(grads, variables), old.dtype))
+        self._gradient_unit.assign(unit)
+        self._skipped_steps.assign(self._skipped_steps + ops.cast(unit == 0, "int32"))
+        return unit
+
+    def _compute_scalars(self, learning_rate: Any, count: Any, unit: Any, dtype: str) -> tuple[Any, Any, Any]:
         # In the state's dtype: a power of a float32 count would cost a float64 run its accuracy.
-        coefficients = self._rule.coefficients(ops.cast(self.iterations + 1, dtype), self._select_hyperparameters())
+        coefficients = self._rule.coefficients(ops.cast(count, dtype), self._select_hyperparameters())
 
         def convert(value: Any) -> Any:
             # Not `ops.cast`: on TensorFlow it passes a Python float through float32. `stop_gradient` reads a variable.
             return ops.stop_gradient(ops.convert_to_tensor(value, dtype))
 
-        return convert(learning_rate), type(coefficients)(*map(convert, coefficients))
+        grad_scale = None if unit is None else ops.where(unit > 0, 1 / ops.cast(unit, dtype), ops.cast(0, dtype))
+        return convert(learning_rate), type(coefficients)(*map(convert, coefficients)), grad_scale
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a variable and its state.
@@ -182,14 +217,16 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         gradient = ops.cast(gradient, dtype)
         if hasattr(gradient, "dense_shape"):
             gradient = ops.add(ops.zeros_like(state[0]), gradient)
-        arguments = learning_rate.by_dtype[backend.choose_real_dtype(dtype)]
+        arguments: tuple[Any, ...] = learning_rate.by_dtype[backend.choose_real_dtype(dtype)]
+        decay = 1.0
+        if self._decays_in_update(variable):
+            decay = 1 - arguments[0] * self._get_update_decay(variable)
         if stored == "bfloat16" or self._rounds(variable):
             compute: Callable[..., list[Any]] = backend.compute_rounded_step
             fixed: tuple[Any, ...] = (self._rule, self._rounds(variable))
-            decay = 1 - arguments[0] * self._get_update_decay(variable)
             arguments = (*arguments, decay, ops.convert_to_tensor(self._keys[index], "int32"), learning_rate.step)
         else:
-            compute, fixed = backend.compute_step, (self._rule,)
+            compute, fixed, arguments = backend.compute_step, (self._rule,), (*arguments, decay)
             param = ops.cast(param, dtype)
         # On a CPU, Keras does not compile for TensorFlow, which would make an array for each operation.
         compiles = keras.backend.backend() == "tensorflow" and "CPU" in variable.device

@@ -17,6 +17,7 @@ from vsgd.posterior import (
     NoiseScale,
     NoiseScales,
     Posterior,
+    Scales,
     compute_posterior,
     compute_surprise,
     estimate_noise_scale,
@@ -30,6 +31,7 @@ class PosteriorMixin:
     built: bool
     _rule: core.Rule
     _states: list[Any]
+    _gradient_unit: Any
     _trainable_variables: list[Any]
     _trainable_variables_indices: Any
     _select_hyperparameters: Callable[[], Any]
@@ -52,8 +54,7 @@ class PosteriorMixin:
         if state is None:
             name = get_name(variable)
             raise ValueError(f"variable is {name}, which its gradient overwrites, but must be one that is stepped")
-        scales = self._compute_scales()
-        parts = [compute_posterior(part, scales) for part in get_real_states(state)]
+        parts = [compute_posterior(part, self._compute_scales(part)) for part in get_real_states(state)]
         posterior = Posterior(*map(join_complex, zip(*parts, strict=True)))
         # A copy: the torch engines overwrite the state.
         return posterior._replace(mean=ops.copy(posterior.mean))
@@ -76,10 +77,9 @@ class PosteriorMixin:
             raise ValueError("the optimizer has no variables yet, but must be built: call `build` or train")
         if not any(self._states):
             raise ValueError("the optimizer has no variable that is stepped, but must have one")
-        scales = self._compute_scales()
 
         def estimate(state: Sequence[Any]) -> NoiseScale:
-            posteriors = (compute_posterior(part, scales) for part in get_real_states(state))
+            posteriors = (compute_posterior(part, self._compute_scales(part)) for part in get_real_states(state))
             return functools.reduce(operator.add, (estimate_noise_scale(each, batch_size, ops.sum) for each in posteriors))
 
         tensors = [None if state is None else estimate(state) for state in self._states]
@@ -104,14 +104,13 @@ class PosteriorMixin:
             raise ValueError(f"grads has {len(grads)} items, but there are {len(variables)} variables")
         check_shapes(grads, variables)
         states = [None if grad is None else self._get_state(each) for grad, each in zip(grads, variables, strict=True)]
-        scales = self._compute_scales()
 
         def average(grad: Any, state: Sequence[Any]) -> Any:
             real_states = get_real_states(state)
             dtype = keras.backend.standardize_dtype(real_states[0][0].dtype)
             real_grads = (ops.cast(part, dtype) for part in split_complex(ops.convert_to_tensor(grad)))
             means = [
-                ops.mean(compute_surprise(part, real_state, scales))
+                ops.mean(compute_surprise(part, real_state, self._compute_scales(real_state)))
                 for part, real_state in zip(real_grads, real_states, strict=True)
             ]
             return sum(means) / len(means)
@@ -123,8 +122,12 @@ class PosteriorMixin:
             raise ValueError(f"variable is {get_name(variable)}, but must be one that the optimizer was built with")
         return self._states[self._get_variable_index(variable)]
 
-    def _compute_scales(self) -> tuple[Any, Any]:
-        return self._rule.variance_scales(self._select_hyperparameters())
+    def _compute_scales(self, state: tuple[Any, ...]) -> Scales:
+        unit: Any = 1.0
+        if self._gradient_unit is not None:
+            unit = ops.cast(ops.stop_gradient(ops.convert_to_tensor(self._gradient_unit)), state[0].dtype)
+            unit = ops.where(unit > 0, unit, ops.ones_like(unit))
+        return Scales(*self._rule.variance_scales(self._select_hyperparameters()), unit)
 
 
 def get_real_states(state: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -21,15 +21,20 @@ class TorchRuleOptimizer(RuleOptimizer):
         if torch.compiler.is_compiling():
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             return
-        count, lr = _read_numbers(self.iterations, learning_rate)
-        count += 1
+        calibration = (1, 0) if self._gradient_unit is None else (self._gradient_unit, self._skipped_steps)
+        count, lr, unit, skipped = _read_numbers(self.iterations, learning_rate, *calibration)
+        count += 1 - skipped
+        if unit == 0:
+            unit = float(self._calibrate(grads, trainable_variables))
+            if unit == 0:
+                return
         leaves_by_decay: dict[float, list[Leaf]] = {}
         with torch.no_grad():
             for variable, grad in zip(trainable_variables, grads, strict=True):
                 leaves_by_decay.setdefault(self._get_update_decay(variable), []).append(self._make_leaf(variable, grad))
             hyper = self._select_hyperparameters()
             for decay, leaves in leaves_by_decay.items():
-                step_leaves(leaves, count, StepOptions(self._rule, hyper, lr, decay))
+                step_leaves(leaves, count, StepOptions(self._rule, hyper, lr, decay, grad_scale=1 / unit))
 
     def _make_leaf(self, variable: Any, grad: Any) -> Leaf:
         index = self._get_variable_index(variable)

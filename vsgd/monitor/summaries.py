@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vsgd import core
-from vsgd.posterior import Array, NoiseScale, compute_posterior, compute_surprise, estimate_noise_scale
+from vsgd.posterior import Array, NoiseScale, Scales, compute_posterior, compute_surprise, estimate_noise_scale
 from vsgd.validation import validate_numbers
 
 #: The largest number of elements in a quantile: a prime, so that every layout of rows and columns is sampled in many columns.
@@ -119,14 +119,14 @@ class Block(NamedTuple):
         names: the names of the tensors.
         sizes: the number of real numbers in each tensor, at least 1.
         state: the state in the rule's order, float32 or float64.
-        scales: `rule.variance_scales(hyper)`.
+        scales: the factors of this state.
         grads: the gradients of the next step, in the state's dtype, or None.
     """
 
     names: Sequence[str]
     sizes: tuple[int, ...]
     state: core.State
-    scales: Sequence[Array]
+    scales: Scales
     grads: Array | None
 
 

@@ -14,6 +14,7 @@ from vsgd.optax.posteriors import noise_scale, posterior, surprise
 from vsgd.optax.prior import prior_strength_from
 from vsgd.optax.state import ScaleByConstantVsgdState, ScaleByVsgdState
 from vsgd.optax.transform import Mask, descend, round_steps, scale_by_rule
+from vsgd.prior import is_auto
 from vsgd.validation import document_options, validate_flags
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 @document_options()
 def scale_by_vsgd(
     variance_ratio: jax.typing.ArrayLike = 30.0,
-    prior_strength: jax.typing.ArrayLike = 1e-8,
+    prior_strength: jax.typing.ArrayLike | str = 1e-8,
     kappa1: jax.typing.ArrayLike = 0.81,
     kappa2: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -94,7 +95,7 @@ def scale_by_vsgd(
 @document_options()
 def scale_by_constant_vsgd(
     variance_ratio: jax.typing.ArrayLike = 3.0,
-    prior_strength: jax.typing.ArrayLike = 1e-8,
+    prior_strength: jax.typing.ArrayLike | str = 1e-8,
     kappa: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
     *,
@@ -152,7 +153,7 @@ def scale_by_constant_vsgd(
 def vsgd(
     learning_rate: optax.ScalarOrSchedule,
     variance_ratio: jax.typing.ArrayLike = 30.0,
-    prior_strength: jax.typing.ArrayLike = 1e-8,
+    prior_strength: jax.typing.ArrayLike | str = 1e-8,
     kappa1: jax.typing.ArrayLike = 0.81,
     kappa2: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -266,7 +267,7 @@ def vsgd(
         "forgetting_floor": forgetting_floor,
     }
     scaling = scale_by_vsgd(variance_ratio, prior_strength, kappa1, kappa2, eps, **options)
-    solver = descend(scaling, learning_rate, weight_decay, mask)
+    solver = descend(scaling, learning_rate, weight_decay, mask, is_auto(prior_strength))
     return round_steps(solver, core.VSGD, seed) if stochastic_rounding else solver
 
 
@@ -274,7 +275,7 @@ def vsgd(
 def constant_vsgd(
     learning_rate: optax.ScalarOrSchedule,
     variance_ratio: jax.typing.ArrayLike = 3.0,
-    prior_strength: jax.typing.ArrayLike = 1e-8,
+    prior_strength: jax.typing.ArrayLike | str = 1e-8,
     kappa: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -350,5 +351,5 @@ def constant_vsgd(
         "forgetting_floor": forgetting_floor,
     }
     scaling = scale_by_constant_vsgd(variance_ratio, prior_strength, kappa, eps, **options)
-    solver = descend(scaling, learning_rate, weight_decay, mask)
+    solver = descend(scaling, learning_rate, weight_decay, mask, is_auto(prior_strength))
     return round_steps(solver, core.CONSTANT_VSGD, seed) if stochastic_rounding else solver

@@ -15,6 +15,7 @@ from vsgd.monitor import summaries
 from vsgd.monitor.summaries import Block, Look, MonitorOps, compute_digest
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, split_complex
 from vsgd.optax.posteriors import ParamState, map_states
+from vsgd.posterior import Scales
 
 __all__ = ["summarize"]
 
@@ -86,12 +87,14 @@ def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, Param
     return groups
 
 
-def _join_scales(states: Sequence[ParamState]) -> tuple[jax.Array, ...]:
+def _join_scales(states: Sequence[ParamState]) -> Scales:
     """Return the scales of one transformation: numbers, or vectors for a state that `jax.vmap` made."""
     if all(scale.size == 1 for scale in states[0].scales):
-        return tuple(scale.reshape(()) for scale in states[0].scales)
-    pairs = ([jnp.broadcast_to(each.scales[place], each.arrays[0].shape) for each in states] for place in (0, 1))
-    return tuple(jnp.concatenate([jnp.ravel(scale) for scale in scales]) for scales in pairs)
+        return Scales(*(scale.reshape(()) for scale in states[0].scales))
+    columns = zip(*(each.scales for each in states), strict=True)
+    shapes = [each.arrays[0].shape for each in states]
+    whole = ([jnp.broadcast_to(*pair).ravel() for pair in zip(column, shapes, strict=True)] for column in columns)
+    return Scales(*map(jnp.concatenate, whole))
 
 
 @jax.jit

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vsgd.backends.jax import list_varying_axes
+
 
 def split_complex(array: jax.Array) -> tuple[jax.Array, ...]:
     """Return the real arrays that an update takes: two for a complex array, else the array itself."""
@@ -51,6 +53,22 @@ def _cast(name: str, value: Any, dtype: Any) -> jax.Array:
         # `inject_hyperparams` rounds to the parameters' dtype: 1e-8 becomes 0, which would make everything NaN.
         return jnp.maximum(value.astype(dtype), float(jnp.finfo(value.dtype).smallest_subnormal))
     return value.astype(dtype)
+
+
+def check_tracking() -> None:
+    """Check that JAX tracks, inside `jax.shard_map`, over which axes an array varies.
+
+    Raises:
+        ValueError: it does not, with `check_vma=False` or in an old version.
+    """
+    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    for axis in getattr(mesh, "manual_axes", ()):
+        # Where it is tracked, the index of a device varies.
+        if axis not in list_varying_axes(jax.typeof(jax.lax.axis_index(axis))):
+            raise ValueError(
+                "prior_strength is 'auto', but inside shard_map with check_vma=False the gradient cannot be measured over all "
+                "devices: leave check_vma on, or compute a number with prior_strength_from"
+            )
 
 
 def check_gradient(name: str, path: Any, grad: Any, arrays: Iterable[Any]) -> None:

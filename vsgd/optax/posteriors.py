@@ -18,6 +18,7 @@ from vsgd.posterior import (
     NoiseScale,
     NoiseScales,
     Posterior,
+    Scales,
     compute_posterior,
     compute_surprise,
     estimate_noise_scale,
@@ -126,16 +127,16 @@ class ParamState:
     Attributes:
         index: the index of the transformation's state that holds it.
         arrays: the state arrays, in the rule's order.
-        scales: the state's variance scales, in the dtype of the arithmetic, in a shape that broadcasts with the arrays.
+        scales: the state's factors, in the dtype of the arithmetic, in a shape that broadcasts with the arrays.
     """
 
-    def __init__(self, index: int, arrays: tuple[jax.Array, ...], scales: tuple[jax.Array, jax.Array]) -> None:
+    def __init__(self, index: int, arrays: tuple[jax.Array, ...], scales: Scales) -> None:
         self.index = index
         self.arrays = arrays
         dtype = jnp.finfo(choose_arithmetic_dtype(arrays[0].dtype)).dtype
         # A state that `jax.vmap` made has leading dimensions in its arrays and in its scales.
-        shape = scales[0].shape + (1,) * (arrays[0].ndim - scales[0].ndim)
-        self.scales = scales[0].astype(dtype).reshape(shape), scales[1].astype(dtype).reshape(shape)
+        shape = scales.drift.shape + (1,) * (arrays[0].ndim - scales.drift.ndim)
+        self.scales = Scales(*(scale.astype(dtype).reshape(shape) for scale in scales))
 
     def get_real_states(self) -> list[tuple[jax.Array, ...]]:
         """Return the state of each real part, widened: two for a complex parameter."""
@@ -163,7 +164,10 @@ def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
         raise ValueError(f"opt_state is {type(opt_state).__name__} without state of VSGD, but must hold some")
 
     def map_state(index: int, state: Any) -> Any:
-        scales = state.drift_scale, state.noise_scale
+        unit = jnp.ones_like(state.drift_scale)
+        if state.gradient_unit is not None:
+            unit = jnp.where(state.gradient_unit > 0, state.gradient_unit, unit)
+        scales = Scales(state.drift_scale, state.noise_scale, unit)
         return jax.tree.map(lambda *arrays: _Result(function(ParamState(index, arrays, scales))), *get_arrays(state))
 
     def choose_result(*nodes: Any) -> Any:

@@ -19,6 +19,7 @@ class ScaleByVsgdState(NamedTuple):
         b_ghat: rate of the Gamma posterior of the mini-batch noise's precision.
         drift_scale: the factor from `b_g` to the variance of the drift, a 0-d array.
         noise_scale: the factor from `b_ghat` to the variance of the mini-batch noise, a 0-d array.
+        gradient_unit: the gradient in which the arrays count, a 0-d array, 0 until calibrated; None: gradients as they are.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -27,6 +28,7 @@ class ScaleByVsgdState(NamedTuple):
     b_ghat: optax.Updates
     drift_scale: jax.Array
     noise_scale: jax.Array
+    gradient_unit: jax.Array | None = None
 
 
 class ScaleByConstantVsgdState(NamedTuple):
@@ -38,6 +40,7 @@ class ScaleByConstantVsgdState(NamedTuple):
         b: rate of the Gamma posterior of the one precision.
         drift_scale: the factor from `b` to the variance of the drift, a 0-d array.
         noise_scale: the factor from `b` to the variance of the mini-batch noise, a 0-d array.
+        gradient_unit: the gradient in which the arrays count, a 0-d array, 0 until calibrated; None: gradients as they are.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -45,6 +48,7 @@ class ScaleByConstantVsgdState(NamedTuple):
     b: optax.Updates
     drift_scale: jax.Array
     noise_scale: jax.Array
+    gradient_unit: jax.Array | None = None
 
 
 #: The rule of each type of state.

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsgd import core, rounding
-from vsgd.backends.jax import compute_words, make_key, to_bfloat16
+from vsgd import core, prior, rounding
+from vsgd.backends.jax import compute_words, list_varying_axes, make_key, to_bfloat16
 from vsgd.backends.jax_step import step_array
 from vsgd.optax.numerics import (
     cast_hyperparameters,
     check_gradient,
+    check_tracking,
     choose_arithmetic_dtype,
     get_dtype,
     join_complex,
@@ -44,6 +45,7 @@ def scale_by_rule(
     rule = choose_rule(plain_rule, options["outlier_threshold"])
     validate_numbers(jax.Array, **{name: options[name] for name in rule.hyperparameters._fields}, seed=seed)
     hyper = rule.select_hyperparameters(options)
+    calibrates = prior.is_auto(options["prior_strength"])
     validate_state_dtype(state_dtype)
     compute_key = make_key(seed)
 
@@ -65,13 +67,25 @@ def scale_by_rule(
         # By the parameters, so that it does not depend on whether 64 bits are enabled.
         real_dtypes = (jnp.finfo(choose_arithmetic_dtype(get_dtype(param))).dtype for param in jax.tree.leaves(params))
         widest = max(real_dtypes, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
-        return make_state(jnp.zeros([], jnp.int32), *trees, *compute_variance_scales(widest))
+        unit = jnp.zeros([], widest) if calibrates else None
+        return make_state(jnp.zeros([], jnp.int32), *trees, *compute_variance_scales(widest), unit)
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
         del params, extra_args
         if getattr(state, "_fields", None) != make_state._fields:
             raise ValueError(f"state is {type(state).__name__}, but must be {make_state.__name__}")
+        if (state.gradient_unit is not None) != calibrates:
+            found = "a gradient_unit" if state.gradient_unit is not None else "no gradient_unit"
+            raise ValueError(
+                f"state has {found}, but prior_strength is {options['prior_strength']!r}: only a state that was made with "
+                "prior_strength='auto' has one, and needs it"
+            )
         count = optax.safe_increment(state.count)
+        unit = grad_scale = None
+        if calibrates:
+            measured = functools.partial(_measure_unit, updates, state.gradient_unit.dtype)
+            unit = jax.lax.cond(state.gradient_unit > 0, lambda: state.gradient_unit, measured)
+            grad_scale = jnp.where(unit > 0, 1 / unit, 0)
 
         @functools.cache
         def compute_coefficients(dtype: Any) -> Any:
@@ -94,7 +108,7 @@ def scale_by_rule(
             pairs = zip(grad_parts, zip(*map(split_complex, arrays), strict=True), strict=True)
             stepped = []
             for part, old in pairs:
-                *new, turn = step_array(rule, part, old, c, key, turn)
+                *new, turn = step_array(rule, part, old, c, key, turn, grad_scale)
                 stepped.append(new)
             direction, new_arrays = jax.tree.map(join_complex, *stepped)
             return direction.astype(get_dtype(grad)), *new_arrays
@@ -105,9 +119,33 @@ def scale_by_rule(
         trees = [treedef.flatten_up_to(tree) for tree in (_number_leaves(state_trees[0]), *state_trees)]
         leaves = [update_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
         directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(1 + len(state_trees)))
-        return directions, make_state(count, *new_trees, *compute_variance_scales(state.drift_scale.dtype))
+        count = count if unit is None else jnp.where(unit > 0, count, state.count)
+        return directions, make_state(count, *new_trees, *compute_variance_scales(state.drift_scale.dtype), unit)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _measure_unit(grads: optax.Updates, dtype: Any) -> jax.Array:
+    """Return the root mean square of all elements, over all devices; 0 if they are all zero or not finite."""
+    check_tracking()
+    by_axes: dict[tuple[str, ...], list[jax.Array]] = {}
+    for grad in map(jnp.asarray, jax.tree.leaves(grads)):
+        by_axes.setdefault(tuple(sorted(list_varying_axes(jax.typeof(grad)))), []).extend(split_complex(grad))
+    shards, numbers = [], 0
+    for axes, arrays in by_axes.items():
+        combine = [functools.partial(reduce, axis_name=axes) for reduce in (jax.lax.pmax, jax.lax.psum)] if axes else []
+        shards.append(prior.Shards(arrays, lambda array: array.astype(choose_arithmetic_dtype(array.dtype)), *combine))
+        numbers += sum(array.size for array in arrays) * (jax.lax.psum(1, axes) if axes else 1)
+    return jnp.asarray(prior.measure_unit(jnp, shards, numbers), dtype)
+
+
+def _hold_until_calibrated(solver: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
+        steps, new_state = solver.update(updates, state, params, **extra_args)
+        calibrated = new_state[0].gradient_unit > 0
+        return jax.tree.map(lambda step: jnp.where(calibrated, step, jnp.zeros_like(step)), steps), new_state
+
+    return optax.GradientTransformationExtraArgs(solver.init, update)
 
 
 def descend(
@@ -115,17 +153,27 @@ def descend(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
+    calibrates: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return a chain of a scaling, decoupled weight decay and the step size."""
+    """Return a chain of a scaling, decoupled weight decay and the step size.
+
+    Args:
+        scaling: the scaling by a rule.
+        learning_rate: the step size.
+        weight_decay: decoupled weight decay.
+        mask: which parameters decay.
+        calibrates: whether to hold all parameters, decay included, until a gradient has calibrated the scaling.
+    """
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     validate_numbers(jax.Array, **{name: rate for name, rate in rates.items() if not callable(rate)})
     # As Python floats, which take on an array's dtype; NumPy's would widen it.
     learning_rate, weight_decay = (float(rate) if isinstance(rate, Real) else rate for rate in rates.values())
-    return optax.chain(
+    chain = optax.chain(
         scaling,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _hold_until_calibrated(chain) if calibrates else chain
 
 
 def round_steps(

@@ -20,8 +20,10 @@ from vsgd.backends.torch.private import (
     run_with_grad_mode,
 )
 from vsgd.outliers import choose_rule
+from vsgd.prior import is_auto
 from vsgd.torch.checkpoints import check_form, hide_tensors, show_tensors, translate_checkpoint
-from vsgd.torch.posterior import PosteriorMixin, sum_shards
+from vsgd.torch.posterior import PosteriorMixin, get_unit, sum_shards
+from vsgd.torch.prior import measure_gradients
 from vsgd.validation import validate_flags, validate_numbers, validate_state_dtype
 
 _FLAGS = ("foreach", "maximize", "capturable", "differentiable", "fused", "stochastic_rounding")
@@ -39,6 +41,7 @@ _OLD_DEFAULTS = {
     "outlier_threshold": None,
     "prior_shape": None,
     "forgetting_floor": 0.0,
+    "gradient_unit": None,
 }
 
 
@@ -48,6 +51,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
     _plain_rule: ClassVar[core.Rule]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        defaults = {**defaults, "gradient_unit": None}
         self._check_group(defaults)
         self._stepper = Stepper(self._plain_rule.state_names)
         super().__init__(params, defaults)
@@ -61,7 +65,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
         validate_flags(**{name: group[name] for name in _FLAGS if name in group})
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])
-        names = ("lr", "weight_decay", "seed", *rule.hyperparameters._fields)
+        names = ("lr", "weight_decay", "seed", "gradient_unit", *rule.hyperparameters._fields)
         validate_numbers(Tensor, **{name: _read_if_known(group[name]) for name in names})
         validate_state_dtype(group["state_dtype"])
         if group["foreach"] and group["differentiable"]:
@@ -168,6 +172,8 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if any(is_auto(group["prior_strength"]) for group in self.param_groups) and not self._calibrate():
+            return loss
         options = [self._read_options(group) for group in self.param_groups]
         if torch.compiler.is_compiling():
             # The compiler recognizes `_init_group` and its arguments, which must be the optimizer's own groups.
@@ -191,6 +197,32 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
                 self._stepper.step(index, self.param_groups, options[index], found)
         return loss
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _calibrate(self) -> bool:
+        """Measure the unit of the groups with "auto" at the first step, and return whether there is one."""
+        groups = [group for group in self.param_groups if is_auto(group["prior_strength"])]
+        units = {group["gradient_unit"] for group in groups}
+        if None not in units:
+            return True
+        if units == {None}:
+            for group in self.param_groups:
+                self._check_params(group)
+            if self._is_dry_run():
+                return True
+            for group in self.param_groups:
+                self._check_engines(group)
+            params = [param for group in groups for param in group["params"] if param.grad is not None]
+            if any(param.is_cuda for param in params) and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "prior_strength='auto' calibrates at the first step: take it before a CUDA graph is captured"
+                )
+            units.add(measure_gradients(params) or None)
+        # A group that was added late has the unit of the others.
+        unit = max((unit for unit in units if unit is not None), default=None)
+        for group in groups:
+            group["gradient_unit"] = unit
+        return unit is not None
+
     def _read_options(self, group: dict[str, Any]) -> StepOptions:
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])
         on_device = torch.compiler.is_compiling() or bool(group["capturable"] or group["differentiable"])
@@ -202,7 +234,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
             rule.select_hyperparameters(group),
             make_0d(lr) if on_device else lr,
             weight_decay,
-            maximize=group["maximize"],
+            grad_scale=(-1 if group["maximize"] else 1) / get_unit(group),
             foreach=group["foreach"],
             fused=group["fused"],
             differentiable=group["differentiable"],

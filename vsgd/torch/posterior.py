@@ -16,6 +16,7 @@ from vsgd.posterior import (
     NoiseScale,
     NoiseScales,
     Posterior,
+    Scales,
     compute_posterior,
     compute_surprise,
     estimate_noise_scale,
@@ -121,12 +122,17 @@ class PosteriorMixin:
             if self.state.get(param):
                 yield Stepped(names[index] if has_names else index, param, group, number)
 
-    def _compute_scales(self, group: dict[str, Any]) -> tuple[Any, Any]:
+    def _compute_scales(self, group: dict[str, Any]) -> Scales:
         rule = choose_rule(self._plain_rule, group["outlier_threshold"])
-        return rule.variance_scales(rule.select_hyperparameters(group))
+        return Scales(*rule.variance_scales(rule.select_hyperparameters(group)), get_unit(group))
 
     def _get_real_state(self, param: Tensor) -> tuple[Tensor, ...]:
         return tuple(view_as_real(self.state[param][name]) for name in self._plain_rule.state_names)
+
+
+def get_unit(group: dict[str, Any]) -> float:
+    """Return the gradient in which the state of a group counts."""
+    return 1.0 if group["gradient_unit"] is None else float(group["gradient_unit"])
 
 
 def view_as_real(tensor: Tensor) -> Tensor:

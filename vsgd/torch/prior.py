@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from vsgd import prior
 from vsgd.torch.posterior import sum_shards
 from vsgd.validation import document_options
+
+# Elements of a gradient that are measured at once.
+_BLOCK = 2**22
 
 Gradients = Iterable[Tensor | None] | Mapping[Any, Tensor | None]
 
@@ -52,6 +56,61 @@ def prior_strength_from(gradients: Iterable[Gradients], scale: float = 10.0) -> 
     return prior.prior_strength_from(
         gradients, scale, prior.iterate_lists(_make_leaf), lambda magnitudes: sum_shards(magnitudes).item()
     )
+
+
+def measure_gradients(params: Sequence[Tensor]) -> float:
+    """Return the root mean square of all elements of the parameters' gradients, or 0 if they are all zero or not finite.
+
+    Sharded gradients are measured over all processes, each of which must call this function: two reductions for each dimension
+    of a mesh.
+
+    Args:
+        params: parameters that have a dense gradient.
+    """
+    numbers = sum(param.numel() * (2 if param.is_complex() else 1) for param in params)
+    plain: dict[torch.device, list[Tensor]] = {}
+    sharded: dict[Any, list[Tensor]] = {}
+    param: Any
+    for param in params:
+        grad = param.grad
+        mesh = getattr(param, "device_mesh", None)
+        if mesh is None:
+            plain.setdefault(grad.device, []).extend(_cut(grad))
+            continue
+        arrays = sharded.setdefault(mesh, [])
+        coordinate = mesh.get_coordinate()
+        grad = grad.redistribute(mesh, param.placements).to_local()
+        # One of the processes that have equal shards counts them.
+        first = all(not each.is_replicate() or index == 0 for each, index in zip(param.placements, coordinate, strict=True))
+        if first:
+            arrays.extend(_cut(grad))
+    home = next(iter(plain), "cpu")
+
+    def bring_home(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64).to(home)
+
+    shards = [prior.Shards(arrays, _widen, bring_home, bring_home) for arrays in plain.values()]
+    for mesh, arrays in sharded.items():
+
+        def reduce(value: Any, operation: Any, mesh: Any = mesh) -> Tensor:
+            total = torch.as_tensor(value, dtype=torch.float64, device=mesh.device_type)
+            for dimension in range(mesh.ndim):
+                torch.distributed.all_reduce(total, operation, group=mesh.get_group(dimension))
+            return bring_home(total)
+
+        operations = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
+        shards.append(prior.Shards(arrays, _widen, *(partial(reduce, operation=each) for each in operations)))
+    return float(prior.measure_unit(torch, shards, numbers))
+
+
+def _cut(grad: Tensor) -> Sequence[Tensor]:
+    """Return blocks of a gradient as real numbers: temporaries stay small."""
+    grad = grad.detach().resolve_conj()
+    return (torch.view_as_real(grad) if grad.is_complex() else grad).reshape(-1).split(_BLOCK)
+
+
+def _widen(array: Tensor) -> Tensor:
+    return array.to(torch.promote_types(array.dtype, torch.float32))
 
 
 def _make_leaf(name: str, grad: Any) -> prior.Gradient:

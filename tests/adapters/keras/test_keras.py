@@ -261,13 +261,29 @@ def test_ema_overwrites_the_variables_with_their_average() -> None:
         np.testing.assert_allclose(read(optimizer, variables)[0]["b_g"], reference.state[0]["b_g"], rtol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"prior_strength": "auto", "weight_decay": 0.1}], ids=["number", "auto"])
 @kinds
-def test_accumulated_gradients_equal_their_mean(kind: str) -> None:
+def test_accumulated_gradients_equal_their_mean(kind: str, options: dict[str, Any]) -> None:
     means = [[np.mean(grads, axis=0) for grads in zip(*GRADS[i : i + 4], strict=True)] for i in range(0, 12, 4)]
     with floatx("float64"):
         for t in range(1, 13):
-            accumulated = run("keras", kind, PARAMS, GRADS[:t], gradient_accumulation_steps=4)
-            assert_equal(accumulated, run("numpy", kind, PARAMS, means[: t // 4]), 1e-12)
+            accumulated = run("keras", kind, PARAMS, GRADS[:t], gradient_accumulation_steps=4, **options)
+            assert_equal(accumulated, run("numpy", kind, PARAMS, means[: t // 4], **options), 1e-12)
+
+
+@kinds
+def test_the_unscaled_gradient_calibrates(kind: str) -> None:
+    optimizer = make(kind, prior_strength="auto")
+    scaling = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
+    variables = variables_of(FLOAT32)
+    scaling.build(variables)
+    # Keras cannot assign in a branch on JAX.
+    apply = stateless(scaling, variables) if BACKEND == "jax" else lambda grads: scaling.apply(grads, variables)
+    grads = [[grad.astype(np.float32) for grad in each] for each in GRADS]
+    apply(tensors([grad * np.float32(np.inf) for grad in grads[0]]))  # skipped, and halves the scale
+    for each in grads:
+        apply(tensors([grad * np.float32(2.0**9) for grad in each]))
+    assert_equal(read(optimizer, variables), run("keras", kind, FLOAT32, grads, prior_strength="auto"), 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
@@ -307,7 +323,7 @@ def test_a_variable_that_its_gradient_overwrites_has_no_state() -> None:
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
-@storages
+@pytest.mark.parametrize("options", [{}, COMPACT, {"prior_strength": "auto"}], ids=["float32", "compact", "auto"])
 @kinds
 def test_stateless_apply_equals_apply_and_assigns_nothing(kind: str, options: dict[str, Any]) -> None:
     variables = variables_of(FLOAT32)

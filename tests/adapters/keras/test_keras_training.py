@@ -160,7 +160,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 @kinds
 def test_keras_own_serialization_test(kind: str, options: dict[str, Any]) -> None:
     testing = pytest.importorskip("keras.src.testing")

@@ -14,11 +14,12 @@ from vsgd.torch import VSGD
 pytestmark = pytest.mark.gpu
 ROUNDED = {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 3}
 engines = pytest.mark.parametrize("engine", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-noises = pytest.mark.parametrize("noise", [{}, ROUNDED], ids=["float32", "rounded"])
+AUTO = {"prior_strength": "auto"}
+noises = pytest.mark.parametrize("noise", [{}, ROUNDED, AUTO], ids=["float32", "rounded", "calibrated"])
 
 
 def make_params(noise: dict[str, Any]) -> list[nn.Parameter]:
-    dtype = torch.bfloat16 if noise else torch.float32
+    dtype = torch.bfloat16 if "state_dtype" in noise else torch.float32
     params = [nn.Parameter(torch.linspace(-1, 1, size).to("cuda", dtype)) for size in (5, 5000, 70_000)]
     set_grads(params, 0)
     return params
@@ -81,6 +82,13 @@ def test_a_replayed_graph_equals_single_steps(cls: type, engine: dict[str, Any],
     assert_equal(params, others)
     assert optimizer.state[params[0]]["step"].item() == 6
     assert len(junk) == 32
+
+
+def test_a_first_step_that_calibrates_cannot_be_captured() -> None:
+    optimizer = VSGD(make_params({}), capturable=True, **AUTO)
+    with pytest.raises(RuntimeError, match="before a CUDA graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 40e9, reason="needs 40 GB of GPU memory")

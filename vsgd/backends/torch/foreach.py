@@ -145,7 +145,8 @@ def _step_batch(batch: Sequence[Leaf], scalars: Sequence[Any], options: StepOpti
         for role in zip(*map(list_tensors, batch), strict=True)
     )
     update = options.rule.make_update(TensorListOps())
-    direction, new_states = update(-grads if options.maximize else grads, tuple(states), make_coefficients(*coefficients))
+    scaled = grads if options.grad_scale == 1 else grads * options.grad_scale
+    direction, new_states = update(scaled, tuple(states), make_coefficients(*coefficients))
     new_params = core.descend(params, direction, lr, decay)
     new_states_of_leaves = zip(*(new.tensors for new in new_states), strict=True)
     rounded = [round_values(*each) for each in zip(batch, new_states_of_leaves, new_params.tensors, strict=True)]

@@ -105,7 +105,7 @@ class Batch:
                     stored=stored,
                     noise=noise,
                     round_params=round_params,
-                    maximize=options.maximize,
+                    grad_scale=options.grad_scale,
                     threads=torch.get_num_threads(),
                 )
         # Autograd must see the writes, as it sees those of torch's own operations.

@@ -53,9 +53,6 @@ class _Value:
         self.tensor = tensor
         self.semantic = semantic
 
-    def __neg__(self) -> _Value:
-        return _Value(self.tensor.__neg__(_semantic=self.semantic), self.semantic)
-
     def __eq__(self, other: object) -> _Value:  # type: ignore[override]
         return self._apply(tl.tensor.__eq__, other)
 
@@ -127,7 +124,6 @@ class Step:
 
     Args:
         rule: the variant to run.
-        maximize: whether to step with the negative gradient.
         round_param: whether to round the new parameter to bfloat16 stochastically.
         round_state: whether to round the new state to bfloat16 stochastically.
     """
@@ -135,14 +131,13 @@ class Step:
     # Triton then calls the object instead of compiling it.
     __triton_builtin__ = True
 
-    def __init__(self, rule: core.Rule, maximize: bool, round_param: bool = False, round_state: bool = False) -> None:
+    def __init__(self, rule: core.Rule, round_param: bool = False, round_state: bool = False) -> None:
         self.update = rule.make_update(_ArrayOps())
         self.coefficients = type(rule.coefficients(1, rule.hyperparameters()))
-        self.maximize = maximize
         n_state = len(rule.state_names)
         of_param = rounding.MULTIPLIERS[n_state] if round_param else None
         self.rounders = (of_param, *(rounding.MULTIPLIERS[:n_state] if round_state else (None,) * n_state))
-        self.version = f"{self.coefficients.__name__} {maximize} {self.rounders} {_SOURCES}"
+        self.version = f"{self.coefficients.__name__} {self.rounders} {_SOURCES}"
 
     def __repr__(self) -> str:
         """Return the key of Triton's disk cache, with the hash of sources: an edited core must not hit the cache."""
@@ -157,13 +152,13 @@ class Step:
 
         Args:
             arrays: parameter, gradient, *state.
-            scalars: *coefficients, lr, decay.
+            scalars: *coefficients, lr, decay, grad_scale.
             indices: the elements' indices in the whole array, int32; None where nothing is rounded stochastically.
             key: the key of the step, int32; None where nothing is rounded stochastically.
         """
         param, grad, *state = self._wrap(arrays, _semantic)
-        *coefficients, lr, decay = self._wrap(scalars, _semantic)
-        direction, new_state = self.update(-grad if self.maximize else grad, tuple(state), self.coefficients(*coefficients))
+        *coefficients, lr, decay, grad_scale = self._wrap(scalars, _semantic)
+        direction, new_state = self.update(grad * grad_scale, tuple(state), self.coefficients(*coefficients))
         new = (core.descend(param, direction, lr, decay), *new_state)
         if any(self.rounders):
             word = _compute_word(_Value(indices, _semantic), _Value(key, _semantic))
@@ -212,7 +207,7 @@ def kernel(
         tensors: for each parameter the addresses of its arrays, its size, the row of its scalars and, with keys, the index of
             its first element, int64.
         chunks: for each program the parameter and the first element of its chunk, int64.
-        scalars: rows of (*coefficients, lr, decay), in the dtype of the arithmetic.
+        scalars: rows of (*coefficients, lr, decay, grad_scale), in the dtype of the arithmetic.
         keys: for each parameter the key of this step, int32; None where nothing is rounded stochastically.
         step: the rule's `Step`.
         types: the dtype of each array, in the order parameter, gradient, state.
@@ -270,8 +265,8 @@ _make_cached_chunks = functools.lru_cache(maxsize=256)(_make_chunks)
 
 
 @functools.cache
-def _make_step(rule: core.Rule, maximize: bool, round_param: bool, round_state: bool) -> Step:
-    return Step(rule, maximize, round_param, round_state)
+def _make_step(rule: core.Rule, round_param: bool, round_state: bool) -> Step:
+    return Step(rule, round_param, round_state)
 
 
 class FusedCuda(Engine):
@@ -312,7 +307,7 @@ class FusedCuda(Engine):
                 members = key_noises(members, step)
             coefficients = options.rule.coefficients(step, options.hyper)
             decay = 1 - options.lr * options.weight_decay
-            scalars = _make_scalars((*coefficients, options.lr, decay), len(members), device)
+            scalars = _make_scalars((*coefficients, options.lr, decay, options.grad_scale), len(members), device)
             _step_device(members, scalars, options)
 
 
@@ -329,7 +324,7 @@ def _step_device(leaves: Sequence[Leaf], scalars: Tensor, options: StepOptions) 
         groups.setdefault(key, []).append((row, None if noise is None else noise.key))
     for (aligned, rounds, round_param, *dtypes), members in groups.items():
         rows, keys = zip(*members, strict=True)
-        step = _make_step(options.rule, options.maximize, round_param, rounds and dtypes[-1] is torch.bfloat16)
+        step = _make_step(options.rule, round_param, rounds and dtypes[-1] is torch.bfloat16)
         wide = scalars.to(torch.promote_types(dtypes[-1], torch.float32))
         key_table = None
         if rounds:

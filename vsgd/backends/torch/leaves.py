@@ -28,7 +28,7 @@ class StepOptions(NamedTuple):
         hyper: its hyperparameters, numbers or 0-d tensors.
         lr: the step size, a number or a 0-d tensor.
         weight_decay: decoupled weight decay.
-        maximize: whether to step with the negative gradient.
+        grad_scale: the factor of gradients: the inverse of the state's unit, negative to maximize.
         foreach: whether to run on lists of tensors; None: where that is faster.
         fused: whether to run one kernel for all leaves; None: where that is possible and faster.
         differentiable: whether autograd runs through the step.
@@ -39,7 +39,7 @@ class StepOptions(NamedTuple):
     hyper: Any
     lr: Any
     weight_decay: Any
-    maximize: bool = False
+    grad_scale: float = 1.0
     foreach: bool | None = None
     fused: bool | None = None
     differentiable: bool = False

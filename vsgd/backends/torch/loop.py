@@ -72,7 +72,8 @@ def _step_each(leaves: Iterable[Leaf], coefficients: Any, decay: Any, options: S
         # In a differentiable step autograd keeps what the update reads: the writes below must not overwrite it.
         copy = torch.is_grad_enabled()
         old_param, old_grad, *old_state = (tensor.to(dtype, copy=copy) for tensor in list_tensors(leaf))
-        direction, new_state = update(-old_grad if options.maximize else old_grad, tuple(old_state), coefficients)
+        scaled = old_grad if options.grad_scale == 1 else old_grad * options.grad_scale
+        direction, new_state = update(scaled, tuple(old_state), coefficients)
         stored, new_param = round_values(leaf, new_state, core.descend(old_param, direction, options.lr, decay))
         for old, new in zip(leaf.state, stored, strict=True):
             old.copy_(new)
