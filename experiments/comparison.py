@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments import optimizers, tasks
 from experiments.names import look_up
+from vsgd.prior import AUTO
 
 #: Tuning chooses on these seeds, by the validation metric at the end.
 TUNING_SEEDS = (0, 1, 2)
@@ -41,7 +42,7 @@ class Entrant:
 
     title: str
     optimizer: str
-    hyper: Mapping[str, float] = field(default_factory=dict)
+    hyper: Mapping[str, float | str] = field(default_factory=dict)
     warm_up: float = 0.0
 
     @property
@@ -70,7 +71,7 @@ BASELINE = "adamw"
 
 @functools.cache
 def find_entrant(name: str) -> Entrant:
-    """Return the entrant with a name; NAME:kappa1=0.6,kappa2=0.7 has other hyperparameters.
+    """Return the entrant with a name; NAME:kappa1=0.6,prior_strength=auto has other hyperparameters.
 
     Args:
         name: a key of `ENTRANTS`, optionally with ":" and hyperparameters, separated by commas.
@@ -86,10 +87,11 @@ def find_entrant(name: str) -> Entrant:
     if not colon:
         return found
     try:
-        hyper = {each: float(value) for each, value in (pair.split("=") for pair in given.split(","))}
+        pairs = [pair.split("=") for pair in given.split(",")]
+        hyper = {each: value if value == AUTO else float(value) for each, value in pairs}
     except ValueError:
         raise ValueError(f"entrant is {name!r}, but after ':' it must have NAME=NUMBER, separated by commas") from None
-    suffix = ", ".join(f"{each} {value:g}" for each, value in hyper.items())
+    suffix = ", ".join(f"{each} {value if isinstance(value, str) else format(value, 'g')}" for each, value in hyper.items())
     return dataclasses.replace(found, title=f"{found.title}, {suffix}", hyper={**found.hyper, **hyper})
 
 

@@ -13,6 +13,8 @@ from vsgd import core
 
 torch = pytest.importorskip("torch")
 
+from vsgd.torch import ConstantVSGD  # noqa: E402
+
 RULE = core.CONSTANT_VSGD
 LR = 0.01
 STEPS, SIZE = 200, 8
@@ -339,3 +341,58 @@ def test_literal_start_fades_slowly() -> None:
     # Algorithm 1 divides gamma by the prior's shape, gamma, at its first step: a variance of 1, or b_g = a here.
     assert sigma2_at_100(core.compute_shape(hyper)) == pytest.approx(0.02, rel=0.02)
     assert sigma2_at_100(core.VSGD.initial_state(hyper)[1]) == pytest.approx(4.2e-6, rel=0.02)
+
+
+# (e) AMSGrad.
+
+
+@BETA1
+def test_e_at_kappa_1_nothing_is_forgotten_and_root_t_sigma_never_falls(beta1: float) -> None:
+    hyper = hyper_of(beta1, prior_strength=1e-30, kappa=1.0)
+    grads = GRADS.clone()
+    grads[STEPS // 2 :] = 0  # so that the average falls
+    found = run(grads, lambda step: RULE.coefficients(step, hyper), b=0.0)
+    innovations = grads - torch.cat([torch.zeros(1, SIZE), found.mu[:-1]])
+    a = core.compute_constant_shape(hyper)
+    c = (2 * a - 1) / (2 * a)
+    steps = torch.arange(1, STEPS + 1, dtype=torch.float64)
+    later = torch.cat([(1 - c / steps).flip(0).cumprod(0).flip(0)[1:], torch.ones(1, dtype=torch.float64)])
+    weights = c / steps * later
+    expected = (weights[:, None] * innovations.square()).sum(0) / c / (2 * (hyper.variance_ratio + 1))
+    torch.testing.assert_close(found.b[-1], expected, rtol=1e-12, atol=0.0)
+    assert weights[9] / weights[-1] == pytest.approx((10 / STEPS) ** (c - 1), rel=0.02)
+    products = steps[:, None] * found.b
+    assert (products[1:] >= products[:-1] * (1 - 1e-12)).all()
+    assert (found.b[STEPS // 2 + 20 :].diff(dim=0) < 0).all()  # no maximum
+
+
+@pytest.mark.parametrize(("kappa", "last"), [(0.9, 1022), (0.81, 38)])
+def test_e_with_a_smaller_kappa_the_condition_holds_at_the_start(kappa: float, last: int) -> None:
+    hyper = hyper_of(0.75, kappa=kappa)
+
+    def keep(step: int) -> float:
+        """The part of b that is left after a step without innovation and prior."""
+        c = RULE.coefficients(step, hyper)
+        return float(c.keep + (c.half_rho + c.half_rho_over_ratio) * c.sigma2_per_b)
+
+    assert next(step for step in range(2, 5000) if step * keep(step) < step - 1) == last + 1
+
+
+def test_e_on_the_example_of_reddi_a_bounded_direction_ends_where_adam_does() -> None:
+    def end(cls: type, **options: Any) -> float:
+        param = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = cls([param], **options)
+        for step in range(1, 3001):
+            optimizer.param_groups[0]["lr"] = 0.5 / step**0.5
+            param.grad = torch.full_like(param, 3.0 if step % 3 == 1 else -1.0)
+            optimizer.step()
+            with torch.no_grad():
+                param.clamp_(-1, 1)
+        return param.item()
+
+    betas = {"betas": (0.0, 0.1)}
+    assert end(torch.optim.Adam, amsgrad=True, **betas) == pytest.approx(-1, abs=0.01)
+    assert end(torch.optim.Adam, **betas) == pytest.approx(1, abs=0.01)
+    for kappa in (1.0, 0.9):
+        assert end(ConstantVSGD, variance_ratio=0.01, kappa=kappa) == pytest.approx(1, abs=0.01)
+    assert end(ConstantVSGD) == pytest.approx(-1, abs=0.01)

@@ -1,0 +1,213 @@
+"""Check the recommended setting of Constant VSGD against the defaults, and find where its learning rate lies next to AdamW's."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from experiments import tasks
+from experiments.comparison import Setting, Trial
+from experiments.report import ArmResult
+from experiments.spread import Store, perform_runs
+from reporting.pages import format_table, replace_section
+
+#: The folder of the records, in the folder of results.
+FOLDER = "recommended"
+RECOMMENDED = "constant-vsgd:prior_strength=auto,forgetting_floor=0.01"
+DEFAULTS = ("constant-vsgd", "vsgd")
+BASELINE = "adamw"
+TASKS = ("characters", "mnist1d-mlp", "mnist1d-cnn", "digits-convmixer", "digits-vae", "quadratic")
+#: Tasks whose four times longer run takes seconds.
+LONG_TASKS = ("mnist1d-mlp@4", "digits-vae@4", "quadratic@4")
+SCHEDULES = ("cosine", "constant")
+#: Learning rates around the best of the recommended setting.
+RATES = (0.004, 0.008, 0.016)
+#: Learning rates that both AdamW and the recommended setting run at.
+ALL_RATES = (0.001, 0.002, *RATES)
+#: Seeds of no other experiment.
+SEEDS = (300, 301, 302, 303, 304)
+FEW_SEEDS = SEEDS[:3]
+
+
+class Batch(NamedTuple):
+    """Runs that belong together: every entrant on every task, schedule, rate and seed.
+
+    Attributes:
+        entrants: their names.
+        tasks: the names of the tasks.
+        schedules: keys of `experiments.comparison.SCHEDULES`.
+        rates: the learning rates.
+        seeds: of weights and batches.
+    """
+
+    entrants: Sequence[str]
+    tasks: Sequence[str]
+    schedules: Sequence[str]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+
+    def list_settings(self, backend: str) -> list[Setting]:
+        """List the runs.
+
+        Args:
+            backend: of Keras.
+        """
+        return [
+            Setting(task, entrant, Trial(rate, schedule), seed, backend)
+            for task in self.tasks
+            for entrant in self.entrants
+            for schedule in self.schedules
+            for rate in self.rates
+            for seed in self.seeds
+        ]
+
+
+CHECK = Batch((RECOMMENDED, *DEFAULTS), TASKS, SCHEDULES, RATES, SEEDS)
+LONG_CHECK = Batch((RECOMMENDED, DEFAULTS[0]), LONG_TASKS, ("constant",), RATES, FEW_SEEDS)
+RULE = Batch((RECOMMENDED, BASELINE), TASKS, SCHEDULES, ALL_RATES, FEW_SEEDS)
+
+
+class Finder:
+    """The records of finished runs.
+
+    Args:
+        store: of the records.
+        backend: of Keras.
+    """
+
+    def __init__(self, store: Store, backend: str) -> None:
+        self._store = store
+        self._backend = backend
+
+    def find(self, task: tasks.Task, entrant: str, schedule: str, rate: float, seeds: Sequence[int]) -> ArmResult:
+        """Return the results of a rate on all seeds."""
+        trial = Trial(rate, schedule)
+        found = [self._store.find(Setting(task.name, entrant, trial, seed, self._backend)) for seed in seeds]
+        missing = sum(each is None for each in found)
+        if missing:
+            raise ValueError(f"{missing} runs of {entrant} on {task.name} are missing, but a table needs all of them")
+        return ArmResult(trial, [each for each in found if each is not None])
+
+    def find_best(self, task: tasks.Task, entrant: str, schedule: str, batch: Batch) -> ArmResult | None:
+        """Return the results of the rate with the best mean validation metric; None if a run diverged at every rate."""
+        results = [self.find(task, entrant, schedule, rate, batch.seeds) for rate in batch.rates]
+        scores = [(score_result(task, each, "validation"), each) for each in results if not each.diverged]
+        return min(scores, key=lambda pair: pair[0])[1] if scores else None
+
+
+def score_result(task: tasks.Task, result: ArmResult, split: str) -> float:
+    """Return the mean metric, in percent for accuracies and negated where a high one is better."""
+    return task.sign * statistics.fmean(result.list_values(split, task.metric) or ())
+
+
+def _format_difference(task: tasks.Task, one: ArmResult | None, other: ArmResult | None) -> str:
+    """Format the paired difference in the test metric, with Student's 95% interval."""
+    if one is None or other is None:
+        return ""
+    pairs = zip(one.list_values("test", task.metric) or (), other.list_values("test", task.metric) or (), strict=True)
+    differences = [first - second for first, second in pairs]
+    mean = statistics.fmean(differences)
+    interval = stats.ttest_1samp(differences, 0).confidence_interval()
+    half = float(interval.high) - mean
+    verdict = "level" if abs(mean) <= half else "better" if task.sign * mean < 0 else "worse"
+    return f"{mean:+.2g} ± {half:.2g}, {verdict}"
+
+
+def _format_best(task: tasks.Task, result: ArmResult | None) -> str:
+    return "diverged" if result is None else f"{result.format_mean('test', task.metric)} ({result.trial.learning_rate:g})"
+
+
+def _count_lost(task: tasks.Task, entrant: str, schedule: str, batch: Batch, finder: Finder) -> int:
+    results = (finder.find(task, entrant, schedule, rate, batch.seeds) for rate in batch.rates)
+    return sum(record["final"] is None for result in results for record in result.records)
+
+
+def make_check_rows(batch: Batch, finder: Finder) -> Iterator[list[str]]:
+    """Yield a row for each task and schedule: every entrant at its best rate, differences, and runs that diverged.
+
+    Args:
+        batch: the runs; the first entrant is compared with all others.
+        finder: of the records.
+    """
+    for task in map(tasks.find_task, batch.tasks):
+        for schedule in batch.schedules:
+            best = [finder.find_best(task, entrant, schedule, batch) for entrant in batch.entrants]
+            lost = [str(_count_lost(task, entrant, schedule, batch, finder)) for entrant in batch.entrants]
+            unit = "%" if task.metric == "accuracy" else "loss"
+            yield [
+                f"{task.title}, {unit}",
+                schedule,
+                *(_format_best(task, each) for each in best),
+                *(_format_difference(task, best[0], each) for each in best[1:]),
+                " / ".join(lost),
+            ]
+
+
+def make_rule_rows(finder: Finder) -> Iterator[list[str]]:
+    """Yield a row for each task and schedule: AdamW's best rate, the recommended setting's, and what multiples of AdamW's cost.
+
+    Args:
+        finder: of the records.
+    """
+    for task in map(tasks.find_task, RULE.tasks):
+        for schedule in RULE.schedules:
+            baseline = finder.find_best(task, BASELINE, schedule, RULE)
+            best = finder.find_best(task, RECOMMENDED, schedule, RULE)
+            cells: list[str] = []
+            for factor in (1, 2, 4):
+                rate = None if baseline is None else factor * baseline.trial.learning_rate
+                if best is None or rate not in RULE.rates:
+                    cells.append("")
+                    continue
+                result = finder.find(task, RECOMMENDED, schedule, rate, RULE.seeds)
+                loss = (
+                    None
+                    if result.diverged
+                    else score_result(task, result, "validation") - score_result(task, best, "validation")
+                )
+                cells.append("diverged" if loss is None else f"{loss:.2g}")
+            unit = "%" if task.metric == "accuracy" else "loss"
+            rates = ("diverged" if each is None else f"{each.trial.learning_rate:g}" for each in (baseline, best))
+            yield [f"{task.title}, {unit}", schedule, *rates, *cells]
+
+
+def write_tables(finder: Finder, page: Path) -> None:
+    """Write both tables into the page's sections.
+
+    Args:
+        finder: of the records.
+        page: the Markdown page.
+    """
+    names: Mapping[str, str] = {RECOMMENDED: "recommended", "constant-vsgd": "Constant VSGD", "vsgd": "VSGD"}
+
+    def format_check(batch: Batch) -> str:
+        titles = [names[entrant] for entrant in batch.entrants]
+        heads = ["task", "rate", *titles, *(f"minus {title}" for title in titles[1:]), "diverged"]
+        return format_table(heads, make_check_rows(batch, finder))
+
+    replace_section(page, "recommended", [format_check(CHECK), "Four times as many steps:", format_check(LONG_CHECK)])
+    heads = ["task", "rate", "AdamW's best", "recommended's best", "lost at AdamW's", "at 2 times", "at 4 times"]
+    replace_section(page, "rates", [format_table(heads, make_rule_rows(finder))])
+
+
+def main() -> None:
+    """Do the missing runs and write the tables, as the command line says."""
+    parser = argparse.ArgumentParser(description="Check the recommended setting of Constant VSGD.")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=Path("docs/tuning.md"), help="page of the tables (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes side by side (default: %(default)s)")
+    parser.add_argument("--backend", default="jax", help="of Keras (default: %(default)s)")
+    arguments = parser.parse_args()
+    store = Store(arguments.results / FOLDER)
+    for title, batch in (("check", CHECK), ("rule", RULE), ("long", LONG_CHECK)):
+        perform_runs(batch.list_settings(arguments.backend), store, arguments.workers, title)
+    write_tables(Finder(store, arguments.backend), arguments.page)
+
+
+if __name__ == "__main__":
+    main()
