@@ -1,4 +1,4 @@
-"""Check the recommended setting of Constant VSGD against the defaults, and find where its learning rate lies next to AdamW's."""
+"""Check the recommended setting of Constant VSGD against the defaults, and compare its best learning rates with AdamW's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scipy import stats
 
