@@ -61,8 +61,6 @@ def compared(experiment: Experiment) -> set[str]:
     return {"param"} if experiment.case is None else {"param", *RULES[experiment.kind].state_names}
 
 
-# In one process, for all cells share its workers.
-@pytest.mark.xdist_group("matrix")
 @pytest.mark.parametrize(("name", "device", "dtype", "experiment"), CELLS)
 def test_agrees(
     name: str,

@@ -132,7 +132,7 @@ def scale_by_constant_vsgd(
         >>> transformation = scale_by_constant_vsgd()
         >>> directions, state = transformation.update(jnp.array([1.0, -2.0]), transformation.init(jnp.zeros(2)))
         >>> state._fields
-        ('count', 'mu_g', 'b', 'drift_scale', 'noise_scale')
+        ('count', 'mu_g', 'b', 'drift_scale', 'noise_scale', 'gradient_unit')
     """
     return scale_by_rule(
         core.CONSTANT_VSGD,

@@ -225,7 +225,7 @@ class Frame:
         self.keep: list[Any] = []
         self.errors_destroyed = 0
         rule, rng = core.VSGD, np.random.default_rng(0)
-        numbers = np.array(rule.coefficients(3.0, rule.hyperparameters()), np.float32)
+        numbers = np.array([*rule.coefficients(3.0, rule.hyperparameters()), 1.0], np.float32)
         self.grad = rng.standard_normal(size, np.float32)
         self.state = [np.zeros(size, np.float32), *(rng.uniform(0.1, 1, size).astype(np.float32) for _ in range(2))]
         state = tuple(map(np.copy, self.state))
