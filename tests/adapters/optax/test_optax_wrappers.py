@@ -279,3 +279,22 @@ def test_bytes_that_a_compiled_step_moves_and_keeps(make: Callable[..., Any], mo
     # Beside the arrays there are some scalars.
     assert compiled.cost_analysis()["bytes accessed"] <= moved * number + 1000
     assert compiled.memory_analysis().temp_size_in_bytes <= temporary * number + 10_000
+
+
+def test_schedule_free_ends_nearer_to_the_minimum_at_a_constant_rate() -> None:
+    setting = {"prior_strength": "auto", "forgetting_floor": 0.01}
+    curvature, noise = jnp.logspace(-2, 0, 100), 0.3 * jax.random.normal(jax.random.key(0), (2000, 100))
+
+    def end(solver: Any) -> tuple[Any, Any]:
+        def step(carry: Any, noise: Any) -> Any:
+            params, state = carry
+            updates, state = solver.update(curvature * params + noise, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jnp.ones(100)
+        return jax.jit(lambda: jax.lax.scan(step, (params, solver.init(params)), noise)[0])()
+
+    plain, _ = end(constant_vsgd(0.016, **setting))
+    params, state = end(optax.contrib.schedule_free(constant_vsgd(0.016, **setting), 0.016))
+    averaged = optax.contrib.schedule_free_eval_params(state, params)
+    assert (curvature * averaged**2).mean() < (curvature * plain**2).mean() / 2
