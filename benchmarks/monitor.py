@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.timing import Limits, compute_paired_ratio, compute_spread, interleave, select_taken
-from reporting.examples import load_example
+from reporting.digits import make_conv_mixer
 from vsgd.monitor import Monitor
 from vsgd.torch import VSGD
 from vsgd.torch.monitor import watch
@@ -43,8 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
-    conv_mixer = load_example("quickstart").conv_mixer
-    torch.set_num_threads(1)  # like the quickstart
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         monitors = {
             "without": None,
@@ -53,11 +52,12 @@ def main() -> None:
             "into a CSV file": Monitor(Path(folder) / "gradients.csv", every=_EVERY),
         }
         steps = {
-            name: _make_training(conv_mixer(), batch=arguments.batch, watching=watching) for name, watching in monitors.items()
+            name: _make_training(make_conv_mixer(), batch=arguments.batch, watching=watching)
+            for name, watching in monitors.items()
         }
         limits = Limits(arguments.rounds, sample_seconds=0.0, competitor_seconds=float("inf"))
         samples = interleave(steps, limits, lambda: None)
-    print(f"a step of the quickstart's model, batches of {arguments.batch}, a look every {_EVERY} steps")
+    print(f"a step of the ConvMixer, batches of {arguments.batch}, a look every {_EVERY} steps")
     for name, seconds in samples.items():
         ratio = compute_paired_ratio(seconds, samples["without"])
         median = 1e3 * compute_spread(select_taken(seconds)).median / _EVERY

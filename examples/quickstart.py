@@ -1,15 +1,14 @@
-"""Compare VSGD with AdamW and SGD on real data, and plot VSGD's gradient estimates.
+"""Train a small network with VSGD, AdamW and SGD, and plot test accuracies and VSGD's gradient estimates.
 
-The script trains a small ConvMixer on scikit-learn's handwritten digits (8x8 pixels, no download). All optimizers start from
-the same weights and use the same batches. The script prints the mean and the standard deviation over the seeds. It draws the
-loss curves, and for each layer VSGD's gain and signal-to-noise ratio:
+The task is MNIST-1D (Greydanus, 2020): signals of 40 samples in 10 classes, made by a package without a download. The network
+has three convolutions. All optimizers start from the same weights and use the same batches, at learning rates that fall to 0
+along a cosine. The script prints means and standard deviations over five seeds:
 
     pip install '.[examples]'
     python examples/quickstart.py
 
-VSGD uses its defaults. AdamW's learning rate is the best of 0.001, 0.003, 0.01 and 0.03, SGD's the best of 0.01, 0.03, 0.1 and
-0.3, by validation loss: five-fold cross-validation within the training images, 20 epochs. The test images played no part in the
-choice. All learning rates are constant.
+Each optimizer has one setting. Its learning rate is the best of four, each a factor of two apart, by the validation accuracy of
+seeds 100 to 102 (`--screen` repeats that). The test signals played no part in the choice.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -32,186 +31,183 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from mnist1d.data import get_dataset_args, make_dataset
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vsgd.torch import VSGD
+from vsgd.torch import VSGD, ConstantVSGD
 
-BATCH_SIZE = 64
+BATCH_SIZE = 100
+EVALUATE_EVERY = 50  # steps
 COMPILING_STEPS = 5  # excluded from the step times because they compile or allocate
-WINDOW = 20  # steps in the curves' moving average, about an epoch
+SCREEN_SEEDS = (100, 101, 102)
 
-# All use fused kernels so that step times are comparable; VSGD selects its kernel by default.
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
-    "VSGD": VSGD,
-    "AdamW": partial(torch.optim.AdamW, lr=0.003, fused=True),
-    "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
+
+class Entrant(NamedTuple):
+    """An optimizer with its setting.
+
+    Attributes:
+        make: makes the optimizer, given parameters and a learning rate.
+        lr: the highest learning rate.
+        warm_up: the part of the training in which the learning rate rises.
+        colour: in plots; Okabe and Ito's colours suit colour-blind readers.
+    """
+
+    make: Callable[..., torch.optim.Optimizer]
+    lr: float
+    warm_up: float
+    colour: str
+
+
+# All run fused kernels, so that step times are comparable; VSGD does so by default.
+ENTRANTS: dict[str, Entrant] = {
+    "Constant VSGD, auto": Entrant(partial(ConstantVSGD, prior_strength="auto", forgetting_floor=0.01), 0.016, 0.0, "#56B4E9"),
+    "VSGD": Entrant(VSGD, 0.032, 0.0, "#0072B2"),
+    "AdamW, warm-up": Entrant(partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True), 0.032, 0.2, "#D55E00"),
+    "SGD, momentum": Entrant(partial(torch.optim.SGD, momentum=0.9, fused=True), 0.2, 0.0, "#009E73"),
 }
 
 
-class Residual(nn.Module):
-    """Layers with a skip connection: the output is the input plus the layers' output."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the layers' output to the input."""
-        return x + self.layers(x)
-
-
-def conv_mixer(width: int = 64, depth: int = 3) -> nn.Sequential:
-    """Make a ConvMixer (Trockman and Kolter, 2022) for 8x8 images in 10 classes, with patches of 2x2 pixels."""
-
-    def add_activation(convolution: nn.Conv2d) -> list[nn.Module]:
-        return [convolution, nn.GELU(), nn.BatchNorm2d(width)]
-
-    layers = add_activation(nn.Conv2d(1, width, kernel_size=2, stride=2))
-    for _ in range(depth):
-        layers.append(Residual(*add_activation(nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))))
-        layers += add_activation(nn.Conv2d(width, width, kernel_size=1))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-
-
-class Digits(NamedTuple):
-    """Images and labels of the training part and of the test part."""
+class Data(NamedTuple):
+    """Signals and labels: 4000 for training, 2000 each for validation and test."""
 
     train_x: Tensor
-    test_x: Tensor
     train_y: Tensor
+    validation_x: Tensor
+    validation_y: Tensor
+    test_x: Tensor
     test_y: Tensor
 
 
-def load_data() -> Digits:
-    """Load the 1797 digits with pixels scaled to [-1, 1]; a fifth of each class is the test part, the same for every seed."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
-    parts = train_test_split(images.numpy(), labels, test_size=0.2, stratify=labels, random_state=0)
-    return Digits(*map(torch.from_numpy, parts))
+def load_data() -> Data:
+    """Make the signals, the same for every seed."""
+    arguments = get_dataset_args()
+    arguments.num_samples, arguments.train_split = 8000, 0.5
+    made = make_dataset(arguments)
+    x = torch.tensor(np.concatenate([made["x"], made["x_test"]]), dtype=torch.float32)[:, None]
+    y = torch.tensor(np.concatenate([made["y"], made["y_test"]]))
+    return Data(x[:4000], y[:4000], x[4000:6000], y[4000:6000], x[6000:], y[6000:])
 
 
-def batches(n: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Yield the indices of the mini-batches: a new order in each epoch, without its incomplete last batch."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        yield from torch.randperm(n, generator=generator).split(BATCH_SIZE)[: n // BATCH_SIZE]
+def make_network() -> nn.Sequential:
+    """Make a network of three convolutions with 25 channels."""
+    layers: list[nn.Module] = []
+    for inputs, size in ((1, 5), (25, 3), (25, 3)):
+        layers += [nn.Conv1d(inputs, 25, size, stride=2, padding=size // 2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(125, 10))
+
+
+LAYERS = {"convolution 1": 0, "convolution 2": 2, "convolution 3": 4, "head": 7}
 
 
 @dataclass
 class Run:
     """The results of one training."""
 
-    lr: float
-    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
     step_times: list[float] = field(default_factory=list)
     gains: dict[str, list[float]] = field(default_factory=dict)
     snrs: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def train(name: str, seed: int, data: Digits, epochs: int, bar: tqdm[None]) -> Run:
-    """Train a new model with the named optimizer; equal seeds give all optimizers equal weights and batches."""
+def choose_rate(entrant: Entrant, part: float) -> float:
+    """Return the learning rate when a part of the training is done, as a factor of the highest."""
+    rise = min(1.0, part / entrant.warm_up) if entrant.warm_up else 1.0
+    return rise * (1 + math.cos(math.pi * part)) / 2
+
+
+def train(name: str, seed: int, data: Data, steps: int, lr: float | None = None) -> Run:
+    """Train a new network with the named entrant; equal seeds give all entrants equal weights and batches."""
     torch.manual_seed(seed)
-    model = conv_mixer()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    run = Run(lr=optimizer.defaults["lr"])
-    for batch in batches(len(data.train_x), epochs, seed):
+    entrant, network, run = ENTRANTS[name], make_network(), Run()
+    optimizer = entrant.make(network.parameters(), lr=entrant.lr if lr is None else lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: choose_rate(entrant, (step + 1) / (steps + 1)))
+    for step in range(1, steps + 1):
+        batch = torch.randint(len(data.train_x), (BATCH_SIZE,))
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
-        loss.backward()
+        functional.cross_entropy(network(data.train_x[batch]), data.train_y[batch]).backward()
         start = time.perf_counter()
         optimizer.step()
         run.step_times.append(time.perf_counter() - start)
-        run.losses.append(loss.item())
-        if isinstance(optimizer, VSGD):
-            record_posterior(model, optimizer, run)
-        bar.update()
-    run.scores = evaluate(model, data)
+        schedule.step()
+        if step % EVALUATE_EVERY == 0 or step == steps:
+            run.accuracies.append(compute_accuracy(network, data.test_x, data.test_y))
+            if isinstance(optimizer, VSGD):
+                record_posterior(network, optimizer, run)
+    with torch.no_grad():
+        loss = functional.cross_entropy(network(data.train_x), data.train_y).item()
+    validation = compute_accuracy(network, data.validation_x, data.validation_y)
+    run.scores = {"test accuracy (%)": run.accuracies[-1], "validation accuracy (%)": validation, "train loss": loss}
     return run
 
 
-def record_posterior(model: nn.Module, optimizer: VSGD, run: Run) -> None:
+@torch.no_grad()
+def compute_accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the accuracy in percent."""
+    return 100 * (network(x).argmax(1) == y).double().mean().item()
+
+
+def record_posterior(network: nn.Sequential, optimizer: VSGD, run: Run) -> None:
     """Record the medians of gain and signal-to-noise ratio over each layer's weights."""
-    for layer, weight in layer_weights(model).items():
-        posterior = optimizer.posterior(weight)
+    for layer, index in LAYERS.items():
+        posterior = optimizer.posterior(network[index].weight)
         run.gains.setdefault(layer, []).append(posterior.gain.median().item())
         run.snrs.setdefault(layer, []).append(posterior.snr.median().item())
 
 
-def layer_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of the convolutions and of the head by their role."""
-    weights: dict[str, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            weights["head"] = module.weight
-        elif isinstance(module, nn.Conv2d):
-            kind = "pointwise" if module.kernel_size == (1, 1) else "depthwise" if module.groups > 1 else "patches"
-            depth = sum(label.startswith(kind) for label in weights)
-            weights["patches" if kind == "patches" else f"{kind} {depth + 1}"] = module.weight
-    return weights
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Digits) -> dict[str, float]:
-    """Compute loss and accuracy (in percent) on both parts of the data."""
-    model.eval()
-    scores = {}
-    for part, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
-        logits = model(x)
-        scores[f"{part} loss"] = functional.cross_entropy(logits, y).item()
-        scores[f"{part} accuracy"] = 100 * (logits.argmax(1) == y).double().mean().item()
-    return scores
-
-
-def compare(epochs: int, seeds: int) -> dict[str, list[Run]]:
-    """Train with each optimizer and each seed."""
-    data = load_data()
-    runs: dict[str, list[Run]] = {name: [] for name in OPTIMIZERS}
-    steps = epochs * (len(data.train_x) // BATCH_SIZE)
-    with tqdm(total=steps * seeds * len(OPTIMIZERS), unit="step") as bar:
-        for seed in range(seeds):
-            for name, done in runs.items():
-                bar.set_description(f"{name}, seed {seed}")
-                done.append(train(name, seed, data, epochs, bar))
+def compare(steps: int, seeds: Iterable[int]) -> dict[str, list[Run]]:
+    """Train with each entrant and each seed."""
+    data, runs = load_data(), {name: [] for name in ENTRANTS}
+    pairs = [(seed, name) for seed in seeds for name in ENTRANTS]
+    for seed, name in (bar := tqdm(pairs, unit="run")):
+        bar.set_description(f"{name}, seed {seed}")
+        runs[name].append(train(name, seed, data, steps))
     return runs
 
 
-def format_table(runs: dict[str, list[Run]]) -> str:
+def screen(steps: int) -> str:
+    """Return the mean validation accuracy of each entrant at four learning rates around its own."""
+    data, lines = load_data(), []
+    for name, entrant in ENTRANTS.items():
+        for factor in (0.25, 0.5, 1, 2):
+            runs = [train(name, seed, data, steps, lr=factor * entrant.lr) for seed in SCREEN_SEEDS]
+            mean = statistics.fmean(run.scores["validation accuracy (%)"] for run in runs)
+            lines.append(f"{name:<20} {factor * entrant.lr:<6g} {mean:.2f}")
+    return "\n".join(lines)
+
+
+def format_table(runs: Mapping[str, Sequence[Run]]) -> str:
     """Format the mean ± standard deviation of the final scores, and the median time of `optimizer.step()`."""
-    formats = {"train loss": ".5f", "train accuracy": ".2f", "test loss": ".4f", "test accuracy": ".2f"}
-    rows = [["optimizer", "lr", *(f"{score} (%)" if "accuracy" in score else score for score in formats), "step (µs)"]]
+    formats = {"test accuracy (%)": ".2f", "train loss": ".4f"}
+    rows = [["optimizer", "lr", *formats, "step (µs)"]]
     for name, done in runs.items():
         cells = [format_spread([run.scores[score] for run in done], form) for score, form in formats.items()]
         times = [seconds for run in done for seconds in run.step_times[COMPILING_STEPS:]]
-        rows.append([name, f"{done[0].lr:g}", *cells, f"{1e6 * statistics.median(times):.0f}"])
+        rows.append([name, f"{ENTRANTS[name].lr:g}", *cells, f"{1e6 * statistics.median(times):.0f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def format_spread(values: list[float], form: str) -> str:
+def format_spread(values: Sequence[float], form: str) -> str:
     """Format mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):{form}} ± {deviation:{form}}"
 
 
-# Okabe and Ito's colours suit colour-blind readers; dashes show the depth of layers of one kind.
-COLOURS = {"VSGD": "#0072B2", "AdamW": "#D55E00", "SGD": "#009E73"}
-LAYER_COLOURS = {"patches": "#000000", "depthwise": "#0072B2", "pointwise": "#E69F00", "head": "#CC79A7"}
-DASHES = ["-", "--", ":"]
+LAYER_COLOURS = dict(zip(LAYERS, ("#000000", "#0072B2", "#E69F00", "#CC79A7"), strict=True))
 
 
-def draw(runs: dict[str, list[Run]], output: Path) -> None:
-    """Draw the loss curves above VSGD's gain and signal-to-noise ratio."""
-    figure, axes = plt.subplot_mosaic([["loss", "loss"], ["gain", "snr"]], figsize=(10, 7.5), layout="constrained")
-    draw_losses(axes["loss"], runs)
-    draw_layers(axes["gain"], [run.gains for run in runs["VSGD"]])
-    axes["gain"].set(title="VSGD: the gain it learned", ylabel=r"gain  $b_g\,/\,(b_g + b_{\hat g})$")
-    draw_layers(axes["snr"], [run.snrs for run in runs["VSGD"]])
+def draw(runs: Mapping[str, Sequence[Run]], steps: int, output: Path) -> None:
+    """Draw the test accuracies above VSGD's gain and signal-to-noise ratio."""
+    figure, axes = plt.subplot_mosaic([["accuracy", "accuracy"], ["gain", "snr"]], figsize=(10, 7.5), layout="constrained")
+    looks = sorted({*range(EVALUATE_EVERY, steps + 1, EVALUATE_EVERY), steps})
+    draw_accuracies(axes["accuracy"], looks, runs)
+    draw_layers(axes["gain"], looks, [run.gains for run in runs["VSGD"]])
+    axes["gain"].set(title="VSGD: the gain that each layer learned", ylabel=r"gain  $b_g\,/\,(b_g + b_{\hat g})$")
+    draw_layers(axes["snr"], looks, [run.snrs for run in runs["VSGD"]])
     axes["snr"].set(
         title="VSGD: how sure it is of the gradient", ylabel=r"signal to noise  $\mu_g^2\,/\,\sigma^2$", yscale="log"
     )
@@ -220,51 +216,48 @@ def draw(runs: dict[str, list[Run]], output: Path) -> None:
         panel.grid(alpha=0.25)
         panel.set(xlabel="step", xlim=(0, None))
     handles, labels = axes["gain"].get_legend_handles_labels()
-    title = f"layer, from input to output: median over its weights and over the seeds, geometric mean of {WINDOW} steps"
-    legend = {"title": title, "frameon": False, "fontsize": "small", "columnspacing": 1.2, "handlelength": 1.8}
+    legend: dict[str, Any] = {"title": "median over a layer's weights and over the seeds", "frameon": False}
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), **legend)
     figure.savefig(output, dpi=150)
     plt.close(figure)
 
 
-def draw_losses(axes: Axes, runs: dict[str, list[Run]]) -> None:
-    """Draw one curve for each optimizer, with the range over the seeds."""
+def draw_accuracies(axes: Axes, looks: Sequence[int], runs: Mapping[str, Sequence[Run]]) -> None:
+    """Draw one curve for each entrant: the mean over the seeds, and a standard deviation around it."""
     for name, done in runs.items():
-        curves = smooth([run.losses for run in done])
-        steps = range(WINDOW, WINDOW + curves.shape[1])
-        axes.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
-        axes.plot(steps, np.median(curves, axis=0), color=COLOURS[name], label=f"{name}, lr {done[0].lr:g}")
-    axes.set(yscale="log", title="A small ConvMixer on digits", ylabel=f"train loss, mean of {WINDOW} steps")
-    axes.legend(frameon=False, title=f"median and range, {len(runs['VSGD'])} seeds")
+        curves = np.array([run.accuracies for run in done])
+        mean, deviation = curves.mean(0), curves.std(0, ddof=1) if len(done) > 1 else 0.0
+        colour = ENTRANTS[name].colour
+        axes.fill_between(looks, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(looks, mean, color=colour, label=f"{name}, lr {ENTRANTS[name].lr:g}")
+    axes.set(title="Three convolutions on MNIST-1D", ylabel="test accuracy, %")
+    axes.legend(frameon=False, title=f"mean and standard deviation, {len(runs['VSGD'])} seeds")
 
 
-def draw_layers(axes: Axes, seeds: list[dict[str, list[float]]]) -> None:
+def draw_layers(axes: Axes, looks: Sequence[int], seeds: Sequence[Mapping[str, Sequence[float]]]) -> None:
     """Draw one curve for each layer, the median over the seeds."""
-    for layer in seeds[0]:
-        logs = smooth([list(map(math.log, curves[layer])) for curves in seeds])
-        kind, _, depth = layer.partition(" ")
-        steps = range(WINDOW, WINDOW + logs.shape[1])
-        axes.plot(steps, np.exp(np.median(logs, axis=0)), DASHES[int(depth or 1) - 1], color=LAYER_COLOURS[kind], label=layer)
-
-
-def smooth(curves: list[list[float]]) -> NDArray[np.float64]:
-    """Compute moving averages over WINDOW steps, one row for each curve."""
-    return np.array([np.convolve(curve, np.full(WINDOW, 1 / WINDOW), "valid") for curve in curves])
+    for layer, colour in LAYER_COLOURS.items():
+        curves: NDArray[np.float64] = np.array([curves[layer] for curves in seeds])
+        axes.plot(looks, np.median(curves, axis=0), color=colour, label=layer)
 
 
 def main() -> None:
     """Run the comparison from the command line."""
-    parser = argparse.ArgumentParser(description="Compare VSGD with AdamW and SGD on scikit-learn's digits.")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser = argparse.ArgumentParser(description="Compare VSGD with AdamW and SGD on MNIST-1D.")
+    parser.add_argument("--steps", type=int, default=2000, help="of each training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="figure file (default: %(default)s)")
+    parser.add_argument("--screen", action="store_true", help="print validation accuracies at four learning rates instead")
     arguments = parser.parse_args()
-    if min(arguments.epochs, arguments.seeds) < 1:
-        parser.error(f"--epochs is {arguments.epochs} and --seeds is {arguments.seeds}, but both must be at least 1")
-    torch.set_num_threads(1)  # more threads barely speed up so small a model, and slow it on busy cores
-    runs = compare(arguments.epochs, arguments.seeds)
+    if min(arguments.steps, arguments.seeds) < 1:
+        parser.error(f"--steps is {arguments.steps} and --seeds is {arguments.seeds}, but both must be at least 1")
+    torch.set_num_threads(1)  # more threads barely speed up so small a network, and slow it on busy cores
+    if arguments.screen:
+        print(screen(arguments.steps))
+        return
+    runs = compare(arguments.steps, range(arguments.seeds))
     print(format_table(runs))
-    draw(runs, arguments.output)
+    draw(runs, arguments.steps, arguments.output)
     print(f"wrote {arguments.output}")
 
 

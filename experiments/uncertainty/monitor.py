@@ -1,4 +1,4 @@
-"""Draw the monitor's plots for a training on real data: the quickstart's model on its digits.
+"""Draw the monitor's plots for a training on real data: a ConvMixer on digits.
 
 Draws `monitor.png`, `monitor_noise_scale.png` and `monitor_momenta.png` and writes the table `monitor.txt`, all for
 `docs/uncertainty.md`:
@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.uncertainty.noise_scale import estimate_at_fixed_weights
-from reporting.examples import load_example
+from reporting import digits
 from reporting.pages import format_table
 from vsgd.monitor import Look, Monitor
 from vsgd.monitor.plots import draw_heat_map, draw_momenta, draw_noise_scale
 from vsgd.torch import VSGD, ConstantVSGD
 from vsgd.torch.monitor import watch
-
-quickstart = load_example("quickstart")
 
 OUTPUT = Path("docs/uncertainty")
 EVERY = 5  # steps between two looks
@@ -62,7 +60,7 @@ class Run(NamedTuple):
 
 def name_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Name the parameters after what their layers do."""
-    layers = {id(weight): layer for layer, weight in quickstart.layer_weights(model).items()}
+    layers = {id(weight): layer for layer, weight in digits.list_layer_weights(model).items()}
     names: list[tuple[str, Tensor]] = []
     layer = ""
     for module in model.modules():
@@ -75,17 +73,17 @@ def name_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def train(name: str, data: Any, epochs: int, probes: int) -> Run:
-    """Train the quickstart's model with a monitor, and measure the noise scale at fixed weights `probes` times."""
+    """Train the ConvMixer with a monitor, and measure the noise scale at fixed weights `probes` times."""
     torch.manual_seed(0)
-    model = quickstart.conv_mixer()
+    model = digits.make_conv_mixer()
     optimizer = OPTIMIZERS[name](model.parameters())
     generator = torch.Generator().manual_seed(1)
-    order = list(quickstart.batches(len(data.train_x), epochs, seed=0))
+    order = list(digits.draw_batches(len(data.train_x), epochs, seed=0))
     probed = {len(order) * (probe + 1) // probes for probe in range(probes)}
     looks: list[Look] = []
     held: list[tuple[int, float]] = []
     losses = []
-    with watch(optimizer, Monitor(looks, every=EVERY), name_parameters(model), batch_size=quickstart.BATCH_SIZE):
+    with watch(optimizer, Monitor(looks, every=EVERY), name_parameters(model), batch_size=digits.BATCH_SIZE):
         for step, batch in enumerate(order, start=1):
             optimizer.zero_grad()
             loss = functional.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
@@ -95,9 +93,9 @@ def train(name: str, data: Any, epochs: int, probes: int) -> Run:
             optimizer.step()
             losses.append(loss.item())
             if step in probed:
-                scale = estimate_at_fixed_weights(model, data.train_x, data.train_y, generator, quickstart.BATCH_SIZE)
+                scale = estimate_at_fixed_weights(model, data.train_x, data.train_y, generator, digits.BATCH_SIZE)
                 held.append((step, scale.scale.item()))
-    gains = {layer: optimizer.posterior(weight).gain for layer, weight in quickstart.layer_weights(model).items()}
+    gains = {layer: optimizer.posterior(weight).gain for layer, weight in digits.list_layer_weights(model).items()}
     return Run(looks, held, gains, first_square, fmean(losses[-(len(order) // epochs) :]))
 
 
@@ -135,7 +133,7 @@ def draw_noise_scales(runs: Mapping[str, Run], output: Path) -> None:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True)
     for panel, name in zip(axes, names, strict=True):
-        draw_noise_scale(panel, runs[name].looks, quickstart.BATCH_SIZE)
+        draw_noise_scale(panel, runs[name].looks, digits.BATCH_SIZE)
         found = [(step, scale) for step, scale in runs[name].held if scale > 0]
         label = f"weights held still: found at {len(found)} of {len(runs[name].held)} steps"
         panel.plot(*zip(*found, strict=True) if found else ([], []), "ko", label=label)
@@ -159,13 +157,13 @@ def draw_histograms(runs: Mapping[str, Run], output: Path) -> None:
 
 def main() -> None:
     """Write the figures and the table as the command line says."""
-    parser = argparse.ArgumentParser(description="Draw the monitor's plots for the quickstart's training.")
+    parser = argparse.ArgumentParser(description="Draw the monitor's plots for a training on digits.")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
     parser.add_argument("--probes", type=int, default=8, help="how often to measure at fixed weights (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second thread gains little on so small a model
-    data = quickstart.load_data()
+    data = digits.load_data()
     runs = {name: train(name, data, arguments.epochs, 0 if name == WEAK_PRIOR else arguments.probes) for name in OPTIMIZERS}
     draw_heat_maps(runs, arguments.output / "monitor.png")
     draw_noise_scales(runs, arguments.output / "monitor_noise_scale.png")

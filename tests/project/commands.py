@@ -21,7 +21,7 @@ def absent(script: str) -> list[str]:
     Example:
         >>> absent("pip install 'vsgd[torch]' && python -m benchmarks report --page docs/performance.md")
         []
-        >>> absent("python examples/quickstart.py --epoch 3")
+        >>> absent("python examples/quickstart.py --step 3")
         ['--epoch']
     """
     lines = script.replace("\\\n", " ").splitlines()

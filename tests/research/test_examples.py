@@ -16,7 +16,7 @@ from reporting.examples import load_example
 @pytest.mark.parametrize(
     ("name", "option", "message"),
     [
-        ("quickstart", "--epochs=0", "--epochs is 0 and --seeds is 3, but both must be at least 1"),
+        ("quickstart", "--steps=0", "--steps is 0 and --seeds is 5, but both must be at least 1"),
         ("jax_training", "--epochs=0", "--epochs is 0 and --seeds is 5, but both must be at least 1"),
         ("keras_training", "--epochs=0", "--epochs is 0, but must be at least 1"),
         ("jax_sharded", "--every=0", "--every is 0, but must be at least 1"),
@@ -24,7 +24,11 @@ from reporting.examples import load_example
     ],
 )
 def test_a_bad_option_is_named(name: str, option: str, message: str) -> None:
-    needs = {"quickstart": ("torch", "matplotlib", "tqdm"), "jax_training": ("optax",), "jax_sharded": ("optax", "orbax")}
+    needs = {
+        "quickstart": ("torch", "matplotlib", "mnist1d", "tqdm"),
+        "jax_training": ("optax",),
+        "jax_sharded": ("optax", "orbax"),
+    }
     need(*needs.get(name, ("keras",)))
     assert message in run(f"examples/{name}.py", option, code=2, JAX_PLATFORMS="cpu")
 
