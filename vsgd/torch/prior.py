@@ -84,19 +84,14 @@ def measure_gradients(params: Sequence[Tensor]) -> float:
         first = all(not each.is_replicate() or index == 0 for each, index in zip(param.placements, coordinate, strict=True))
         if first:
             arrays.extend(_cut(grad))
-    home = next(iter(plain), "cpu")
-
-    def bring_home(value: Any) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64).to(home)
-
-    shards = [prior.Shards(arrays, _widen, bring_home, bring_home) for arrays in plain.values()]
+    shards = [prior.Shards(arrays, _widen, _bring_home, _bring_home) for arrays in plain.values()]
     for mesh, arrays in sharded.items():
 
         def reduce(value: Any, operation: Any, mesh: Any = mesh) -> Tensor:
             total = torch.as_tensor(value, dtype=torch.float64, device=mesh.device_type)
             for dimension in range(mesh.ndim):
                 torch.distributed.all_reduce(total, operation, group=mesh.get_group(dimension))
-            return bring_home(total)
+            return _bring_home(total)
 
         operations = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
         shards.append(prior.Shards(arrays, _widen, *(partial(reduce, operation=each) for each in operations)))
@@ -107,6 +102,10 @@ def _cut(grad: Tensor) -> Sequence[Tensor]:
     """Return blocks of a gradient as real numbers: temporaries stay small."""
     grad = grad.detach().resolve_conj()
     return (torch.view_as_real(grad) if grad.is_complex() else grad).reshape(-1).split(_BLOCK)
+
+
+def _bring_home(value: Any) -> Tensor:
+    return torch.as_tensor(value).cpu().double()  # where 0-d tensors go with those of every device
 
 
 def _widen(array: Tensor) -> Tensor:
