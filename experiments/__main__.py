@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list`, `run`, `paper`, `compare`, `report`, `sweep` and `layers`."""
+"""The command line: `python -m experiments list`, `run`, `paper`, `compare`, `report`, `sweep`, `recommended` and `layers`."""
 
 from __future__ import annotations
 
@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="do all missing runs of VSGD's grids, and write their tables into a page")
     _add_worker_options(sweep)
     sweep.add_argument("--page", type=Path, default=_TUNING)
+
+    check = commands.add_parser(
+        "recommended", help="do all missing runs of the recommended setting, and write their tables into a page"
+    )
+    _add_worker_options(check)
+    check.add_argument("--page", type=Path, default=_TUNING)
 
     layers = commands.add_parser("layers", help="train with VSGD, and write tables of each tensor's state into a page")
     layers.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
@@ -172,6 +178,12 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     sweep.run_sweep(arguments.results, arguments.page, arguments.workers, arguments.backend)
 
 
+def _run_check(arguments: argparse.Namespace) -> None:
+    from experiments import recommended  # likewise
+
+    recommended.run_check(arguments.results, arguments.page, arguments.workers, arguments.backend)
+
+
 def _write_layers(arguments: argparse.Namespace) -> None:
     from experiments import layers  # late: it imports Keras, whose backend must be chosen first
 
@@ -185,6 +197,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compare": _run_comparison,
     "report": _write_report,
     "sweep": _run_sweep,
+    "recommended": _run_check,
     "layers": _write_layers,
 }
 

@@ -28,6 +28,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("performance", "performance", benchmarks, "report", "torch|optax.*|keras-train-.*"),
         ("results", "results", experiments, "report", ".*"),
         ("tuning", "results", experiments, "sweep", "sweep-.*"),
+        ("tuning", "results", experiments, "recommended", "recommended|rates"),
     ],
 )
 def test_a_page_and_its_plots_are_written_from_their_records(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from experiments import tasks
-from experiments.comparison import Setting, Trial
+from experiments import spread, tasks
+from experiments.comparison import ARMS, WIDEST, Comparison, Setting, Trial, find_entrant
 from experiments.report import ArmResult
 from experiments.spread import Store, perform_runs
 from reporting.pages import format_table, replace_section
@@ -27,8 +26,6 @@ LONG_TASKS = ("mnist1d-mlp@4", "digits-vae@4", "quadratic@4")
 SCHEDULES = ("cosine", "constant")
 #: Learning rates around the best of the recommended setting.
 RATES = (0.004, 0.008, 0.016)
-#: Learning rates that both AdamW and the recommended setting run at.
-ALL_RATES = (0.001, 0.002, *RATES)
 #: Seeds of no other experiment.
 SEEDS = (300, 301, 302)
 
@@ -68,7 +65,6 @@ class Batch(NamedTuple):
 
 CHECK = Batch((RECOMMENDED, *DEFAULTS), TASKS, SCHEDULES, RATES, SEEDS)
 LONG_CHECK = Batch((RECOMMENDED, DEFAULTS[0]), LONG_TASKS, ("constant",), RATES, SEEDS)
-RULE = Batch((RECOMMENDED, BASELINE), TASKS, SCHEDULES, ALL_RATES, SEEDS)
 
 
 class Finder:
@@ -147,40 +143,51 @@ def make_check_rows(batch: Batch, finder: Finder) -> Iterator[list[str]]:
             ]
 
 
-def make_rule_rows(finder: Finder) -> Iterator[list[str]]:
-    """Yield a row for each task and schedule: AdamW's best rate, the recommended setting's, and what multiples of AdamW's cost.
+def find_baseline_rate(task: tasks.Task, schedule: str, comparisons: Store, backend: str) -> float:
+    """Return the learning rate that is AdamW's best in the comparison, by the validation metric of its tuning seeds.
 
     Args:
-        finder: of the records.
+        task: the task.
+        schedule: of the learning rate.
+        comparisons: the records of the comparison.
+        backend: of Keras.
     """
-    for task in map(tasks.find_task, RULE.tasks):
-        for schedule in RULE.schedules:
-            baseline = finder.find_best(task, BASELINE, schedule, RULE)
-            best = finder.find_best(task, RECOMMENDED, schedule, RULE)
-            cells: list[str] = []
-            for factor in (1, 2, 4):
-                rate = None if baseline is None else factor * baseline.trial.learning_rate
-                if best is None or rate not in RULE.rates:
-                    cells.append("")
-                    continue
-                result = finder.find(task, RECOMMENDED, schedule, rate, RULE.seeds)
-                loss = (
-                    None
-                    if result.diverged
-                    else score_result(task, result, "validation") - score_result(task, best, "validation")
-                )
-                cells.append("diverged" if loss is None else f"{loss:.2g}")
+    comparison = Comparison(task, comparisons.find, backend)
+    trials = [trial for trial in ARMS[WIDEST](find_entrant(BASELINE)) if trial.schedule == schedule]
+    scores = [
+        (score, trial.learning_rate) for trial in trials if (score := comparison.score_trial(BASELINE, trial)) is not None
+    ]
+    if len(scores) < len(trials):
+        raise ValueError(f"runs of {BASELINE} on {task.name} are missing, but a table needs all of them")
+    return min(scores)[1]
+
+
+def make_rule_rows(finder: Finder, comparisons: Store, backend: str) -> Iterator[list[str]]:
+    """Yield a row for each task and schedule: AdamW's best rate, and what the recommended setting loses at each of its rates.
+
+    Args:
+        finder: of the records of the check.
+        comparisons: the records of the comparison.
+        backend: of Keras.
+    """
+    for task in map(tasks.find_task, CHECK.tasks):
+        for schedule in CHECK.schedules:
+            results = [finder.find(task, RECOMMENDED, schedule, rate, CHECK.seeds) for rate in CHECK.rates]
+            scores = [None if each.diverged else score_result(task, each, "validation") for each in results]
+            best = min((score for score in scores if score is not None), default=0.0)
+            cells = ["diverged" if score is None else f"{score - best:.2g}" for score in scores]
             unit = "%" if task.metric == "accuracy" else "loss"
-            rates = ("diverged" if each is None else f"{each.trial.learning_rate:g}" for each in (baseline, best))
-            yield [f"{task.title}, {unit}", schedule, *rates, *cells]
+            yield [f"{task.title}, {unit}", schedule, f"{find_baseline_rate(task, schedule, comparisons, backend):g}", *cells]
 
 
-def write_tables(finder: Finder, page: Path) -> None:
+def write_tables(finder: Finder, comparisons: Store, page: Path, backend: str) -> None:
     """Write both tables into the page's sections.
 
     Args:
-        finder: of the records.
+        finder: of the records of the check.
+        comparisons: the records of the comparison.
         page: the Markdown page.
+        backend: of Keras.
     """
     names: Mapping[str, str] = {RECOMMENDED: "recommended", "constant-vsgd": "Constant VSGD", "vsgd": "VSGD"}
 
@@ -190,23 +197,23 @@ def write_tables(finder: Finder, page: Path) -> None:
         return format_table(heads, make_check_rows(batch, finder))
 
     replace_section(page, "recommended", [format_check(CHECK), "Four times as many steps:", format_check(LONG_CHECK)])
-    heads = ["task", "rate", "AdamW's best", "recommended's best", "lost at AdamW's", "at 2 times", "at 4 times"]
-    replace_section(page, "rates", [format_table(heads, make_rule_rows(finder))])
+    heads = ["task", "rate", "AdamW's best", *(f"lost at {rate:g}" for rate in CHECK.rates)]
+    replace_section(page, "rates", [format_table(heads, make_rule_rows(finder, comparisons, backend))])
 
 
-def main() -> None:
-    """Do the missing runs and write the tables, as the command line says."""
-    parser = argparse.ArgumentParser(description="Check the recommended setting of Constant VSGD.")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder (default: %(default)s)")
-    parser.add_argument("--page", type=Path, default=Path("docs/tuning.md"), help="page of the tables (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side (default: %(default)s)")
-    parser.add_argument("--backend", default="jax", help="of Keras (default: %(default)s)")
-    arguments = parser.parse_args()
-    store = Store(arguments.results / FOLDER)
-    for title, batch in (("check", CHECK), ("rule", RULE), ("long", LONG_CHECK)):
-        perform_runs(batch.list_settings(arguments.backend), store, arguments.workers, title)
-    write_tables(Finder(store, arguments.backend), arguments.page)
+def run_check(results: Path, page: Path, workers: int, backend: str) -> None:
+    """Do the missing runs, and write the tables into the page's sections.
 
+    Args:
+        results: the folder of results.
+        page: the Markdown page.
+        workers: how many processes run side by side.
+        backend: of Keras.
 
-if __name__ == "__main__":
-    main()
+    Raises:
+        ValueError: `workers` is less than 1.
+    """
+    store = Store(results / FOLDER)
+    for title, batch in (("check", CHECK), ("long", LONG_CHECK)):
+        perform_runs(batch.list_settings(backend), store, workers, title)
+    write_tables(Finder(store, backend), Store(results / spread.FOLDER), page, backend)
