@@ -22,7 +22,7 @@ def absent(script: str) -> list[str]:
         >>> absent("pip install 'vsgd[torch]' && python -m benchmarks report --page docs/performance.md")
         []
         >>> absent("python examples/quickstart.py --step 3")
-        ['--epoch']
+        ['--step']
     """
     lines = script.replace("\\\n", " ").splitlines()
     commands = [shlex.split(command, comments=True) for line in lines for command in line.split("&&")]
