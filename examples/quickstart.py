@@ -215,6 +215,7 @@ def draw(runs: Mapping[str, Sequence[Run]], steps: int, output: Path) -> None:
     axes["snr"].set(
         title="VSGD: how sure it is of the gradient", ylabel=r"signal to noise  $\mu_g^2\,/\,\sigma^2$", yscale="log"
     )
+    axes["snr"].set_ylim(bottom=1e-8)  # weights behind units that are off have gradients of zero
     for panel in axes.values():
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

@@ -189,7 +189,7 @@ def write_tables(finder: Finder, comparisons: Store, page: Path, backend: str) -
         page: the Markdown page.
         backend: of Keras.
     """
-    names: Mapping[str, str] = {RECOMMENDED: "recommended", "constant-vsgd": "Constant VSGD", "vsgd": "VSGD"}
+    names: Mapping[str, str] = {RECOMMENDED: "auto, floor 0.01", "constant-vsgd": "Constant VSGD", "vsgd": "VSGD"}
 
     def format_check(batch: Batch) -> str:
         titles = [names[entrant] for entrant in batch.entrants]
