@@ -281,7 +281,6 @@ def prior_strength_from(gradients: Iterable[Any], scale: float = 10.0) -> float:
 
 def _measure_unit(gradients: Any) -> mx.array:
     arrays = [gradient for _, gradient in tree_flatten(gradients)]
-    # On the CPU, for a GPU has no float64.
     wide = [array if array.dtype == mx.float64 else array.astype(mx.float32) for array in arrays]
     return mx.array(prior.measure_unit(mx, [prior.Shards(wide)], sum(array.size for array in arrays)))
 

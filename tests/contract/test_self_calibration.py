@@ -76,6 +76,7 @@ def test_the_losss_scale_changes_nothing(driver: str, kind: str) -> None:
             runs[factor].step([np.float32(factor) * grad for grad in draw(1 + step)])
     plain = runs.pop(1.0).read()
     for factor, made in runs.items():
+        # Other factors round each gradient once more.
         assert_equal(made.read(), plain, rtol=0.0 if np.frexp(factor)[0] == 0.5 else 2e-5)
 
 

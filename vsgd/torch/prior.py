@@ -86,16 +86,16 @@ def measure_gradients(params: Sequence[Tensor]) -> float:
             arrays.extend(_cut(grad))
     shards = [prior.Shards(arrays, _widen, _bring_home, _bring_home) for arrays in plain.values()]
     for mesh, arrays in sharded.items():
-
-        def reduce(value: Any, operation: Any, mesh: Any = mesh) -> Tensor:
-            total = torch.as_tensor(value, dtype=torch.float64, device=mesh.device_type)
-            for dimension in range(mesh.ndim):
-                torch.distributed.all_reduce(total, operation, group=mesh.get_group(dimension))
-            return _bring_home(total)
-
         operations = torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM
-        shards.append(prior.Shards(arrays, _widen, *(partial(reduce, operation=each) for each in operations)))
+        shards.append(prior.Shards(arrays, _widen, *(partial(_reduce, mesh, operation) for operation in operations)))
     return float(prior.measure_unit(torch, shards, numbers))
+
+
+def _reduce(mesh: Any, operation: Any, value: Any) -> Tensor:
+    total = torch.as_tensor(value, dtype=torch.float64, device=mesh.device_type)
+    for dimension in range(mesh.ndim):
+        torch.distributed.all_reduce(total, operation, group=mesh.get_group(dimension))
+    return _bring_home(total)
 
 
 def _cut(grad: Tensor) -> Sequence[Tensor]:
