@@ -52,7 +52,7 @@ def test_ci_runs_the_readmes_test_command_and_all_other_environments() -> None:
     section = (ROOT / "README.md").read_text().split("## Two commands")[1].split("\n## ")[0]
     quickstart, tests = re.findall(r"```sh\n(.*?)\n```", section, flags=re.DOTALL)
     ours, workflow = (ROOT / ".ci" / "run").read_text().splitlines(), (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert {tests, ".venv/bin/python -m tox run -m full"} <= set(ours)
+    assert {tests, ".venv/bin/python -m tox run-parallel -p 2 --parallel-no-spinner -m full"} <= set(ours)
     assert f"run: {tests}" in workflow
     assert quickstart == f"{tests} -e quickstart"
     label = re.search(r"labels = full = (.+)", (ROOT / "tox.ini").read_text())[1].split(", ")
