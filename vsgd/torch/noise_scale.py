@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.optim.optimizer import Optimizer
 
 from vsgd.monitor.noise_scale import MeasuredNoiseScale, average_estimates, estimate_from_parts
@@ -78,8 +79,12 @@ class NoiseScaleMeter:
         self._scaler = scaler
         self._group = process_group
         self._parts: dict[Tensor, list[Tensor]] = {param: [] for param in params if param.requires_grad}
+        # The nodes that add to `param.grad`. Hooks on the tensors would also see the gradients of `torch.autograd.grad`.
+        self._nodes = [get_gradient_edge(param).node for param in self._parts]
         self._found: deque[Tensor] = deque(maxlen=window)
-        self._handles = [param.register_hook(self._make_hook(param)) for param in self._parts]
+        self._handles = [
+            node.register_prehook(self._make_hook(param)) for node, param in zip(self._nodes, self._parts, strict=True)
+        ]
         self._handles.append(optimizer.register_step_pre_hook(self._compare))
 
     def read(self) -> MeasuredNoiseScale:
@@ -107,10 +112,10 @@ class NoiseScaleMeter:
         self.remove()
 
     def _make_hook(self, param: Tensor) -> Any:
-        def note_part(grad: Tensor) -> None:
+        def note_part(grads: tuple[Tensor, ...]) -> None:
             if param.grad is None:  # the first micro-batch: forget those of a step that was skipped
                 self._parts[param].clear()
-            self._parts[param].append(_summarize(grad))
+            self._parts[param].append(_summarize(grads[0]))
 
         return note_part
 
