@@ -26,7 +26,7 @@ class Monitor:
 
     The noise scale is the ratio of two estimates that are noisy step by step. The monitor averages trace and squared norm
     separately, with exponentially falling weights that sum to one from the first look on, as in arXiv 1812.06162, appendix A.1.
-    It smooths nothing else.
+    It smooths nothing else, and no noise scale with a standard error, which is an average already.
 
     Args:
         sinks: where to write. An object with `append`, such as a list or a `collections.deque`, receives each `Look`. An object
@@ -92,6 +92,8 @@ class Monitor:
         return look
 
     def _smooth(self, name: str | None, summary: Summary) -> Summary:
+        if summary.noise_scale_error is not None:
+            return summary
         old, new = self.smoothing, 1 - self.smoothing
         weight, trace, norm = self._means.get(name, (0.0, 0.0, 0.0))
         weight = old * weight + new
@@ -126,8 +128,8 @@ class CsvFile:
         >>> path = Path(tempfile.mkdtemp()) / "gradients.csv"
         >>> CsvFile(path).append(Look(10, Summary(0.5, 1.0, 2.0, 3.0, 8.0, 4.0, None), {}))
         >>> print(path.read_text().strip())
-        step,tensor,gain,momentum,snr_10,snr_50,snr_90,noise_trace,noise_squared_norm,noise_scale,surprise
-        10,overall,0.5,0.5,1,2,3,8,4,2,
+        step,tensor,gain,momentum,snr_10,snr_50,snr_90,noise_trace,noise_squared_norm,noise_scale,noise_scale_error,surprise
+        10,overall,0.5,0.5,1,2,3,8,4,2,,
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -31,9 +31,12 @@ class Summary(NamedTuple):
         snr_10: the 10 % quantile of the signal-to-noise ratios `mean**2 / variance`.
         snr_50: their median.
         snr_90: their 90 % quantile.
-        noise_trace: an estimate of the trace of the covariance of one example's gradient.
+        noise_trace: an estimate of the trace of the covariance of one example's gradient. It and `noise_squared_norm` are from
+            the state, and right only while the weights are held still, unless `noise_scale_error` is a number.
         noise_squared_norm: an estimate of the squared norm of the true gradient.
         surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
+        noise_scale_error: the standard error of a `noise_scale` that was measured without bias, by `vsgd.monitor.noise_scale`;
+            None for an estimate from the state.
     """
 
     gain: float
@@ -43,6 +46,7 @@ class Summary(NamedTuple):
     noise_trace: float
     noise_squared_norm: float
     surprise: float | None
+    noise_scale_error: float | None = None
 
     @property
     def momentum(self) -> float:
@@ -61,7 +65,8 @@ class Summary(NamedTuple):
 
 #: The names of a summary's quantities, in the order of the columns of a CSV file.
 QUANTITIES = (
-    "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "surprise",
+    "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "noise_scale_error",
+    "surprise",
 )  # fmt: skip
 #: `get_quantities(summary)` returns the values of `QUANTITIES`, with None for what is not available.
 get_quantities = attrgetter(*QUANTITIES)

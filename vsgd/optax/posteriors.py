@@ -64,7 +64,10 @@ def posterior(opt_state: Any) -> Any:
 
 
 def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseScales:
-    """Estimate the gradient noise scale (arXiv 1812.06162); see `vsgd.posterior.estimate_noise_scale`.
+    """Estimate the gradient noise scale (arXiv 1812.06162) where the weights are held still, at a learning rate of 0.
+
+    While weights move, the estimate is wrong: see `vsgd.posterior.estimate_noise_scale`. To measure the noise scale of a
+    training, see `vsgd.monitor.noise_scale`.
 
     Args:
         opt_state: a state as for `posterior`.
