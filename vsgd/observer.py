@@ -20,8 +20,8 @@ from vsgd.ops import Array, ArrayOps
 from vsgd.posterior import Posterior
 from vsgd.validation import validate_numbers
 
-# A gain at the start of a run: a memory of ten steps.
-_FIRST_GAIN = 0.1
+# A gain at the start of a run: that of Constant VSGD.
+_FIRST_GAIN = 0.25
 
 
 class ObserverOps(ArrayOps, Protocol):
@@ -38,7 +38,8 @@ class Hyperparameters(NamedTuple):
     """Hyperparameters of the observer.
 
     Attributes:
-        gain_rate: the smallest learning rate of the gains; at step t it is `max(t ** -0.7, gain_rate)`.
+        gain_rate: the learning rate of the gains: the most by which the log-odds of a gain change at one step. A larger one
+            suits a gradient that the weights' steps do not change: see `docs/uncertainty.md`.
         forgetting_floor: the smallest learning rate of the innovations' variance; at step t it is
             `max(t ** -0.9, forgetting_floor)`, so a long run remembers about `1 / forgetting_floor` steps.
     """
@@ -70,7 +71,7 @@ INITIAL_STATE = State(0.0, _FIRST_GAIN, 0.0, 0.0)
 class Coefficients(NamedTuple):
     """The scalars of one step, the same for all elements."""
 
-    gain_rate: Any
+    gain_rate: float
     keep: Any
     rho: Any
     largest: float
@@ -86,7 +87,7 @@ def compute_coefficients(step: Any, hyper: Hyperparameters) -> Coefficients:
     """
     rho = compute_forgetting(step, 0.9, hyper.forgetting_floor)
     # Squares beyond these overflow or vanish in float32.
-    return Coefficients(compute_forgetting(step, 0.7, hyper.gain_rate), 1 - rho, rho, largest=1e18, smallest=1e-30)
+    return Coefficients(hyper.gain_rate, 1 - rho, rho, largest=1e18, smallest=1e-30)
 
 
 def make_update(xp: ObserverOps) -> Callable[[Array, State, Coefficients], State]:

@@ -50,7 +50,8 @@ def test_intervals_noise_and_error_match_the_kalman_filter_that_has_the_variance
     for step in range(1, 8001):
         truth = truth + scale * np.sqrt(ratio) * rng.standard_normal(1200)
         grad = truth + scale * rng.standard_normal(1200)
-        state = update(grad, state, observer.compute_coefficients(step, Hyperparameters()))
+        # A larger rate than the default, which needs more steps.
+        state = update(grad, state, observer.compute_coefficients(step, Hyperparameters(gain_rate=0.01)))
         kalman += best * (grad - kalman)
         if step > 4000:
             posterior = observer.compute_posterior(state)

@@ -35,7 +35,7 @@ class GradientObserver(keras.optimizers.Optimizer):
         inner_optimizer: the optimizer that trains.
         max_elements: the largest number of watched elements of one variable, a fixed random choice; None: all. The memory is 20
             bytes for each watched element, 16 where all are watched.
-        gain_rate: the smallest learning rate of the gains, in (0, 1): see `vsgd.observer.Hyperparameters`.
+        gain_rate: the learning rate of the gains, in (0, 1): see `vsgd.observer.Hyperparameters`.
         forgetting_floor: the smallest learning rate of the innovations' variance, in [0, 1).
         seed: an integer, the seed of the choice of elements.
         name: the optimizer's name.
