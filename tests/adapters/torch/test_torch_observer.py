@@ -23,9 +23,7 @@ def compute_loss(model: nn.Module, step: int) -> torch.Tensor:
     return loss
 
 
-@pytest.mark.parametrize(
-    "make", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9), VSGD], ids=["AdamW", "SGD", "VSGD"]
-)
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, VSGD])
 def test_attached_to_an_optimizer_it_sees_each_steps_gradients_and_changes_nothing(make: Callable[..., Any]) -> None:
     plain, watched = make_model(), make_model()
     optimizers = [make(model.parameters(), lr=0.01) for model in (plain, watched)]
