@@ -141,13 +141,16 @@ class GradientObserver:
         grads = [each.gather(grad_scale) for each in members]
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
         if members[0].step:
-            if (first, last) not in block.sizes:
-                # Kept, because a copy to the device waits for it.
-                block.sizes[first, last] = torch.tensor([each.numel() for each in grads], device=grad.device)
             squares = observer.compute_surprise(grad, state)
-            means = torch.segment_reduce(squares, "mean", lengths=block.sizes[first, last])
-            for each, mean in zip(members, means.unbind(), strict=True):
-                each.surprise = mean
+            if len(members) == 1:
+                members[0].surprise = squares.mean()
+            else:
+                if (first, last) not in block.sizes:
+                    # Kept, because a copy to the device waits for it.
+                    block.sizes[first, last] = torch.tensor([each.numel() for each in grads], device=grad.device)
+                means = torch.segment_reduce(squares, "mean", lengths=block.sizes[first, last])
+                for each, mean in zip(members, means.unbind(), strict=True):
+                    each.surprise = mean
         coefficients = observer.compute_coefficients(members[0].step + 1, self._hyper)
         for old, new in zip(state, _update(grad, state, coefficients), strict=True):
             old.copy_(new)
