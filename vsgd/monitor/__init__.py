@@ -2,8 +2,8 @@
 
 A `Monitor` decides when to look, smooths the noise scale, and writes to its sinks. Each adapter looks at its own state:
 `vsgd.torch.monitor.watch` before a torch optimizer's step, `vsgd.keras.monitor.MonitorCallback` after Keras' batches, and
-`vsgd.optax.monitor.summarize` when you call it. `vsgd.monitor.plots` draws the looks, and `python -m vsgd.monitor report` writes
-a page of a CSV file.
+`vsgd.optax.monitor.summarize` when you call it. `vsgd.monitor.plots` draws the looks, and
+`python -m vsgd.monitor report` makes a page of a CSV file.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Monitor:
     def loss(self) -> Any:
         """The loss for the next look, a number or an array of no dimension; None: no loss.
 
-        Assign it whenever you have it, such as at each step before `optimizer.step()`. The monitor keeps the last one, waits for
-        no device, and reads it at the next look, which writes it and forgets it.
+        Assign it at each step, before `optimizer.step()`. The monitor keeps the last one and reads it at the next look only, so
+        that other steps wait for no device. The look then forgets it.
 
         Raises:
             ValueError: the assigned loss is an array with dimensions.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vsgd.monitor.summaries import QUANTITIES, Look, Summary, get_quantities
 
-_COLUMNS = ("step", "tensor", *QUANTITIES, "loss")
+_COLUMNS: tuple[str, ...] = ("step", "tensor", *QUANTITIES, "loss")
 # Momentum and noise scale follow from others.
 _NEEDED = tuple(name for name in Summary._fields if name not in ("surprise", *Summary._field_defaults))
 
@@ -131,7 +131,9 @@ def _parse_header(path: Path, line: str) -> tuple[str, ...]:
     columns = tuple(next(csv.reader([line]), ()))
     missing = [name for name in ("step", "tensor", *_NEEDED) if name not in columns]
     if missing:
-        raise ValueError(f"{path}, line 1: the columns {', '.join(missing)} are missing, but a monitor's CSV file must have them")
+        raise ValueError(
+            f"{path}, line 1: the columns {', '.join(missing)} are missing, but a monitor's CSV file must have them"
+        )
     return columns
 
 

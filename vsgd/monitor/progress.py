@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TextIO
 
@@ -14,8 +15,8 @@ _WIDTH = 79
 class ProgressLine:
     """Write the key figures of each look: step, loss, median gain, noise scale and surprise, in fewer than 80 columns.
 
-    In a terminal each look overwrites the one before. Elsewhere, as in a log file, each look is a line. With tqdm, use the bar
-    itself as a sink.
+    What a look does not contain is left out, and so is a noise scale where noise hides the gradient. In a terminal each look
+    overwrites the one before. Elsewhere, as in a log file, each look is a line. With tqdm, use the bar itself as a sink.
 
     Args:
         batch_size: the batch size, written behind the noise scale; None writes none.
@@ -69,15 +70,17 @@ def get_key_figures(look: Look, batch_size: float | None = None) -> dict[str, st
         batch_size: the batch size, written behind the noise scale; None writes none.
     """
     overall = look.overall
-    scale = overall.noise_scale
-    known = format_number(scale) if 0 < scale < float("inf") else "none found"
-    figures = {
-        "loss": None if look.loss is None else format_number(look.loss),
-        "gain": format_number(overall.gain),
-        "noise scale": known if batch_size is None else f"{known}/{format_number(batch_size)}",
-        "surprise": None if overall.surprise is None else format_number(overall.surprise),
+    found = 0 < overall.noise_scale < math.inf
+    numbers = {
+        "loss": look.loss,
+        "gain": overall.gain,
+        "noise scale": overall.noise_scale if found else None,
+        "surprise": overall.surprise,
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    figures = {name: format_number(number) for name, number in numbers.items() if number is not None}
+    if found and batch_size is not None:
+        figures["noise scale"] += f"/{format_number(batch_size)}"
+    return figures
 
 
 def format_number(value: float) -> str:
