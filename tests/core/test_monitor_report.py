@@ -6,6 +6,7 @@ import csv
 import html.parser
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,13 @@ def test_the_command_refuses_by_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=rf"^python -m vsgd.monitor: .*{message}"):
             main(["report", *words])
     assert path.read_text() == text
+
+
+def test_without_matplotlib_the_command_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "gradients.csv", make_looks())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="^python -m vsgd.monitor: a report needs matplotlib: run pip install matplotlib$"):
+        main(["report", str(path)])
 
 
 # The progress line.

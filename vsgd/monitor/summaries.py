@@ -34,7 +34,7 @@ class Summary(NamedTuple):
         noise_trace: an estimate of the trace of the covariance of one example's gradient.
         noise_squared_norm: an estimate of the squared norm of the true gradient.
         surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
-        noise_scale_error: the standard error of the noise scale; None if it is not estimated.
+        noise_scale_error: the standard error of `noise_scale`; None for an estimate from the state.
         guarded: the number of steps since the last look that a guard scaled or skipped; None without a guard.
     """
 
@@ -65,8 +65,8 @@ class Summary(NamedTuple):
 
 #: The names of a summary's quantities, in the order of the columns of a CSV file.
 QUANTITIES = (
-    "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "surprise",
-    "noise_scale_error", "guarded",
+    "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "noise_scale_error",
+    "surprise", "guarded",
 )  # fmt: skip
 #: `get_quantities(summary)` returns the values of `QUANTITIES`, with None for what is not available.
 get_quantities = attrgetter(*QUANTITIES)
