@@ -95,11 +95,13 @@ def drop(path: Path, *columns: str) -> None:
         csv.writer(file, lineterminator="\n").writerows([row[index] for index in keep] for row in [header, *rows])
 
 
-def test_a_file_without_the_later_columns_is_read_and_continued(tmp_path: Path) -> None:
+def test_a_file_without_the_later_columns_and_with_others_is_read_and_continued(tmp_path: Path) -> None:
     looks = make_looks(2)
     path = write(tmp_path / "gradients.csv", looks[:1])
     drop(path, "loss", "guarded", "noise_scale_error")
+    path.write_text("".join(f"mine,{line}\n" for line in path.read_text().splitlines()))
     write(path, looks[1:])
+    assert path.read_text().splitlines()[-1].startswith(",20,")
     assert_equal(read_looks(path), [look._replace(loss=None) for look in looks])
 
 
@@ -250,7 +252,7 @@ def test_the_command_refuses_by_one_sentence(tmp_path: Path) -> None:
 def test_without_matplotlib_the_command_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "gradients.csv", make_looks())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="^python -m vsgd.monitor: a report needs matplotlib: run pip install matplotlib$"):
+    with pytest.raises(SystemExit, match=r"^python -m vsgd\.monitor: a report needs matplotlib: run pip install matplotlib$"):
         main(["report", str(path)])
 
 

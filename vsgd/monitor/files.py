@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from operator import itemgetter
 from pathlib import Path
 
 from vsgd.monitor.summaries import QUANTITIES, Look, Summary, get_quantities
@@ -58,16 +59,17 @@ class CsvFile:
             _remove_unfinished_line(self.path)
             self._resumes = False
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+            table = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
-                table.writeheader()
-            losses = {"loss": look.loss}
+                table.writerow(self._columns)
+            # Cells in the order of `_COLUMNS`, then an empty one for columns that others added.
+            select = itemgetter(*(_COLUMNS.index(each) if each in _COLUMNS else -1 for each in self._columns))
+            loss = look.loss
             for name, summary in look.rows():
-                values = {**dict(zip(QUANTITIES, get_quantities(summary), strict=True)), **losses}
                 # With float32's digits: all digits of a Python float take several times as long.
-                cells = {column: f"{value:.9g}" for column, value in values.items() if value is not None}
-                table.writerow({"step": look.step, "tensor": name, **cells})
-                losses = {}
+                cells = ("" if value is None else f"{value:.9g}" for value in (*get_quantities(summary), loss))
+                table.writerow(select((look.step, name, *cells, "")))
+                loss = None
 
 
 def read_looks(path: str | os.PathLike[str]) -> list[Look]:

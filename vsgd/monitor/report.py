@@ -42,7 +42,8 @@ h2 { font-size: 1.15rem; margin: 0 0 .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 th { font-weight: normal; color: var(--faint); }
-td + td { text-align: right; }
+details th { overflow-wrap: anywhere; }
+details td { text-align: right; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 2.5rem 3rem;
   margin: 2.5rem 0; }
 figure { margin: 0; max-width: 36rem; }
@@ -181,7 +182,7 @@ def _choose_figures(looks: Sequence[Look], batch_size: float | None) -> Iterator
     height = 1.6 + _ROW / 72 * max(4, min(len(names), _MOST_LABELS))
     for quantity, title, reading in (
         ("gain", "Gain by tensor", "Compare the rows: at a gain of 1 the mean copies each new gradient, at 0 it ignores it"),
-        ("snr_50", "Signal to noise by tensor", "Below 1 a tensor's gradients look like noise; all rows fall together where gradients shrink"),
+        ("snr_50", "Signal to noise by tensor", "Below 1 a gradient looks like noise; all rows fall where gradients shrink"),
     ):
         if any(getattr(summary, quantity) > 0 for look in looks for summary in look.tensors.values()):
             yield _Figure(quantity, title, reading + labels, _make_heat_map(looks, names[::every], every, quantity), height)
