@@ -205,6 +205,18 @@ def test_a_page_refers_to_nothing_outside_and_is_the_same_each_time() -> None:
     assert "#00abc" not in page  # all colours are the page's
 
 
+def test_a_page_is_made_of_a_run_that_diverged_or_has_just_begun() -> None:
+    pytest.importorskip("matplotlib")
+    (look,) = make_looks(1)
+    nan, inf = float("nan"), float("inf")
+    lost = Look(20, Summary(nan, nan, inf, inf, inf, nan, inf), {NAMES[0]: Summary(nan, nan, inf, inf, inf, nan, nan)}, nan)
+    assert Page(make_report([look])).tags.count("figure") == 5
+    assert Page(make_report([look, lost])).tags.count("figure") == 5
+    page = Page(make_report([lost]))
+    assert page.tags.count("figure") == 0
+    assert {"nan", "none: noise hides the gradient"} <= set(page.texts)
+
+
 def test_the_drawings_show_the_loss_the_band_and_the_guarded_steps() -> None:
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots(1, 3)
     looks = make_looks(3, guarded=0.0, error=0.01)

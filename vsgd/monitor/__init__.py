@@ -74,7 +74,7 @@ class Monitor:
 
     @property
     def loss(self) -> Any:
-        """The loss for the next look, a number or an array of no dimension; None: no loss.
+        """The loss for the next look, a number or an array without dimensions, or None.
 
         Assign it at each step, before `optimizer.step()`. The monitor keeps the last one and reads it at the next look only, so
         that other steps wait for no device. The look then forgets it.

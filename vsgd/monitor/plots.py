@@ -43,9 +43,9 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str, bar_location:
     for column, look in enumerate(looks):
         for row, name in enumerate(names):
             value = getattr(look.tensors[name], quantity) if name in look.tensors else None
-            values[row, column] = np.nan if value is None or value <= 0 else value
+            values[row, column] = value if value is not None and 0 < value < math.inf else np.nan
     if np.isnan(values).all():
-        raise ValueError(f"looks contain no {quantity}, but at least one must contain a positive one")
+        raise ValueError(f"looks contain no {quantity}, but at least one must contain a finite positive one")
     # Each look's cell ends half way to its neighbours.
     middles = (steps[1:] + steps[:-1]) / 2
     first, last = (middles[0] - steps[0], steps[-1] - middles[-1]) if len(steps) > 1 else (0.5, 0.5)

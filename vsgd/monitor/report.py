@@ -6,7 +6,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +122,7 @@ def make_report(looks: Sequence[Look], *, title: str = "A monitored training", b
 <div class="figures">
 {figures}
 </div>
-{_format_tensors(looks[-1])}
+{_format_tensors(_list_tensors(looks))}
 </main>
 </body>
 </html>
@@ -134,7 +134,7 @@ def _list_facts(looks: Sequence[Look], batch_size: float | None) -> list[tuple[s
     last = looks[-1]
     facts = [
         ("Steps", f"{last.step}, with {len(looks)} looks"),
-        ("Tensors", str(len(last.tensors))),
+        ("Tensors", str(len(_list_tensors(looks)))),
     ]
     losses = [look.loss for look in looks if look.loss is not None]
     if losses:
@@ -149,6 +149,11 @@ def _list_facts(looks: Sequence[Look], batch_size: float | None) -> list[tuple[s
     if guarded:
         facts.append(("Guarded steps", f"{sum(guarded):.0f}"))
     return facts
+
+
+def _list_tensors(looks: Sequence[Look]) -> dict[str, Summary]:
+    """Return the last summary of each tensor: the last look of a killed run may lack some."""
+    return {name: summary for look in looks for name, summary in look.tensors.items()}
 
 
 def _describe_noise_scale(summary: Summary, batch_size: float | None) -> str:
@@ -176,7 +181,7 @@ def _choose_figures(looks: Sequence[Look], batch_size: float | None) -> Iterator
         reading = "Near 1 gradients vary as the state predicts, far above 1 they vary more, far below 1 less"
         reading += "; triangles mark looks after guarded steps." if any(each.guarded for each in overalls) else "."
         yield _Figure("surprise", "Surprise", reading, lambda axes: draw_surprise(axes, looks))
-    names = list(dict.fromkeys(name for look in looks for name in look.tensors))
+    names = list(_list_tensors(looks))
     every = math.ceil(len(names) / _MOST_LABELS)
     labels = "." if every == 1 else f" (one tensor of {every} has a label)."
     height = 1.6 + _ROW / 72 * max(4, min(len(names), _MOST_LABELS))
@@ -184,7 +189,7 @@ def _choose_figures(looks: Sequence[Look], batch_size: float | None) -> Iterator
         ("gain", "Gain by tensor", "Compare the rows: at a gain of 1 the mean copies each new gradient, at 0 it ignores it"),
         ("snr_50", "Signal to noise by tensor", "Below 1 a gradient looks like noise; all rows fall where gradients shrink"),
     ):
-        if any(getattr(summary, quantity) > 0 for look in looks for summary in look.tensors.values()):
+        if any(0 < getattr(summary, quantity) < math.inf for look in looks for summary in look.tensors.values()):
             yield _Figure(quantity, title, reading + labels, _make_heat_map(looks, names[::every], every, quantity), height)
 
 
@@ -292,19 +297,20 @@ def _set_plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(lambda value, place: "")
 
 
-def _format_tensors(look: Look) -> str:
-    """Return a table of each tensor at a look, which the reader can open."""
-    summaries = look.tensors.values()
+def _format_tensors(tensors: Mapping[str, Summary]) -> str:
+    """Return a table of the tensors, which the reader can open."""
     columns = {"gain": "gain", "snr_50": "signal to noise", "noise_scale": "noise scale", "surprise": "surprise"}
-    columns = {name: head for name, head in columns.items() if any(getattr(each, name) is not None for each in summaries)}
+    columns = {
+        name: head for name, head in columns.items() if any(getattr(each, name) is not None for each in tensors.values())
+    }
     heads = "".join(f"<th scope=col>{head}</th>" for head in ("tensor", *columns.values()))
     rows = []
-    for tensor, summary in look.tensors.items():
+    for tensor, summary in tensors.items():
         numbers = (getattr(summary, name) for name in columns)
         cells = "".join(f"<td>{'' if number is None else format_number(number)}</td>" for number in numbers)
         rows.append(f"<tr><th scope=row>{html.escape(tensor)}</th>{cells}</tr>\n")
     return f"""<details>
-<summary>Each tensor at step {look.step}</summary>
+<summary>Each tensor at its last look</summary>
 <table>
 <tr>{heads}</tr>
 {"".join(rows)}</table>
