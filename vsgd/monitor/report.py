@@ -22,7 +22,7 @@ __all__ = ["make_report"]
 SURPRISING = 4.0
 
 # In inches and points. A phone shows a figure nearly in this size, so a label has about 11 pixels there.
-_WIDTH, _HEIGHT, _FONT, _ROW = 5.6, 3.6, 12.5, 13.0
+_WIDTH, _HEIGHT, _FONT, _ROW = 5.6, 3.6, 12.5, 14.0
 _MOST_LABELS = 40
 _LONGEST_LABEL = 24
 # Colours of the drawings, which the page replaces by its own, for they depend on the reader's theme.
@@ -42,15 +42,18 @@ h2 { font-size: 1.15rem; margin: 0 0 .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 1.5rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 th { font-weight: normal; color: var(--faint); }
-details th { overflow-wrap: anywhere; }
-details td { text-align: right; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 2.5rem 3rem;
   margin: 2.5rem 0; }
+#gain { grid-column: 1; }
 figure { margin: 0; max-width: 36rem; }
 figcaption { color: var(--faint); }
 svg { display: block; width: 100%; max-width: 100%; height: auto; }
 svg text, svg tspan { font-family: system-ui, sans-serif !important; }
 details { overflow-x: auto; }
+details table { font-size: .85rem; }
+details th, details td { padding-right: .5rem; }
+details th:first-child { min-width: 7rem; max-width: 30rem; overflow-wrap: anywhere; }
+details td { text-align: right; }
 summary { cursor: pointer; }
 """
 
@@ -96,7 +99,7 @@ def make_report(looks: Sequence[Look], *, title: str = "A monitored training", b
         >>> layer = Summary(0.25, 1.0, 2.0, 3.0, noise_trace=800.0, noise_squared_norm=2.0, surprise=1.1)
         >>> looks = [Look(step, layer, {"layer": layer}, loss=1 / step) for step in (10, 20, 30)]
         >>> page = make_report(looks, title="Three looks", batch_size=64)
-        >>> page.count("<figure>")
+        >>> page.count("<figcaption>")
         5
     """
     if not looks:
@@ -133,7 +136,7 @@ def _list_facts(looks: Sequence[Look], batch_size: float | None) -> list[tuple[s
     """Return what the summary says, as names and values."""
     last = looks[-1]
     facts = [
-        ("Steps", f"{last.step}, with {len(looks)} looks"),
+        ("Steps", f"{last.step:,} ({len(looks):,} looks)"),
         ("Tensors", str(len(_list_tensors(looks)))),
     ]
     losses = [look.loss for look in looks if look.loss is not None]
@@ -202,7 +205,7 @@ def _make_heat_map(looks: Sequence[Look], names: Sequence[str], every: int, quan
         bar.set_label("")  # the heading says it
         _set_plain_ticks(bar.ax.xaxis)
         rows = [every * index + 0.5 for index in range(len(names))]
-        axes.set_yticks(rows, [abbreviate(name, _LONGEST_LABEL) for name in names], fontsize=0.85 * _FONT)
+        axes.set_yticks(rows, [abbreviate(name, _LONGEST_LABEL) for name in names], fontsize=0.9 * _FONT)
 
     return draw
 
@@ -231,7 +234,7 @@ def abbreviate(name: str, most: int) -> str:
 
 def _format_figure(figure: _Figure) -> str:
     alt = html.escape(f"{figure.title} over the steps")
-    return f"""<figure>
+    return f"""<figure id="{figure.key}">
 <h2>{figure.title}</h2>
 {_draw_svg(figure, alt)}
 <figcaption>{figure.reading}</figcaption>
@@ -306,8 +309,10 @@ def _format_tensors(tensors: Mapping[str, Summary]) -> str:
     heads = "".join(f"<th scope=col>{head}</th>" for head in ("tensor", *columns.values()))
     rows = []
     for tensor, summary in tensors.items():
-        numbers = (getattr(summary, name) for name in columns)
-        cells = "".join(f"<td>{'' if number is None else format_number(number)}</td>" for number in numbers)
+        numbers = {name: getattr(summary, name) for name in columns}
+        if not 0 < summary.noise_scale < math.inf:
+            numbers["noise_scale"] = None
+        cells = "".join(f"<td>{'' if number is None else format_number(number)}</td>" for number in numbers.values())
         rows.append(f"<tr><th scope=row>{html.escape(tensor)}</th>{cells}</tr>\n")
     return f"""<details>
 <summary>Each tensor at its last look</summary>
