@@ -1,10 +1,9 @@
 """Choose a batch size: compare the gradient noise scale with the measured cost of each batch size.
 
 The script trains an MLP with Constant VSGD on scikit-learn's handwritten digits until it reaches a target loss. For each batch
-size it counts the steps and the samples at the best learning rate of a small grid. At a few losses on the way it holds the
-weights still and reads the noise scale from the optimizer's state, at one batch size. In theory (arXiv 1812.06162) the noise
-scale equals the fewest samples divided by the fewest steps. A batch of that size needs twice the fewest steps and twice the
-fewest samples.
+size it counts the steps and the samples at the best learning rate of a small grid. At one batch size it measures the noise
+scale during the training, from four micro-batches in each step. In theory (arXiv 1812.06162) the noise scale equals the fewest
+samples divided by the fewest steps. A batch of that size needs twice the fewest steps and twice the fewest samples.
 
     pip install '.[examples]'
     python examples/choose_batch_size.py
@@ -33,16 +32,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vsgd.posterior import NoiseScale
+from vsgd.monitor.noise_scale import MeasuredNoiseScale
 from vsgd.torch import ConstantVSGD
+from vsgd.torch.noise_scale import NoiseScaleMeter
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEARNING_RATES = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 PROBE_SIZE = 64  # batch size for measuring the noise scale; you would take the one in use
+PARTS = 4  # micro-batches in a step that measures the noise scale
 TARGET = 0.1  # loss on all data
 MOST_SAMPLES = 1_000_000
 MOST_STEPS = 4000
-PROBE_STEPS = 300  # steps with fixed weights to measure the noise scale
 
 
 def load_data() -> tuple[Tensor, Tensor]:
@@ -57,12 +57,12 @@ def make_model(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
 
 
-def take_step(model: nn.Module, optimizer: ConstantVSGD, data: tuple[Tensor, Tensor], size: int) -> None:
-    """Take a step on a batch of independently drawn examples."""
+def take_step(model: nn.Module, optimizer: ConstantVSGD, data: tuple[Tensor, Tensor], size: int, parts: int = 1) -> None:
+    """Take a step on a batch of independently drawn examples, in micro-batches."""
     x, y = data
-    batch = torch.randint(len(x), (size,))
     optimizer.zero_grad()
-    functional.cross_entropy(model(x[batch]), y[batch]).backward()
+    for part in torch.randint(len(x), (size,)).chunk(parts):
+        (functional.cross_entropy(model(x[part]), y[part]) / parts).backward()
     optimizer.step()
 
 
@@ -86,35 +86,27 @@ def count_steps(size: int, lr: float, seed: int, data: tuple[Tensor, Tensor], ta
     return math.inf
 
 
-def track_noise_scale(lr: float, seed: int, data: tuple[Tensor, Tensor], target: float) -> list[tuple[float, float]]:
-    """Return pairs of loss and noise scale on the way to the target."""
+def track_noise_scale(lr: float, seed: int, data: tuple[Tensor, Tensor], target: float) -> list[Stretch]:
+    """Measure the noise scale of each stretch of a training, on the way to the target."""
     model = make_model(seed)
     optimizer = ConstantVSGD(model.parameters(), lr=lr)
     found = []
-    loss = compute_loss(model, data)
-    for goal in (1.6, 0.8, 0.4, target):
-        for _ in range(MOST_STEPS):
-            if loss <= goal:
-                break
-            take_step(model, optimizer, data, PROBE_SIZE)
-            loss = compute_loss(model, data)
-        found.append((loss, measure_noise_scale(model, data)))
+    for goal in [*(goal for goal in (1.6, 0.8, 0.4) if goal > target), target]:
+        with NoiseScaleMeter(optimizer, micro_batch_size=PROBE_SIZE // PARTS, window=MOST_STEPS) as meter:
+            for _ in range(MOST_STEPS):
+                take_step(model, optimizer, data, PROBE_SIZE, PARTS)
+                loss = compute_loss(model, data)
+                if loss <= goal:
+                    break
+        found.append(Stretch(loss, meter.read()))
     return found
 
 
-def measure_noise_scale(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Measure the noise scale at fixed weights; average its numerator and denominator separately over the later steps.
+class Stretch(NamedTuple):
+    """The loss at the end of a stretch of a training, and the noise scale of its steps."""
 
-    While weights move, the posterior mean lags behind the gradient and the noise scale in the state is far off.
-    """
-    prober = ConstantVSGD(model.parameters(), lr=0.0, prior_strength=1e-20)
-    trace = squared_norm = 0.0
-    for step in range(PROBE_STEPS):
-        take_step(model, prober, data, PROBE_SIZE)
-        if step >= PROBE_STEPS // 4:
-            overall = prober.noise_scale(batch_size=PROBE_SIZE).overall
-            trace, squared_norm = trace + overall.trace.item(), squared_norm + overall.squared_norm.item()
-    return NoiseScale(trace, squared_norm).scale
+    loss: float
+    noise: MeasuredNoiseScale
 
 
 class Cost(NamedTuple):
@@ -140,16 +132,20 @@ def find_cost(
     return min(found, key=lambda cost: cost.steps)
 
 
-def format_table(costs: dict[int, Cost], scales: list[tuple[float, float]]) -> str:
+def format_table(costs: dict[int, Cost], stretches: list[Stretch]) -> str:
     """Format the costs and the noise scales."""
     rows = [("batch size", "best lr", "steps", "samples")]
     rows += [(str(size), f"{cost.lr:g}", f"{cost.steps:g}", f"{size * cost.steps:g}") for size, cost in costs.items()]
     lines = ["  ".join(cell.rjust(10) for cell in row) for row in rows]
     lines.append(f"fewest samples over fewest steps: {compute_critical_size(costs):.0f} examples")
-    return "\n".join(lines + [f"noise scale at a loss of {loss:.2f}: {scale:.0f} examples" for loss, scale in scales])
+    lines += [
+        f"noise scale of {noise.steps} steps to a loss of {loss:.2f}: {noise.scale:.0f} ± {noise.error:.0f} examples"
+        for loss, noise in stretches
+    ]
+    return "\n".join(lines)
 
 
-def draw(costs: dict[int, Cost], scales: list[tuple[float, float]], target: float, output: Path) -> None:
+def draw(costs: dict[int, Cost], stretches: list[Stretch], target: float, output: Path) -> None:
     """Draw steps and samples over the batch size on logarithmic axes, and the range of the noise scale."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     reached = {size: cost.steps for size, cost in costs.items() if math.isfinite(cost.steps)}
@@ -158,7 +154,7 @@ def draw(costs: dict[int, Cost], scales: list[tuple[float, float]], target: floa
     lines += samples.plot(
         list(reached), [size * steps for size, steps in reached.items()], "s--", color="#D55E00", label="samples (right)"
     )
-    positive = [scale for _, scale in scales if scale > 0]
+    positive = [noise.scale for _, noise in stretches if noise.scale > 0]
     if positive:
         label = f"noise scale on the way: {min(positive):.0f} to {max(positive):.0f}"
         lines.append(axes.axvspan(min(positive), max(positive), color="#009E73", alpha=0.2, label=label))
@@ -195,9 +191,9 @@ def main() -> None:
         options = (arguments.rates, arguments.seeds, data, arguments.target, bar)
         costs = {size: find_cost(size, *options) for size in arguments.sizes}
     middle = min(arguments.rates, key=lambda lr: abs(math.log(lr / 0.004)))
-    scales = track_noise_scale(middle, 0, data, arguments.target)
-    print(format_table(costs, scales))
-    draw(costs, scales, arguments.target, arguments.output)
+    stretches = track_noise_scale(middle, 0, data, arguments.target)
+    print(format_table(costs, stretches))
+    draw(costs, stretches, arguments.target, arguments.output)
     print(f"wrote {arguments.output}")
 
 

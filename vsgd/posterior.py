@@ -155,15 +155,17 @@ class NoiseScales(NamedTuple):
 
 
 def estimate_noise_scale(posterior: Posterior, batch_size: Array, total: Callable[[Array], Array]) -> NoiseScale:
-    """Estimate the gradient noise scale of one parameter from its posterior.
+    """Estimate the gradient noise scale of one parameter from its posterior, where the weights are held still.
+
+    The estimate is right at a learning rate of 0. While weights move, the noise in the mean has already moved them, and the
+    squared norm can be off by any factor, sign included: `docs/uncertainty.md` measures it. `vsgd.monitor.noise_scale` is
+    unbiased while weights move.
 
     With a gain w and a constant gradient, the mean's error has the variance w / (2 - w) R, where R is the variance of
     the mini-batch noise, and the innovations have the variance `2 R / (2 - w)`. The two rates learn that sum, but not how to
     share it (the gain does not measure noise). So R is computed from both rates together.
 
-    The estimate holds where the gradient moves little within the filter's memory, `1 / gain` steps, and is far above the prior.
-    The squared norm is unreliable while weights train at usual learning rates: `docs/uncertainty.md` measures it, and shows how
-    to measure the noise scale on fixed weights.
+    The estimate also needs gradients far above the prior, and more steps than the filter's memory, `1 / gain`.
 
     Args:
         posterior: the posterior of a real parameter.

@@ -20,6 +20,7 @@ class _Range(NamedTuple):
 
 _POSITIVE = ("a finite number > 0", lambda x: 0 < x <= sys.float_info.max)
 _NON_NEGATIVE = ("a finite number >= 0", lambda x: 0 <= x <= sys.float_info.max)
+_AT_LEAST_TWO = ("an integer >= 2", lambda x: isinstance(x, Integral) and int(x) >= 2)
 _FORGETTING = ("a number in (0.5, 1]", lambda x: 0.5 < x <= 1.0)
 
 # Keys are the names in torch and NumPy, and the names in Keras and optax where these differ.
@@ -40,14 +41,19 @@ _RANGES = {
     # Its square is finite and positive in float32, even after all factors of `vsgd.outliers`.
     "outlier_threshold": _Range("outlier_threshold value", "a number in [0.001, 1e6]", lambda x: 1e-3 <= x <= 1e6),
     "batch_size": _Range("batch_size value", *_POSITIVE),
+    "micro_batch_size": _Range("micro_batch_size value", *_POSITIVE),
+    "parts": _Range("parts value", *_AT_LEAST_TWO),
+    "window": _Range("window value", *_AT_LEAST_TWO),
     "scale": _Range("scale value", *_POSITIVE),
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
     "prior_shape": _Range("prior_shape value", "None or a finite number >= 0", _NON_NEGATIVE[1]),
     "forgetting_floor": _Range("forgetting_floor value", "a number in [0, 1)", lambda x: 0 <= x < 1),
+    "gain_rate": _Range("gain_rate value", "a number in (0, 1)", lambda x: 0 < x < 1),
+    "max_elements": _Range("max_elements value", "None or an integer >= 1", lambda x: isinstance(x, Integral) and int(x) >= 1),
     "gradient_unit": _Range("gradient_unit value", "None or a finite number > 0", _POSITIVE[1]),
 }
 # Values that are no numbers.
-_NAMED = {"prior_shape": None, "prior_strength": "auto", "gradient_unit": None}
+_NAMED = {"prior_shape": None, "prior_strength": "auto", "gradient_unit": None, "max_elements": None}
 
 #: The dtypes in which an optimizer can store what is computed in float32.
 STATE_DTYPES = ("float32", "bfloat16")
@@ -122,8 +128,8 @@ def validate_numbers(array_type: Any = None, /, **values: Any) -> None:
     Args:
         array_type: the type of arrays that pass whatever their value, which may not be known yet; None: arrays are refused.
         **values: hyperparameters by name: `lr` or `learning_rate`, `weight_decay`, `seed`, `outlier_threshold`, `batch_size`,
-            `scale`, and the fields of `vsgd.core.Hyperparameters` and `ConstantHyperparameters`, where `epsilon` may replace
-            `eps`.
+            `micro_batch_size`, `parts`, `window`, `scale`, and the fields of `vsgd.core.Hyperparameters` and
+            `ConstantHyperparameters`, where `epsilon` may replace `eps`.
 
     Raises:
         KeyError: a name is unknown.

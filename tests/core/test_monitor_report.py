@@ -182,11 +182,13 @@ def test_a_page_has_a_figure_for_each_quantity_that_the_file_has(tmp_path: Path)
     assert [text for text in page.texts if text in titles] == titles
     assert page.tags.count("figcaption") == page.tags.count("svg") == 5
     assert {"<i>", *NAMES, "Guarded steps", "5"} <= set(page.texts)
+    assert not [text for text in page.texts if "only a trend" in text]
     assert not {"i", "b", "img", "script", "link"} & set(page.tags)
     assert len(page.ids) == len(set(page.ids))
     # A file without these columns.
     drop(path, "loss", "surprise", "guarded", "noise_scale_error")
     looks = read_looks(path)
+    assert "(without a standard error the noise scale is only a trend)" in make_report(looks)
     hidden = [look._replace(overall=look.overall._replace(noise_squared_norm=-1.0)) for look in looks]
     page = Page(make_report(hidden))
     assert [text for text in page.texts if text in titles] == titles[3:]

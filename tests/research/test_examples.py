@@ -75,18 +75,22 @@ def test_a_batch_size_is_chosen_from_a_table_and_a_figure(tmp_path: Path) -> Non
     assert 600 <= height <= width <= 3000
 
 
-def test_the_noise_scale_of_weights_held_still_is_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
+def test_the_noise_scale_on_the_way_is_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
     need("sklearn", "matplotlib", "tqdm")
     from experiments.uncertainty import noise_scale
 
     example = load_example("choose_batch_size")
-    data, model = example.load_data(), example.make_model(seed=0)
-    truth = noise_scale.compute_noise_scale(noise_scale.compute_example_gradients(model, *data)).scale.item()
-    torch.manual_seed(1)
-    before = [param.detach().clone() for param in model.parameters()]
-    assert example.measure_noise_scale(model, data) == pytest.approx(truth, rel=0.1)
-    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    data = example.load_data()
+    truth = noise_scale.compute_noise_scale(
+        noise_scale.compute_example_gradients(example.make_model(seed=0), *data)
+    ).scale.item()
+    monkeypatch.setattr(example, "MOST_STEPS", 100)
+    # At a learning rate of 0 the truth stays, and no goal is reached.
+    for _, noise in example.track_noise_scale(0.0, 0, data, target=1.0):
+        assert noise.steps == 100
+        assert noise.error < 0.2 * truth
+        assert abs(noise.scale - truth) < 3 * noise.error
     # What is not reached costs infinity.
     monkeypatch.setattr(example, "MOST_STEPS", 2)
     assert example.count_steps(16, 0.001, 0, data, target=0.1) == math.inf

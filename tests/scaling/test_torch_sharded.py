@@ -12,8 +12,11 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
+from scaling import torch_problem as problem  # noqa: E402
 from scaling.ranks import Agreed, On  # noqa: E402
 from scaling.torch_problem import Case, fsdp2  # noqa: E402
+
+from vsgd.torch.noise_scale import NoiseScaleMeter  # noqa: E402
 
 TWO, FOUR = "torch, 2 processes", "torch, 4 processes"
 # By default numba's where it is installed.
@@ -148,3 +151,32 @@ def test_a_prior_strength_is_that_of_the_whole_gradients(on: On, agreed: Agreed)
         agreed("prior_strength_from, sharded gradients", TWO, abs(one[name] / one["whole"] - 1), 5e-7)
     # 3 and -1 times a gradient are twice it: what is a part of a sum is summed before it is squared.
     agreed("prior_strength_from, partial gradients", TWO, abs(one["partial"] / one["doubled"] - 1), 5e-7)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_noise_scale_of_ranks_is_that_of_micro_batches(micro_batches: int, on: On) -> None:
+    case = Case({}, dtype=torch.float64)
+    model = problem.network(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with NoiseScaleMeter(optimizer, micro_batch_size=8) as meter:
+        for step in range(problem.STEPS):
+            optimizer.zero_grad()
+            for part in range(2 * micro_batches):
+                (problem.loss_of(model, step, part, case) / 2).backward()
+            optimizer.step()
+    for measured, collectives in on("torch 2", "torch_sharded.noise_scale", micro_batches):
+        assert measured == pytest.approx(meter.read(), rel=1e-9)
+        assert collectives == 1
+
+
+@fsdp2
+def test_the_noise_scale_of_sharded_parameters_is_refused(on: On) -> None:
+    with pytest.raises(TypeError, match="DTensor, but must be a plain tensor: FSDP is not supported"):
+        on("torch 2", "torch_sharded.sharded_noise_scale")
+
+
+def test_an_observer_watches_shards_and_sums_when_asked(on: On) -> None:
+    for apart, surprise, counts in on("torch 2", "torch_sharded.observed"):
+        assert apart == 0
+        assert surprise < 1e-12
+        assert counts == [0, 1]

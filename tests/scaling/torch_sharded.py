@@ -17,8 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from vsgd.monitor import Monitor
-from vsgd.torch import VSGD, prior_strength_from
+from vsgd.monitor.noise_scale import MeasuredNoiseScale
+from vsgd.torch import VSGD, GradientObserver, prior_strength_from
 from vsgd.torch.monitor import watch
+from vsgd.torch.noise_scale import NoiseScaleMeter
 
 
 def ddp(case: problem.Case) -> tuple[float, list[Any]]:
@@ -199,3 +201,50 @@ def strengths() -> dict[str, float]:
         "partial": [DTensor.from_local((3, -1)[dist.get_rank()] * grad, mesh, [Partial()]) for grad in whole],
     }
     return {name: prior_strength_from([grads]) for name, grads in placed.items()}
+
+
+def noise_scale(micro_batches: int) -> tuple[MeasuredNoiseScale, int]:
+    """What the meter measures under DDP, and how many collectives a step of it adds to DDP's own."""
+    case = problem.Case({}, dtype=torch.float64)
+    model = DistributedDataParallel(problem.network(case))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rank = dist.get_rank()
+    with NoiseScaleMeter(optimizer, micro_batch_size=8) as meter:
+        for step in range(problem.STEPS):
+            optimizer.zero_grad()
+            for part in range(micro_batches):
+                last = part == micro_batches - 1
+                with contextlib.nullcontext() if last else model.no_sync():
+                    problem.loss_of(model, step, micro_batches * rank + part, case).backward()
+            with CommDebugMode() as seen:
+                optimizer.step()
+    return meter.read(), seen.get_total_counts()
+
+
+def sharded_noise_scale() -> None:
+    """Refused, for its hooks see no gradients of one rank."""
+    case = problem.Case({})
+    model = problem.network(case)
+    shard(model, case, dist.get_world_size())
+    NoiseScaleMeter(case.optimizer(model.parameters()), micro_batch_size=8)
+
+
+def observed() -> tuple[float, float, list[int]]:
+    """How far posterior and surprise of sharded gradients are from whole ones', and how often both communicated."""
+    mesh = problem.mesh_of(dist.get_world_size(), device="cpu")
+    whole = nn.Parameter(torch.zeros(7, 3, dtype=torch.float64))
+    sharded = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
+    alone, together = (GradientObserver([("weight", param)]) for param in (whole, sharded))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        whole.grad = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+        sharded.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+        alone.observe()
+        with CommDebugMode() as observing:
+            together.observe()
+    with CommDebugMode() as asking:
+        surprise = together.surprise()["weight"]
+    pairs = zip(alone.posterior(whole), together.posterior(sharded), strict=True)
+    apart = max(problem.apart(distribute_tensor(one, mesh, [Shard(0)]).to_local(), other) for one, other in pairs)
+    counts = [each.get_total_counts() for each in (observing, asking)]
+    return apart, abs(surprise / alone.surprise()["weight"] - 1).item(), counts

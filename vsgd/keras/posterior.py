@@ -60,7 +60,10 @@ class PosteriorMixin:
         return posterior._replace(mean=ops.copy(posterior.mean))
 
     def noise_scale(self, *, batch_size: float) -> NoiseScales:
-        """Estimate the gradient noise scale (arXiv 1812.06162); see `vsgd.posterior.estimate_noise_scale`.
+        """Estimate the gradient noise scale (arXiv 1812.06162) where the weights are held still, at a learning rate of 0.
+
+        While weights move, the estimate is wrong: see `vsgd.posterior.estimate_noise_scale`. To measure the noise scale of a
+        training, see `vsgd.monitor.noise_scale`.
 
         Args:
             batch_size: the number of examples that a gradient averages, over all devices and accumulated steps.

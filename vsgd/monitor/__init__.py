@@ -27,7 +27,7 @@ class Monitor:
 
     The noise scale is the ratio of two estimates that are noisy step by step. The monitor averages trace and squared norm
     separately, with exponentially falling weights that sum to one from the first look on, as in arXiv 1812.06162, appendix A.1.
-    It smooths nothing else.
+    It smooths nothing else, and no noise scale with a standard error, which is an average already.
 
     To log the loss, assign it: `monitor.loss = loss`. Keras' callback does so itself.
 
@@ -118,6 +118,8 @@ class Monitor:
         return look
 
     def _smooth(self, name: str | None, summary: Summary) -> Summary:
+        if summary.noise_scale_error is not None:
+            return summary
         old, new = self.smoothing, 1 - self.smoothing
         weight, trace, norm = self._means.get(name, (0.0, 0.0, 0.0))
         weight = old * weight + new

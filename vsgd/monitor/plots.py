@@ -67,7 +67,7 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str, bar_location:
 def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None = None) -> None:
     """Draw the noise scale of all tensors together over training, with gaps where it is not positive, and the batch size.
 
-    Where the looks contain the noise scale's standard error, a band of one such error to both sides is drawn, too.
+    If the noise scale was measured, a band shows its standard error.
 
     Args:
         axes: the matplotlib axes to draw into.
@@ -81,11 +81,11 @@ def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None 
     scales = np.array([look.overall.noise_scale for look in looks])
     found = np.isfinite(scales) & (scales > 0)
     axes.plot(steps, np.where(found, scales, np.nan), marker=".", label="noise scale, all tensors")
-    errors = np.array([math.nan if (error := look.overall.noise_scale_error) is None else error for look in looks])
+    errors = np.array([look.overall.noise_scale_error for look in looks], np.float64)  # None becomes NaN
     if np.isfinite(errors[found]).any():
         # A band cannot reach zero on a logarithmic axis.
         low, high = np.maximum(scales - errors, scales / 10), scales + errors
-        axes.fill_between(steps, low, high, where=found & np.isfinite(errors), alpha=0.25, label="standard error")
+        axes.fill_between(steps, low, high, where=found & np.isfinite(errors), alpha=0.25, label="± standard error")
     if not found.all():
         share = 1 - found.mean()
         axes.plot([], [], " ", label=f"{share:.0%} of the looks found no gradient in the noise")
@@ -193,7 +193,8 @@ def _format_momentum(gain: float) -> str:
 
 def _get_numbers(values: Sequence[float | None], quantity: str) -> Any:
     """Return numbers with NaN for what is missing or infinite."""
-    numbers = np.array([math.nan if value is None or not math.isfinite(value) else value for value in values])
+    numbers = np.array(values, np.float64)  # None becomes NaN
+    numbers[np.isinf(numbers)] = np.nan
     if np.isnan(numbers).all():
         raise ValueError(f"looks contain no {quantity}, but at least one must contain a finite one")
     return numbers

@@ -178,7 +178,9 @@ def _choose_figures(looks: Sequence[Look], batch_size: float | None) -> Iterator
     if found:
         reading = "A larger batch pays, in theory, "
         reading += "up to the noise scale" if batch_size is None else "where the noise scale is above the batch size"
-        reading += f"; in the gaps, {1 - found:.0%} of the looks, noise hides the gradient." if found < 1 else "."
+        reading += f"; in the gaps, {1 - found:.0%} of the looks, noise hides the gradient" if found < 1 else ""
+        measured = any(each.noise_scale_error is not None for each in overalls)
+        reading += "." if measured else " (without a standard error the noise scale is only a trend)."
         yield _Figure("noise", "Noise scale", reading, lambda axes: draw_noise_scale(axes, looks, batch_size))
     if any(each.surprise is not None and math.isfinite(each.surprise) for each in overalls):
         reading = "Near 1 gradients vary as the state predicts, far above 1 they vary more, far below 1 less"

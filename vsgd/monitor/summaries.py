@@ -31,10 +31,12 @@ class Summary(NamedTuple):
         snr_10: the 10 % quantile of the signal-to-noise ratios `mean**2 / variance`.
         snr_50: their median.
         snr_90: their 90 % quantile.
-        noise_trace: an estimate of the trace of the covariance of one example's gradient.
+        noise_trace: an estimate of the trace of the covariance of one example's gradient. It and `noise_squared_norm` are from
+            the state, and right only while the weights are held still, unless `noise_scale_error` is a number.
         noise_squared_norm: an estimate of the squared norm of the true gradient.
         surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
-        noise_scale_error: the standard error of `noise_scale`; None for an estimate from the state.
+        noise_scale_error: the standard error of a `noise_scale` that was measured without bias, by `vsgd.monitor.noise_scale`;
+            None for an estimate from the state.
         guarded: the number of steps since the last look that a guard scaled or skipped; None without a guard.
     """
 

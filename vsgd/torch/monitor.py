@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vsgd.monitor import Monitor
 from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, summarize
+from vsgd.torch.noise_scale import NoiseScaleMeter
 from vsgd.torch.optimizer import RuleOptimizer
 from vsgd.torch.posterior import Stepped
 from vsgd.validation import validate_numbers
@@ -32,7 +33,12 @@ _OPS = MonitorOps(
 
 
 def watch(
-    optimizer: Any, monitor: Monitor, named_parameters: Iterable[tuple[str, Tensor]] = (), *, batch_size: float = 1
+    optimizer: Any,
+    monitor: Monitor,
+    named_parameters: Iterable[tuple[str, Tensor]] = (),
+    *,
+    batch_size: float = 1,
+    noise_scale: NoiseScaleMeter | None = None,
 ) -> RemovableHandle:
     """Look at an optimizer before every `monitor.every` steps.
 
@@ -52,6 +58,8 @@ def watch(
         named_parameters: names of the parameters; the default is the optimizer's names, else the parameters' indices.
         batch_size: the number of examples that a gradient averages, over all processes and accumulated steps; with 1 the
             noise scale counts batches.
+        noise_scale: a meter of this optimizer. Its measurement replaces the noise scale of all tensors together, which is else
+            from the state, and right only while the weights are held still.
 
     Returns:
         A handle: `remove()` ends watching, and so does the end of a `with` block.
@@ -87,7 +95,12 @@ def watch(
     def look_if_due(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal step
         if monitor.due(step) and (blocks := list(_iterate_blocks(optimizer, names))):
-            monitor.record(summarize(step, blocks, fetch_digest, batch_size))
+            look = summarize(step, blocks, fetch_digest, batch_size)
+            if noise_scale is not None:
+                trace, squared_norm, error, _ = noise_scale.read()
+                noise = {"noise_trace": trace, "noise_squared_norm": squared_norm, "noise_scale_error": error}
+                look = look._replace(overall=look.overall._replace(**noise))
+            monitor.record(look)
         step += 1
 
     return optimizer.register_step_pre_hook(look_if_due)

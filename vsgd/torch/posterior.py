@@ -72,9 +72,10 @@ class PosteriorMixin:
         return Posterior(*map(torch.view_as_complex, posterior)) if param.is_complex() else posterior
 
     def noise_scale(self, *, batch_size: float) -> NoiseScales:
-        """Estimate the gradient noise scale (arXiv 1812.06162) of all parameters that have been stepped.
+        """Estimate the gradient noise scale (arXiv 1812.06162) where the weights are held still, at a learning rate of 0.
 
-        See `vsgd.posterior.estimate_noise_scale`. No value is read back from a device, but sharded tensors are summed over all
+        While weights move, the estimate is wrong: see `vsgd.posterior.estimate_noise_scale`. To measure the noise scale of a
+        training, see `vsgd.torch.noise_scale`. No value is read back from a device, but sharded tensors are summed over all
         processes: every process must call this method.
 
         Args:
