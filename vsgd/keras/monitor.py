@@ -27,9 +27,9 @@ class MonitorCallback(keras.callbacks.Callback):
     """Look at the model's optimizer after every `monitor.every` batches.
 
     A callback receives no gradients, so its looks contain no surprise; in your own training loop, call
-    `optimizer.surprise(grads)`. With `steps_per_execution` the callback looks after the execution in which a look is due. It
-    counts batches, also where gradients are accumulated, and continues the optimizer's count, so that a second `fit` or a
-    loaded model goes on counting.
+    `optimizer.surprise(grads)`. Their loss is Keras' own, the mean since the epoch began. With `steps_per_execution` the
+    callback looks after the execution in which a look is due. It counts batches, also where gradients are accumulated, and
+    continues the optimizer's count, so that a second `fit` or a loaded model goes on counting.
 
     Args:
         monitor: it decides when to look, and writes.
@@ -86,13 +86,15 @@ class MonitorCallback(keras.callbacks.Callback):
         Args:
             batch: the index of the last batch in this epoch. Keras 3.10 passes the first one of an execution of several steps,
                 so the steps of its looks are too low.
-            logs: unused.
+            logs: Keras' metrics; a look logs their loss.
         """
         taken = batch - self._last_batch
         self._last_batch = batch
         self._step += taken
         if self.monitor.due(self._step, taken):
             blocks = list(_iterate_blocks(self._get_optimizer()))
+            if logs and "loss" in logs:
+                self.monitor.loss = logs["loss"]
             self.monitor.record(summarize(self._step, blocks, self._fetch_digest, self.batch_size))
 
     def _fetch_digest(self, block: Block, indices: Any) -> Any:

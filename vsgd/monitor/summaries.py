@@ -37,6 +37,7 @@ class Summary(NamedTuple):
         surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
         noise_scale_error: the standard error of a `noise_scale` that was measured without bias, by `vsgd.monitor.noise_scale`;
             None for an estimate from the state.
+        guarded: the number of steps since the last look that a guard scaled or skipped; None without a guard.
     """
 
     gain: float
@@ -47,6 +48,7 @@ class Summary(NamedTuple):
     noise_squared_norm: float
     surprise: float | None
     noise_scale_error: float | None = None
+    guarded: float | None = None
 
     @property
     def momentum(self) -> float:
@@ -66,7 +68,7 @@ class Summary(NamedTuple):
 #: The names of a summary's quantities, in the order of the columns of a CSV file.
 QUANTITIES = (
     "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "noise_scale_error",
-    "surprise",
+    "surprise", "guarded",
 )  # fmt: skip
 #: `get_quantities(summary)` returns the values of `QUANTITIES`, with None for what is not available.
 get_quantities = attrgetter(*QUANTITIES)
@@ -79,18 +81,23 @@ class Look(NamedTuple):
         step: the number of steps before the look.
         overall: the summary of all tensors together.
         tensors: the summary of each tensor, by name.
+        loss: the loss, None where it is not logged.
     """
 
     step: int
     overall: Summary
     tensors: Mapping[str, Summary]
+    loss: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return all numbers by tags for a dashboard: `gain/overall`, `gain/layer.weight`, and so on."""
+        """Return all numbers by tags for a dashboard: `loss/overall`, `gain/overall`, `gain/layer.weight`, and so on."""
         return {
-            f"{quantity}/{name}": value
-            for name, summary in self.rows()
-            for quantity, value in summary.quantities().items()
+            **({} if self.loss is None else {"loss/overall": self.loss}),
+            **{
+                f"{quantity}/{name}": value
+                for name, summary in self.rows()
+                for quantity, value in summary.quantities().items()
+            },
         }  # fmt: skip
 
     def rows(self) -> Iterator[tuple[str, Summary]]:

@@ -47,6 +47,8 @@ def watch(
     comparison more, and waits for no device. A look reads back once per device, group and dtype. It gathers sharded tensors:
     all processes must watch. A step in a CUDA graph calls no hooks.
 
+    To log the loss, assign `monitor.loss = loss` before the step; only a look reads it.
+
     The hook is part of no checkpoint and no copy of the optimizer. Steps are counted from the optimizer's state when watching
     begins: load a checkpoint before you watch.
 
