@@ -52,7 +52,7 @@ def _make_training(tokens: torch.Tensor, max_elements: int | None) -> tuple[Call
 def _count_bytes(observer: GradientObserver) -> int:
     """Return the bytes of the state and of the indices."""
     arrays = [array for state in observer.state_dict()["state"].values() for array in state.values()]
-    elements = [observer.elements(param) for param in observer._watched]
+    elements = [watched.elements for block in observer.list_blocks() for watched in block.members]
     return sum(array.nbytes for array in [*arrays, *elements] if isinstance(array, torch.Tensor))
 
 

@@ -143,7 +143,9 @@ def _list_facts(looks: Sequence[Look], batch_size: float | None) -> list[tuple[s
     if losses:
         facts.append(("Loss at the last look", format_number(losses[-1])))
     facts.append(("Median gain at the last look", format_number(last.overall.gain)))
-    facts.append(("Noise scale at the last look", _describe_noise_scale(last.overall, batch_size)))
+    # An observer's state has a trace and no squared norm.
+    if math.isfinite(last.overall.noise_squared_norm) or not math.isfinite(last.overall.noise_trace):
+        facts.append(("Noise scale at the last look", _describe_noise_scale(last.overall, batch_size)))
     surprises = [look.overall.surprise for look in looks if look.overall.surprise is not None]
     if surprises:
         share = sum(surprise > SURPRISING for surprise in surprises) / len(surprises)

@@ -28,6 +28,7 @@ class ObserveGradientsState(NamedTuple):
         innovation_variance: the running means of squared innovations.
         elements: the indices of the watched numbers of each flattened parameter (real and imaginary parts alternate), or None
             where all are watched.
+        numbers: how many numbers each parameter has, 0-d, float32.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -36,6 +37,7 @@ class ObserveGradientsState(NamedTuple):
     sensitivity: optax.Updates
     innovation_variance: optax.Updates
     elements: Any
+    numbers: optax.Updates
 
 
 ObserveGradientsState.__module__ = "vsgd.optax"  # the public name, by which a state is pickled
@@ -82,17 +84,19 @@ def observe_gradients(
     def init(params: optax.Params) -> ObserveGradientsState:
         structure: Any
         leaves, structure = jax.tree.flatten(params)
-        elements, states = [], []
+        elements, sizes, states = [], [], []
         for index, param in enumerate(leaves):
             if not jnp.issubdtype(get_dtype(param), jnp.inexact):
                 raise ValueError(f"params has an array of {get_dtype(param)}, but must have floating or complex numbers")
             numbers = _get_numbers(jnp.asarray(param))
             chosen = observer.choose_elements(numbers.size, max_elements, seed, index)
             elements.append(None if chosen is None else jnp.asarray(chosen))
+            sizes.append(jnp.asarray(numbers.size, jnp.float32))  # as int32 it could overflow
             watched = numbers if chosen is None else numbers.ravel()[: len(chosen)]
             states.append(State(*(jnp.full_like(watched, value) for value in observer.INITIAL_STATE)))
-        arrays = {name: structure.unflatten([getattr(each, name) for each in states]) for name in State._fields}
-        return ObserveGradientsState(jnp.zeros([], jnp.int32), elements=structure.unflatten(elements), **arrays)
+        arrays = (structure.unflatten([getattr(each, name) for each in states]) for name in State._fields)
+        count, chosen_trees = jnp.zeros([], jnp.int32), map(structure.unflatten, (elements, sizes))
+        return ObserveGradientsState(count, *arrays, *chosen_trees)
 
     def update(updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any) -> tuple[optax.Updates, Any]:
         del params, extra_args
@@ -112,7 +116,7 @@ def observe_gradients(
         trees = [structure.flatten_up_to(tree) for tree in (state.elements, *get_arrays(state))]
         new = [observe(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
         arrays = {name: structure.unflatten([getattr(each, name) for each in new]) for name in State._fields}
-        return updates, ObserveGradientsState(count, elements=state.elements, **arrays)
+        return updates, state._replace(count=count, **arrays)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

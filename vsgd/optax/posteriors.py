@@ -53,8 +53,8 @@ def posterior(opt_state: Any) -> Any:
         >>> print(posterior(state)["weight"].mean.round(4))
         [ 0.0323 -0.0645]
     """
-    if _find_states(opt_state, (ObserveGradientsState,)):
-        return _map_observed(opt_state, lambda watched: observer.compute_posterior(watched.state))
+    if find_observers(opt_state):
+        return map_observed(opt_state, lambda watched: observer.compute_posterior(watched.state))
 
     def describe(param_state: ParamState) -> Posterior:
         parts = [compute_posterior(state, param_state.scales) for state in param_state.get_real_states()]
@@ -119,13 +119,13 @@ def surprise(grads: optax.Updates, opt_state: Any) -> Any:
     Raises:
         ValueError: there is no state of VSGD or `observe_gradients`, or a gradient does not fit the state.
     """
-    if _find_states(opt_state, (ObserveGradientsState,)):
-        watched = _map_observed(opt_state, lambda each: each)
+    if find_observers(opt_state):
+        watched = map_observed(opt_state, lambda each: each)
 
         def average_watched(path: Any, grad: Any, each: Any) -> Any:
             if grad is None or isinstance(each, optax.MaskedNode):
                 return each if isinstance(each, optax.MaskedNode) else None
-            return observer.compute_surprise(select_watched("grads", path, grad, *each), each.state).mean()
+            return observer.compute_surprise(select_watched("grads", path, grad, each.elements, each.state), each.state).mean()
 
         return jax.tree_util.tree_map_with_path(average_watched, grads, watched, is_leaf=lambda leaf: leaf is None)
 
@@ -175,6 +175,7 @@ class Watched(NamedTuple):
     """What an observer stores for one parameter: see `ObserveGradientsState`."""
 
     elements: jax.Array | None
+    numbers: jax.Array
     state: observer.State
 
 
@@ -198,18 +199,23 @@ def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
     return _merge(list(itertools.starmap(map_state, enumerate(states))))
 
 
-def _map_observed(opt_state: Any, function: Callable[[Watched], Any]) -> Any:
+def map_observed(opt_state: Any, function: Callable[[Watched], Any]) -> Any:
     """Return a tree shaped like the parameters, with a function of what an observer stores for each."""
 
     def map_state(state: ObserveGradientsState) -> Any:
-        def apply(elements: Any, *arrays: jax.Array) -> _Result:
-            return _Result(function(Watched(elements, observer.State(*arrays))))
+        def apply(elements: Any, numbers: jax.Array, *arrays: jax.Array) -> _Result:
+            return _Result(function(Watched(elements, numbers, observer.State(*arrays))))
 
         structure: Any = jax.tree.structure(state.mean)
-        trees = [structure.flatten_up_to(tree) for tree in (state.elements, *get_watched_arrays(state))]
+        trees = [structure.flatten_up_to(tree) for tree in (state.elements, state.numbers, *get_watched_arrays(state))]
         return structure.unflatten([apply(*of_leaf) for of_leaf in zip(*trees, strict=True)])
 
-    return _merge([map_state(state) for state in _find_states(opt_state, (ObserveGradientsState,))])
+    return _merge([map_state(state) for state in find_observers(opt_state)])
+
+
+def find_observers(opt_state: Any) -> list[ObserveGradientsState]:
+    """Return the states of `observe_gradients` in a larger state."""
+    return _find_states(opt_state, (ObserveGradientsState,))
 
 
 def _find_states(opt_state: Any, types: tuple[type[Any], ...]) -> list[Any]:

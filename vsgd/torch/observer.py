@@ -22,22 +22,26 @@ _OPS: Any = torch
 _update = observer.make_update(_OPS)
 
 
-class _Watched:
+class Watched:
     """A watched parameter.
 
     Attributes:
         name: its name.
         param: the parameter.
         elements: the flat indices of the watched numbers, or None for all; a complex number counts as two.
+        numbers: how many numbers the parameter has; of a sharded one, on this process.
+        size: how many of them are watched.
         step: how many gradients were observed.
         state: views into the block's state, 1-D.
         surprise: the mean squared standardized innovation of the last gradient, 0-d, or None before the second one.
     """
 
-    def __init__(self, name: str, param: Tensor, elements: Tensor | None, state: State) -> None:
+    def __init__(self, name: str, param: Tensor, elements: Tensor | None, numbers: int, state: State) -> None:
         self.name = name
         self.param = param
         self.elements = elements
+        self.numbers = numbers
+        self.size: int = state.mean.numel()
         self.step = 0
         self.state = state
         self.surprise: Tensor | None = None
@@ -50,7 +54,7 @@ class _Watched:
         return wide if grad_scale is None else wide / grad_scale
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Watched parameters of one device and dtype.
 
     Attributes:
@@ -59,7 +63,7 @@ class _Block(NamedTuple):
         sizes: the numbers of watched elements of the members from one index to another, on the device.
     """
 
-    members: list[_Watched]
+    members: list[Watched]
     state: State
     sizes: dict[tuple[int, int], Tensor]
 
@@ -117,7 +121,7 @@ class GradientObserver:
         self._max_elements = max_elements
         self._seed = seed
         self._blocks = list(_make_blocks(named, max_elements, seed))
-        self._watched = {watched.param: watched for block in self._blocks for watched in block.members}
+        self._by_param = {watched.param: watched for block in self._blocks for watched in block.members}
 
     @torch.no_grad()
     def observe(self, *, grad_scale: Tensor | None = None) -> None:
@@ -130,12 +134,12 @@ class GradientObserver:
             first = start = 0
             for step, run in itertools.groupby(block.members, lambda each: -1 if each.param.grad is None else each.step):
                 last = first + len(list(run))
-                end = start + sum(each.state.mean.numel() for each in block.members[first:last])
+                end = start + sum(each.size for each in block.members[first:last])
                 if step >= 0:
                     self._observe_run(block, first, last, State(*(array[start:end] for array in block.state)), grad_scale)
                 first, start = last, end
 
-    def _observe_run(self, block: _Block, first: int, last: int, state: State, grad_scale: Tensor | None) -> None:
+    def _observe_run(self, block: Block, first: int, last: int, state: State, grad_scale: Tensor | None) -> None:
         """Update the state of consecutive members with one count of steps."""
         members = block.members[first:last]
         grads = [each.gather(grad_scale) for each in members]
@@ -226,10 +230,10 @@ class GradientObserver:
             By name, for each parameter with two observed gradients or more, the mean of the last one's squared standardized
             innovations, 0-d; near 1 where the model fits and large at a spike of the loss.
         """
-        found = {each.name: each.surprise for each in self._watched.values() if each.surprise is not None}
-        sharded = [each for each in self._watched.values() if each.surprise is not None and _is_sharded(each.param)]
+        found = {each.name: each.surprise for each in self._by_param.values() if each.surprise is not None}
+        sharded = [each for each in self._by_param.values() if each.surprise is not None and _is_sharded(each.param)]
         if sharded:
-            counts = torch.tensor([each.state.mean.numel() for each in sharded], dtype=torch.float64)
+            counts = torch.tensor([each.size for each in sharded], dtype=torch.float64)
             means = torch.stack([each.surprise for each in sharded if each.surprise is not None]).double()
             table = torch.stack([means * counts.to(means.device), counts.to(means.device)])
             # Replicas count several times in both rows, and drop out of the quotient.
@@ -243,7 +247,7 @@ class GradientObserver:
             "options": {"max_elements": self._max_elements, "seed": self._seed, **self._hyper._asdict()},
             "state": {
                 each.name: {"step": each.step, **{name: array.clone() for name, array in each.state._asdict().items()}}
-                for each in self._watched.values()
+                for each in self._by_param.values()
             },
         }
 
@@ -260,7 +264,7 @@ class GradientObserver:
         for name, ours in (("max_elements", self._max_elements), ("seed", self._seed)):
             if options[name] != ours:
                 raise ValueError(f"state_dict has {name} {options[name]}, but must have the observer's {ours}")
-        by_name = {each.name: each for each in self._watched.values()}
+        by_name = {each.name: each for each in self._by_param.values()}
         if missing := sorted(set(by_name) ^ set(states)):
             raise ValueError(f"state_dict and observer do not both have {missing[0]}, but must have the same parameters")
         for name, each in by_name.items():
@@ -273,10 +277,14 @@ class GradientObserver:
             for field, array in each.state._asdict().items():
                 array.copy_(states[name][field])
 
-    def _get_watched(self, param: Tensor) -> _Watched:
-        if param not in self._watched:
+    def list_blocks(self) -> list[Block]:
+        """Return what is stored, in the order of `named_parameters`."""
+        return self._blocks
+
+    def _get_watched(self, param: Tensor) -> Watched:
+        if param not in self._by_param:
             raise ValueError(f"param of shape {tuple(param.shape)} is not watched, but must be one of named_parameters")
-        return self._watched[param]
+        return self._by_param[param]
 
 
 def _check_pair(pair: Any) -> tuple[str, Tensor]:
@@ -288,32 +296,35 @@ def _check_pair(pair: Any) -> tuple[str, Tensor]:
     return name, param
 
 
-def _make_blocks(named: Sequence[tuple[str, Tensor]], max_elements: int | None, seed: int) -> Iterator[_Block]:
+def _make_blocks(named: Sequence[tuple[str, Tensor]], max_elements: int | None, seed: int) -> Iterator[Block]:
     """Yield blocks of consecutive parameters of one device and dtype."""
-    members: list[tuple[str, Tensor, Tensor | None, int]] = []
+    members: list[tuple[str, Tensor, Any, int]] = []
     key: Any = None
-    count = 0
+    total = 0
     for index, (name, param) in enumerate(named):
         numbers = _get_numbers(param)
         elements = observer.choose_elements(numbers.numel(), max_elements, seed, index)
         size = numbers.numel() if elements is None else len(elements)
         new_key = numbers.device, torch.promote_types(numbers.dtype, torch.float32)
         largest = _CPU_BLOCK if numbers.device.type == "cpu" else _ACCELERATOR_BLOCK
-        if members and (new_key != key or count + size > largest):
+        if members and (new_key != key or total + size > largest):
             yield _make_block(members, *key)
-            members, count = [], 0
-        chosen = None if elements is None else torch.from_numpy(elements).to(numbers.device)
-        members.append((name, param, chosen, size))
-        key, count = new_key, count + size
+            members, total = [], 0
+        members.append((name, param, elements, numbers.numel()))
+        key, total = new_key, total + size
     if members:
         yield _make_block(members, *key)
 
 
-def _make_block(members: Sequence[tuple[str, Tensor, Tensor | None, int]], device: Any, dtype: Any) -> _Block:
-    sizes = [size for *_, size in members]
+def _make_block(members: Sequence[tuple[str, Tensor, Any, int]], device: Any, dtype: Any) -> Block:
+    sizes = [numbers if elements is None else len(elements) for *_, elements, numbers in members]
     state = State(*(torch.full((sum(sizes),), value, dtype=dtype, device=device) for value in observer.INITIAL_STATE))
     parts = zip(*(array.split(sizes) for array in state), strict=True)
-    return _Block([_Watched(*member[:3], State(*part)) for member, part in zip(members, parts, strict=True)], state, {})
+    watched = []
+    for (name, param, elements, numbers), part in zip(members, parts, strict=True):
+        chosen = None if elements is None else torch.from_numpy(elements).to(device)
+        watched.append(Watched(name, param, chosen, numbers, State(*part)))
+    return Block(watched, state, {})
 
 
 def _is_sharded(param: Any) -> bool:

@@ -12,13 +12,15 @@ import pytest
 from adapters.keras.keras_problems import BATCH, X, Y, to_numpy
 
 from vsgd.keras import VSGD, GradientObserver
+from vsgd.keras.monitor import MonitorCallback
+from vsgd.monitor import Look, Monitor
 
 
-def train(optimizer: keras.optimizers.Optimizer) -> keras.Model:
+def train(optimizer: keras.optimizers.Optimizer, **options: Any) -> keras.Model:
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.layers.Input((X.shape[1],)), keras.layers.Dense(Y.shape[1], name="linear")])
     model.compile(optimizer=optimizer, loss="mse")
-    model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, **options)
     return model
 
 
@@ -59,3 +61,17 @@ def test_what_it_cannot_watch_is_refused() -> None:
     with pytest.raises(ValueError, match="grads has 2 items, but there are 1 variables"):
         observer.apply([keras.ops.ones(2)] * 2)
     assert to_numpy(observer.posterior(variable).mean).tolist() == [0.0, 0.0]
+
+
+def test_the_monitors_callback_takes_it() -> None:
+    looks: list[Look] = []
+    watching = MonitorCallback(Monitor(looks, every=4), batch_size=BATCH)
+    model = train(GradientObserver(keras.optimizers.SGD(0.01), max_elements=7), callbacks=[watching])
+    steps = int(to_numpy(model.optimizer.iterations))
+    assert looks[-1].step == steps
+    for variable in model.trainable_variables:
+        found, posterior = looks[-1].tensors[variable.path], model.optimizer.posterior(variable)
+        noise = to_numpy(posterior.noise_variance)
+        scale = np.prod(variable.shape) / noise.size
+        assert found.noise_trace == pytest.approx(BATCH * scale * noise.sum(), rel=1e-5)
+        assert found.gain == pytest.approx(np.median(to_numpy(posterior.gain)), rel=1e-5)

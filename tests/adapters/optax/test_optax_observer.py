@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from vsgd.optax import constant_vsgd, noise_scale, observe_gradients, posterior, surprise
+from vsgd.optax.monitor import summarize
 
 PARAMS = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(4)}
 
@@ -69,3 +70,14 @@ def test_gradients_and_states_that_do_not_fit_are_refused() -> None:
         solver.update(draw(0), optax.EmptyState())
     with pytest.raises(ValueError, match="params has an array of int32, but must have floating or complex numbers"):
         solver.init({"a": jnp.zeros(2, jnp.int32)})
+
+
+def test_the_monitor_takes_its_state() -> None:
+    state = run(optax.chain(observe_gradients(max_elements=3), optax.adamw(0.1)))
+    look = summarize(5, state, draw(5), batch_size=2)
+    expected = surprise(draw(5), state)
+    for name, each in posterior(state).items():
+        found = look.tensors[name]
+        assert found.noise_trace == pytest.approx(2 * PARAMS[name].size / 3 * float(each.noise_variance.sum()), rel=1e-5)
+        assert found.gain == pytest.approx(np.median(each.gain), rel=1e-5)
+        assert found.surprise == pytest.approx(float(expected[name]), rel=1e-5)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from vsgd.monitor import Look, Monitor
 from vsgd.torch import VSGD, GradientObserver
+from vsgd.torch.monitor import watch
 
 
 def make_model() -> nn.Sequential:
@@ -118,3 +122,33 @@ def test_a_state_of_another_observer_is_refused_and_nothing_changes(spoil: Calla
     with pytest.raises(ValueError, match=sentence):
         observer.load_state_dict(saved)
     assert observer.posterior(param).mean.tolist() == [0.25, 0.25]
+
+
+def test_the_monitor_takes_it_with_any_optimizer() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    observer = GradientObserver(model.named_parameters(), max_elements=7)
+    observer.attach(optimizer)
+    looks: list[Look] = []
+    watch(optimizer, Monitor(looks, every=4), batch_size=8, observer=observer)
+    for step in range(6):
+        optimizer.zero_grad()
+        compute_loss(model, step).backward()
+        if step == 4:  # the look comes after the observer's hook
+            observer.observe()
+            expected = {name: observer.posterior(param) for name, param in model.named_parameters()}
+            surprise = observer.surprise()
+            observer.observe = lambda **_: None  # type: ignore[method-assign]
+        optimizer.step()
+    (look,) = looks
+    assert look.step == 4
+    assert list(look.tensors) == list(expected)
+    for name, param in model.named_parameters():
+        found, posterior = look.tensors[name], expected[name]
+        scale = param.numel() / posterior.mean.numel()
+        assert found.noise_trace == pytest.approx(8 * scale * posterior.noise_variance.sum().item(), rel=1e-5)
+        assert found.gain == pytest.approx(np.median(posterior.gain), rel=1e-5)
+        assert found.surprise == pytest.approx(surprise[name].item(), rel=1e-5)
+        assert math.isnan(found.noise_scale)  # the state has no squared norm
+    with pytest.raises(TypeError, match="optimizer is SGD, but must be VSGD or ConstantVSGD, or have an observer"):
+        watch(optimizer, Monitor([]))
