@@ -66,6 +66,8 @@ def draw_heat_map(axes: Any, looks: Sequence[Look], quantity: str) -> None:
 def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None = None) -> None:
     """Draw the noise scale of all tensors together over training, with gaps where it is not positive, and the batch size.
 
+    If the noise scale was measured, a band shows its standard error.
+
     Args:
         axes: the matplotlib axes to draw into.
         looks: the looks of a monitor that was given the batch size.
@@ -78,6 +80,10 @@ def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None 
     scales = np.array([look.overall.noise_scale for look in looks])
     found = np.isfinite(scales) & (scales > 0)
     axes.plot(steps, np.where(found, scales, np.nan), marker=".", label="noise scale, all tensors")
+    errors = np.array([look.overall.noise_scale_error for look in looks], np.float64)  # None becomes NaN
+    if np.isfinite(errors).any():
+        band = (np.where(found, scales + sign * errors, np.nan) for sign in (-1, 1))
+        axes.fill_between(steps, *band, alpha=0.25, label="± standard error")
     if not found.all():
         share = 1 - found.mean()
         axes.plot([], [], " ", label=f"{share:.0%} of the looks found no gradient in the noise")
