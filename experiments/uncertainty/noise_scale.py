@@ -1,7 +1,7 @@
-"""Compare the noise scale in the optimizer's state with the two-batch-size estimator and the truth, over a training.
+"""Compare the noise scale in the optimizer's state with the truth, in a training and with the weights held still.
 
-Trains an MLP on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download) and writes the tables
-`noise_scale.txt` and, for clipped gradients, `noise_scale_clipped.txt` for `docs/uncertainty.md`:
+Trains an MLP on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download) and writes the table
+`noise_scale.txt` for `docs/uncertainty.md`:
 
     pip install '.[examples]'
     python -m experiments.uncertainty.noise_scale
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,13 +29,9 @@ from vsgd.posterior import NoiseScale
 from vsgd.torch import VSGD, ConstantVSGD
 
 OUTPUT = Path("docs/uncertainty")
-BIG = 8  # times the batch size: the larger batch of the paper's estimator
-PAIRS = 100  # of batches that each probe averages the paper's estimator over
 WINDOW = 100  # steps that numerators and denominators are averaged over
 HELD = 500  # steps with fixed weights; the average leaves out the first window
 LOOKS = 5  # evaluations on the training data in a window
-CLIPS = (math.inf, 1.0, 0.5, 0.1)  # norms to clip gradients to, in medians of a batch's norm
-CLIPPED_AT = (100, 300)  # the steps at which to try the clips
 PROBES = (100, 300, 1000, 4000)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -63,18 +58,6 @@ def compute_noise_scale(grads: Tensor) -> NoiseScale:
     return NoiseScale((grads - mean).square().sum() / len(grads), mean.square().sum())
 
 
-def estimate_from_two_batch_sizes(grads: Tensor, generator: torch.Generator) -> NoiseScale:
-    """Estimate the noise scale by arXiv 1812.06162, appendix A, averaged over many pairs of batches."""
-    small, big = (
-        torch.stack(
-            [grads[torch.randint(len(grads), (size,), generator=generator)].mean(0).square().sum() for _ in range(PAIRS)]
-        ).mean()
-        for size in (BATCH_SIZE, BIG * BATCH_SIZE)
-    )
-    trace = (small - big) / (1 / BATCH_SIZE - 1 / (BIG * BATCH_SIZE))
-    return NoiseScale(trace, (BIG * big - small) / (BIG - 1))
-
-
 class Row(NamedTuple):
     """Results at a step: loss, and noise scales as the means of trace and squared norm over the window before it.
 
@@ -84,7 +67,6 @@ class Row(NamedTuple):
     step: int
     loss: float
     truth: NoiseScale
-    pairs: NoiseScale
     state: NoiseScale
     last_truth: NoiseScale
     held: NoiseScale
@@ -95,11 +77,10 @@ def average_scales(scales: Sequence[NoiseScale]) -> NoiseScale:
     return NoiseScale(*(torch.stack(parts).mean() for parts in zip(*scales, strict=True)))
 
 
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, clip: float = math.inf) -> NoiseScale:
-    """Take a step with the gradient clipped to a norm, and return the noise scale in the optimizer's state."""
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> NoiseScale:
+    """Take a step, and return the noise scale in the optimizer's state."""
     optimizer.zero_grad()
     functional.cross_entropy(model(x), y).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return optimizer.noise_scale(batch_size=len(x)).overall
 
@@ -110,7 +91,6 @@ def estimate_at_fixed_weights(
     y: Tensor,
     generator: torch.Generator,
     batch_size: int = BATCH_SIZE,
-    clip: float = math.inf,
 ) -> NoiseScale:
     """Estimate the noise scale by Constant VSGD with fixed weights, almost no prior and independent batches."""
     model = copy.deepcopy(model)
@@ -118,7 +98,7 @@ def estimate_at_fixed_weights(
     found = []
     for _ in range(HELD):
         batch = torch.randint(len(x), (batch_size,), generator=generator)
-        found.append(take_step(model, optimizer, x[batch], y[batch], clip))
+        found.append(take_step(model, optimizer, x[batch], y[batch]))
     return average_scales(found[WINDOW:])
 
 
@@ -129,74 +109,38 @@ def follow(name: str, x: Tensor, y: Tensor, probes: tuple[int, ...], seed: int =
     model = make_model(x.shape[1])
     optimizer = OPTIMIZERS[name](model.parameters())
     of_state: deque[NoiseScale] = deque(maxlen=WINDOW)
-    of_data: deque[tuple[NoiseScale, NoiseScale]] = deque(maxlen=LOOKS)
+    of_data: deque[NoiseScale] = deque(maxlen=LOOKS)
     rows = []
     for step, batch in enumerate(islice(draw_batches(len(x), generator), probes[-1]), start=1):
         of_state.append(take_step(model, optimizer, x[batch], y[batch]))
         if step in probes or (step % (WINDOW // LOOKS) == 0 and any(0 <= probe - step < WINDOW for probe in probes)):
-            grads = compute_example_gradients(model, x, y)
-            of_data.append((compute_noise_scale(grads), estimate_from_two_batch_sizes(grads, other)))
+            of_data.append(compute_noise_scale(compute_example_gradients(model, x, y)))
         if step in probes:
             with torch.no_grad():
                 loss = functional.cross_entropy(model(x), y).item()
-            of_all = map(average_scales, (*zip(*of_data, strict=True), of_state))
-            rows.append(Row(step, loss, *of_all, of_data[-1][0], estimate_at_fixed_weights(model, x, y, other)))
+            held = estimate_at_fixed_weights(model, x, y, other)
+            rows.append(Row(step, loss, average_scales(of_data), average_scales(of_state), of_data[-1], held))
     return rows
 
 
 def format_rows(found: Mapping[tuple[str, str], Sequence[Row]]) -> str:
     """Format a Markdown table with one row for each probe."""
-    scales = ("truth", "two batch sizes", "state")
-    ratios = ("trace, state / truth", "squared norm, state / truth", "state, held still / truth")
+    heads = ["data", "optimizer", "step", "loss", "truth", "trace, in training / truth", "squared norm, in training / truth"]
     rows = []
     for (data, name), results in found.items():
         for row in results:
-            cells = [f"{each.scale.item():.3g}" for each in (row.truth, row.pairs, row.state)]
-            cells += [f"{(state / true).item():.2g}" for state, true in zip(row.state, row.truth, strict=True)]
-            held = (row.held.scale / row.last_truth.scale).item()
-            rows.append([data, name, str(row.step), f"{row.loss:.2g}", *cells, f"{held:.2g}"])
-    return format_table(["data", "optimizer", "step", "loss", *scales, *ratios], rows, left=2) + "\n"
-
-
-def follow_clipped(
-    name: str, x: Tensor, y: Tensor, steps: Sequence[int]
-) -> Iterator[tuple[int, float, NoiseScale, NoiseScale]]:
-    """Yield step, clip, exact noise scale, and the estimate at fixed weights from clipped gradients."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = make_model(x.shape[1])
-    optimizer = OPTIMIZERS[name](model.parameters())
-    for step, batch in enumerate(islice(draw_batches(len(x), generator), max(steps)), start=1):
-        take_step(model, optimizer, x[batch], y[batch])
-        if step in steps:
-            grads = compute_example_gradients(model, x, y)
-            picks = torch.randint(len(x), (PAIRS, BATCH_SIZE), generator=generator)
-            norm = torch.stack([grads[pick].mean(0).norm() for pick in picks]).median().item()
-            for clip in CLIPS:
-                estimate = estimate_at_fixed_weights(model, x, y, generator, clip=clip * norm)
-                yield step, clip, compute_noise_scale(grads), estimate
-
-
-def format_clipped_rows(data: Mapping[str, tuple[Tensor, Tensor]], steps: Sequence[int]) -> str:
-    """Format a Markdown table with one row for each clip."""
-    rows = []
-    for name, examples in data.items():
-        for step, clip, exact, found in follow_clipped("Constant VSGD, lr 0.001", *examples, steps):
-            parts = (*(estimate / true for estimate, true in zip(found, exact, strict=True)), found.scale / exact.scale)
-            limit = "not" if clip == math.inf else f"{clip:g}"
-            rows.append([name, str(step), limit, *(f"{part.item():.2g}" for part in parts)])
-    heads = ["data", "step", "clipped to, median norms", "trace / truth", "squared norm / truth", "scale / truth"]
-    return format_table(heads, rows, left=1) + "\n"
+            ratios = [state / true for state, true in zip(row.state, row.truth, strict=True)]
+            cells = [f"{ratio.item():.2g}" for ratio in (*ratios, row.held.scale / row.last_truth.scale)]
+            rows.append([data, name, str(row.step), f"{row.loss:.2g}", f"{row.truth.scale.item():.3g}", *cells])
+    return format_table([*heads, "scale, held still / truth"], rows, left=2) + "\n"
 
 
 def main() -> None:
-    """Write the tables as the command line says."""
+    """Write the table as the command line says."""
     parser = argparse.ArgumentParser(description="Compare the noise scale in the optimizer's state with the truth.")
     parser.add_argument(
         "--probes", type=int, nargs="+", default=PROBES, help="steps at which to compare the estimates (default: %(default)s)"
     )
-    clipping = "steps at which to clip gradients (default: %(default)s)"
-    parser.add_argument("--clipped-at", type=int, nargs="+", default=CLIPPED_AT, help=clipping)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="what to train on (default: both)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s)")
     arguments = parser.parse_args()
@@ -204,13 +148,9 @@ def main() -> None:
     probes = tuple(sorted(arguments.probes))
     data = {name: DATA[name]() for name in arguments.data}  # first, so that a missing package is reported at once
     found = {(of, name): follow(name, *examples, probes) for of, examples in data.items() for name in OPTIMIZERS}
-    tables = {
-        "noise_scale.txt": format_rows(found),
-        "noise_scale_clipped.txt": format_clipped_rows(data, arguments.clipped_at),
-    }
-    for name, text in tables.items():
-        (arguments.output / name).write_text(text, encoding="utf-8")
-    print("\n".join(tables.values()), end="")
+    table = format_rows(found)
+    (arguments.output / "noise_scale.txt").write_text(table, encoding="utf-8")
+    print(table, end="")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from vsgd.torch.noise_scale import NoiseScaleMeter
 OUTPUT = Path("docs/uncertainty")
 PARTS, MICRO_BATCH_SIZE = 4, 16
 LONG, SHORT = 400, 100  # steps to average over
-CONTEXT, WINDOWS = 32, 2000  # characters in a window, and the windows to train on
+CONTEXT, WINDOWS = 32, 1000  # characters in a window, and the windows to train on
 CHUNK = 250  # examples whose gradients are in memory at once
 
 
@@ -101,7 +101,7 @@ def make_transformer_training() -> Training:
     """Make the training of a transformer on characters."""
     characters = {character: place for place, character in enumerate(tasks.list_characters())}
     text = torch.tensor([characters[each] for each in tasks.read_text()[: WINDOWS * (CONTEXT + 1)]]).view(WINDOWS, -1)
-    return Training(Transformer(len(characters)), text[:, :-1], text[:, 1:], lr=0.003, steps=1200, every=10)
+    return Training(Transformer(len(characters)), text[:, :-1], text[:, 1:], lr=0.003, steps=1200, every=4)
 
 
 def compute_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

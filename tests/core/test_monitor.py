@@ -138,6 +138,17 @@ def test_the_plots_show_what_was_seen(panels: Any) -> None:
         plots.draw_noise_scale(scale, [])
 
 
+def test_a_measured_noise_scale_has_a_band(panels: Any) -> None:
+    errors = [1.0, None, 0.5]
+    looks = [look(10 * place) for place in (1, 2, 3)]
+    looks = [
+        each._replace(overall=each.overall._replace(noise_scale_error=error)) for each, error in zip(looks, errors, strict=True)
+    ]
+    plots.draw_noise_scale(panels[0], looks)
+    heights = [path.vertices[:, 1] for path in panels[0].collections[0].get_paths()]
+    assert sorted((low.min(), low.max()) for low in heights) == [(1.0, 3.0), (1.5, 2.5)]
+
+
 def test_heat_maps_share_an_axis_and_have_no_colours_for_rounding(panels: Any) -> None:
     panels[1].sharey(panels[0])
     looks = [look(10), look(20)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ torch = pytest.importorskip("torch")
 need("sklearn", "matplotlib", "tqdm")
 
 from experiments import torch_mlp  # noqa: E402
-from experiments.uncertainty import forgetting, noise_scale, observer  # noqa: E402
+from experiments.uncertainty import forgetting, noise_scale, noise_scale_training, observer  # noqa: E402
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -51,19 +50,17 @@ def test_outliers(tmp_path: Path) -> None:
 
 
 def test_the_noise_scale_of_gradients_that_are_known() -> None:
-    generator = torch.Generator().manual_seed(0)
-    grads = torch.randn(200, 40, generator=generator)
+    grads = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
     grads += 0.25 - grads.mean(0)
-    truth = [grads.numpy().var(axis=0).sum(), 40 * 0.25**2]
-    exact, pairs = noise_scale.compute_noise_scale(grads), noise_scale.estimate_from_two_batch_sizes(grads, generator)
-    assert [exact.trace.item(), exact.squared_norm.item()] == pytest.approx(truth, rel=1e-5)
-    assert [pairs.trace.item(), pairs.squared_norm.item()] == pytest.approx(truth, rel=0.1)
+    exact = noise_scale.compute_noise_scale(grads)
+    assert [exact.trace.item(), exact.squared_norm.item()] == pytest.approx(
+        [grads.numpy().var(axis=0).sum(), 40 * 0.25**2], rel=1e-5
+    )
 
 
 def test_noise_scales_are_compared_with_the_truth() -> None:
     (row,) = noise_scale.follow("Constant VSGD", *torch_mlp.load_digits(), probes=(20,))
     truth = row.truth.scale.item()
-    assert row.pairs.scale.item() == pytest.approx(truth, rel=0.15)
     assert row.held.scale.item() == pytest.approx(row.last_truth.scale.item(), rel=0.15)
     *_, cells = cells_of(noise_scale.format_rows({("digits", "Constant VSGD"): [row]}))
     assert cells[:3] == ["digits", "Constant VSGD", "20"]
@@ -121,15 +118,33 @@ def test_filters_of_synthetic_streams_are_compared_with_the_best() -> None:
     assert [float(cell) for cell in middle[5:]] == pytest.approx([1, 1], abs=0.4)
 
 
-def test_clipping_lowers_the_trace_and_the_squared_norm_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_scale, "CLIPS", (math.inf, 0.1))
-    rows = cells_of(noise_scale.format_clipped_rows({"digits": torch_mlp.load_digits()}, (20,)))
-    (_, _, whole, *free), (_, _, clip, *cut) = rows
-    assert (whole, clip) == ("not", "0.1")
-    assert [float(cell) for cell in free] == pytest.approx([1, 1, 1], abs=0.1)
-    trace, squared_norm, scale = map(float, cut)
-    assert max(trace, squared_norm) < 0.02
-    assert scale == pytest.approx(1, abs=0.15)
+def test_the_noise_of_all_examples_is_that_of_each_examples_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_scale_training, "CHUNK", 4)
+    whole = noise_scale_training.make_transformer_training()
+    training = whole._replace(x=whole.x[:10], y=whole.y[:10])
+    rows = []
+    for x, y in zip(training.x, training.y, strict=True):
+        loss = noise_scale_training.compute_loss(training.model, x[None], y[None])
+        rows.append(torch.cat([grad.ravel() for grad in torch.autograd.grad(loss, list(training.model.parameters()))]))
+    grads = torch.stack(rows).numpy()
+    truth = [grads.var(axis=0).sum(), (grads.mean(axis=0) ** 2).sum()]
+    assert noise_scale_training.compute_truth(training) == pytest.approx(truth, rel=1e-4)
+
+
+def test_the_noise_scale_of_a_training_is_compared_with_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("mnist1d")
+    for name, window in (("LONG", 40), ("SHORT", 20)):
+        monkeypatch.setattr(noise_scale_training, name, window)
+    torch.manual_seed(0)
+    training = noise_scale_training.make_mlp_training()._replace(steps=40)
+    found = {"MLP": noise_scale_training.follow(training, windows=(40, 20))}
+    steps = {window: [look.step for look in looks] for window, looks in found["MLP"].items()}
+    assert steps == {40: [40], 20: [20, 40]}
+    for look in (*found["MLP"][40], *found["MLP"][20]):
+        assert abs(look.ratio - 1) < 3 * look.error < 1
+    last = found["MLP"][20][-1]
+    assert cells_of(noise_scale_training.format_looks(found))[0][5] == f"{last.ratio:.2f} ± {last.error:.2f}"
+    assert [row[1] for row in cells_of(noise_scale_training.format_windows(found))] == ["40", "20"]
 
 
 def test_the_tables_of_priors(tmp_path: Path) -> None:

@@ -151,6 +151,6 @@ class NoiseScaleMeter:
 
 
 def _summarize(grad: Tensor) -> Tensor:
-    """Return the norm and one element of a gradient."""
+    """Return the norm and one element of a gradient: the middle one, because padding and corners have no gradient."""
     real = view_as_real(grad)
-    return torch.stack([torch.linalg.vector_norm(real), real[(0,) * real.ndim]])
+    return torch.stack([torch.linalg.vector_norm(real), real[tuple(size // 2 for size in real.shape)]])
