@@ -69,7 +69,7 @@ def main() -> None:
     trainings["without"][0](2)
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     trainings["without, again"] = _make_training(tokens, 0)  # shows the measurement's error
-    for max_elements in (4096, 65536):
+    for max_elements in (4096, 16384, 65536):
         trainings[f"{max_elements} elements"] = _make_training(tokens, max_elements)
     limits = Limits(arguments.rounds, sample_seconds=0.0, competitor_seconds=float("inf"))
     samples = interleave({name: step for name, (step, _) in trainings.items()}, limits, lambda: None)

@@ -58,7 +58,7 @@ class GradientObserver(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner_optimizer: Any,
-        max_elements: int | None = 65536,
+        max_elements: int | None = 16384,
         gain_rate: float = 0.003,
         forgetting_floor: float = 0.01,
         *,

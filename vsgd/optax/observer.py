@@ -44,7 +44,7 @@ ObserveGradientsState.__module__ = "vsgd.optax"  # the public name, by which a s
 
 
 def observe_gradients(
-    max_elements: int | None = 65536, gain_rate: float = 0.003, forgetting_floor: float = 0.01, *, seed: int = 0
+    max_elements: int | None = 16384, gain_rate: float = 0.003, forgetting_floor: float = 0.01, *, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Estimate each gradient element's mean, noise and drift, and pass the gradients on unchanged.
 

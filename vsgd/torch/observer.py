@@ -108,7 +108,7 @@ class GradientObserver:
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
         *,
-        max_elements: int | None = 65536,
+        max_elements: int | None = 16384,
         gain_rate: float = 0.003,
         forgetting_floor: float = 0.01,
         seed: int = 0,
