@@ -24,6 +24,8 @@ if find_spec("jax") is None or find_spec("optax") is None:
     collect_ignore_glob += ["vsgd/optax", "vsgd/backends/jax*.py", "tests/adapters/optax", "tests/scaling/jax_*.py"]
 if find_spec("mlx") is None:
     collect_ignore_glob += ["vsgd/mlx.py", "tests/adapters/mlx"]
+if find_spec("matplotlib") is None:
+    collect_ignore_glob += ["vsgd/monitor/report.py"]
 if find_spec("tqdm") is None:
     collect_ignore_glob += ["tests/research/small_comparison.py"]
 if find_spec("orbax") is None:

@@ -92,8 +92,14 @@ def _select_prior_shape(hyper: Hyperparameters | ConstantHyperparameters) -> flo
     return hyper.prior_strength if hyper.prior_shape is None else hyper.prior_shape
 
 
-def _compute_forgetting(step: Any, kappa: Any, floor: Any) -> Any:
-    """Return the learning rate of a rate b, `max(step ** -kappa, floor)`."""
+def compute_forgetting(step: Any, kappa: Any, floor: Any) -> Any:
+    """Return the learning rate of step `step` of a running mean, `max(step ** -kappa, floor)`.
+
+    Args:
+        step: the count of the step, 1 for the first; a number, a 0-d array or a list of 0-d arrays.
+        kappa: how fast the running mean forgets at first.
+        floor: the smallest learning rate.
+    """
     rho = step**-kappa
     # The larger of two numbers by operators alone; exactly the first one where the floor is 0.
     return (rho + floor + abs(rho - floor)) / 2
@@ -157,8 +163,8 @@ class Coefficients(NamedTuple):
 
 
 def _compute_coefficients(step: Any, hyper: Hyperparameters) -> Coefficients:
-    rho_1 = _compute_forgetting(step, hyper.kappa1, hyper.forgetting_floor)
-    rho_2 = _compute_forgetting(step, hyper.kappa2, hyper.forgetting_floor)
+    rho_1 = compute_forgetting(step, hyper.kappa1, hyper.forgetting_floor)
+    rho_2 = compute_forgetting(step, hyper.kappa2, hyper.forgetting_floor)
     return Coefficients(
         keep_g=1 - rho_1,
         prior_g=rho_1 * hyper.prior_strength,
@@ -253,7 +259,7 @@ class ConstantCoefficients(NamedTuple):
 
 
 def _compute_constant_coefficients(step: Any, hyper: ConstantHyperparameters) -> ConstantCoefficients:
-    rho = _compute_forgetting(step, hyper.kappa, hyper.forgetting_floor)
+    rho = compute_forgetting(step, hyper.kappa, hyper.forgetting_floor)
     ratio = hyper.variance_ratio
     return ConstantCoefficients(
         gain=1 / (ratio + 1),

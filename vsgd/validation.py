@@ -48,10 +48,12 @@ _RANGES = {
     "seed": _Range("seed value", "an integer", lambda x: isinstance(x, Integral)),
     "prior_shape": _Range("prior_shape value", "None or a finite number >= 0", _NON_NEGATIVE[1]),
     "forgetting_floor": _Range("forgetting_floor value", "a number in [0, 1)", lambda x: 0 <= x < 1),
+    "gain_rate": _Range("gain_rate value", "a number in (0, 1)", lambda x: 0 < x < 1),
+    "max_elements": _Range("max_elements value", "None or an integer >= 1", lambda x: isinstance(x, Integral) and int(x) >= 1),
     "gradient_unit": _Range("gradient_unit value", "None or a finite number > 0", _POSITIVE[1]),
 }
 # Values that are no numbers.
-_NAMED = {"prior_shape": None, "prior_strength": "auto", "gradient_unit": None}
+_NAMED = {"prior_shape": None, "prior_strength": "auto", "gradient_unit": None, "max_elements": None}
 
 #: The dtypes in which an optimizer can store what is computed in float32.
 STATE_DTYPES = ("float32", "bfloat16")

@@ -31,7 +31,7 @@ FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "numba", "mlx", "matplotlib
     [
         ("vsgd, vsgd.core", None),
         ("vsgd.numpy", "numpy"),
-        ("vsgd.monitor, vsgd.monitor.plots", "numpy"),
+        ("vsgd.monitor, vsgd.monitor.plots, vsgd.monitor.report", "numpy"),
         ("vsgd.torch", "torch"),
         ("vsgd.mlx", "mlx"),
     ],

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 need("sklearn", "matplotlib", "tqdm")
 
 from experiments import torch_mlp  # noqa: E402
-from experiments.uncertainty import forgetting, noise_scale, noise_scale_training  # noqa: E402
+from experiments.uncertainty import forgetting, noise_scale, noise_scale_training, observer  # noqa: E402
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -88,6 +88,34 @@ def test_filters_are_compared_with_the_truth() -> None:
         if name.startswith("Constant"):
             assert 0.4 < float(noise) < 1.1
             assert float(covered.split()[0]) == pytest.approx(90, abs=10)
+
+
+def test_the_truth_of_a_training_is_that_of_all_its_examples() -> None:
+    need("mnist1d")
+    network = observer.make_mlp()
+    mean, noise = observer.compute_truth(network)
+    grads = noise_scale.compute_example_gradients(network.model, network.x, network.y)
+    torch.testing.assert_close(torch.cat([each.ravel() for each in mean]), grads.mean(0), rtol=1e-3, atol=1e-6)
+    # Batches of one epoch vary as those without an example twice.
+    assert noise == pytest.approx(forgetting.compute_truth(network.model, network.x, network.y)[1], rel=0.1)
+
+
+def test_the_observer_is_compared_with_the_truth() -> None:
+    need("mnist1d")
+    looks = {("MNIST-1D, MLP", "AdamW", False): observer.follow_training("MNIST-1D, MLP", "AdamW", False, steps=600)}
+    ((*names, spread, noises, within),) = cells_of(observer.format_looks(looks))
+    assert names == ["MNIST-1D, MLP", "AdamW", "constant 0.003"]
+    assert [float(each) for each in noises.split(" to ")] == pytest.approx([1, 1], abs=0.4)
+    assert [float(each) for each in spread.split(" to ")] == pytest.approx([90, 90], abs=8)
+    assert within == "yes"
+
+
+def test_filters_of_synthetic_streams_are_compared_with_the_best() -> None:
+    rows = cells_of(observer.format_streams(observer.follow_streams(steps=1000)))
+    assert [row[0] for row in rows[::3]] == list(observer.STREAM_FILTERS)
+    (middle,) = (row for row in rows if row[:2] == ["GradientObserver", "middle"])
+    assert [float(cell.rstrip("%")) for cell in middle[2:5]] == pytest.approx([50, 90, 99], abs=8)
+    assert [float(cell) for cell in middle[5:]] == pytest.approx([1, 1], abs=0.4)
 
 
 def test_the_noise_of_all_examples_is_that_of_each_examples_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

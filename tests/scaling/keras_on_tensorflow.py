@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import pytest
 import tensorflow as tf
 from scaling.keras_distributed import STRATEGY, assert_copies_are_equal
 from scaling.keras_network import compiled, fit, gradients, optimizer_of, stepped_apart
+
+from vsgd.keras import GradientObserver
 
 
 def equal_gradients(case: str) -> tuple[float, float]:
@@ -47,3 +50,7 @@ def refuse_what_is_made_outside() -> None:
         model.compile(optimizer=outside, loss="mse")
     with pytest.raises(RuntimeError, match=r"Mixing different tf\.distribute\.Strategy objects"):
         fit(model)
+    with STRATEGY.scope():
+        observer = GradientObserver(keras.optimizers.SGD())
+        with pytest.raises(ValueError, match="the strategy has 2 replicas, but a GradientObserver must have one"):
+            observer.build(model.trainable_variables)

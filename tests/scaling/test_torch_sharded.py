@@ -173,3 +173,10 @@ def test_the_noise_scale_of_ranks_is_that_of_micro_batches(micro_batches: int, o
 def test_the_noise_scale_of_sharded_parameters_is_refused(on: On) -> None:
     with pytest.raises(TypeError, match="DTensor, but must be a plain tensor: FSDP is not supported"):
         on("torch 2", "torch_sharded.sharded_noise_scale")
+
+
+def test_an_observer_watches_shards_and_sums_when_asked(on: On) -> None:
+    for apart, surprise, counts in on("torch 2", "torch_sharded.observed"):
+        assert apart == 0
+        assert surprise < 1e-12
+        assert counts == [0, 1]

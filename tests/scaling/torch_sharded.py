@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vsgd.monitor import Monitor
 from vsgd.monitor.noise_scale import MeasuredNoiseScale
-from vsgd.torch import VSGD, prior_strength_from
+from vsgd.torch import VSGD, GradientObserver, prior_strength_from
 from vsgd.torch.monitor import watch
 from vsgd.torch.noise_scale import NoiseScaleMeter
 
@@ -227,3 +227,24 @@ def sharded_noise_scale() -> None:
     model = problem.network(case)
     shard(model, case, dist.get_world_size())
     NoiseScaleMeter(case.optimizer(model.parameters()), micro_batch_size=8)
+
+
+def observed() -> tuple[float, float, list[int]]:
+    """How far posterior and surprise of sharded gradients are from whole ones', and how often both communicated."""
+    mesh = problem.mesh_of(dist.get_world_size(), device="cpu")
+    whole = nn.Parameter(torch.zeros(7, 3, dtype=torch.float64))
+    sharded = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
+    alone, together = (GradientObserver([("weight", param)]) for param in (whole, sharded))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        whole.grad = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+        sharded.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+        alone.observe()
+        with CommDebugMode() as observing:
+            together.observe()
+    with CommDebugMode() as asking:
+        surprise = together.surprise()["weight"]
+    pairs = zip(alone.posterior(whole), together.posterior(sharded), strict=True)
+    apart = max(problem.apart(distribute_tensor(one, mesh, [Shard(0)]).to_local(), other) for one, other in pairs)
+    counts = [each.get_total_counts() for each in (observing, asking)]
+    return apart, abs(surprise / alone.surprise()["weight"] - 1).item(), counts

@@ -1,4 +1,7 @@
-"""VSGD as a `keras.optimizers.Optimizer`, on any Keras backend: TensorFlow, JAX or PyTorch."""
+"""VSGD as a `keras.optimizers.Optimizer`, and an observer of the gradients of any optimizer.
+
+Both run on any Keras backend: TensorFlow, JAX or PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ except ImportError as error:
     raise ImportError("vsgd.keras needs Keras 3: run pip install '.[keras]' in a clone of vsgd") from error
 
 from vsgd import core
+from vsgd.keras.observer import GradientObserver
 from vsgd.keras.prior import prior_strength_from
 from vsgd.validation import document_options
 
@@ -22,7 +26,7 @@ if keras.backend.backend() == "torch":
 else:
     from vsgd.keras.optimizer import RuleOptimizer
 
-__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
+__all__ = ["VSGD", "ConstantVSGD", "GradientObserver", "prior_strength_from"]
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], Any]
 

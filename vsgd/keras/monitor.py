@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from vsgd.keras.observer import GradientObserver
 from vsgd.keras.optimizer import RuleOptimizer
 from vsgd.keras.posterior import get_real_states
 from vsgd.monitor import Monitor
-from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, summarize
+from vsgd.monitor.summaries import (
+    Block,
+    Description,
+    MonitorOps,
+    compute_digest,
+    describe_observed,
+    describe_state,
+    summarize,
+)
+from vsgd.observer import State
 from vsgd.validation import validate_numbers
 
 __all__ = ["MonitorCallback", "tensorboard_writer"]
@@ -24,12 +35,12 @@ _OPS = MonitorOps(
 
 
 class MonitorCallback(keras.callbacks.Callback):
-    """Look at the model's optimizer after every `monitor.every` batches.
+    """Look at the model's optimizer, VSGD or a `GradientObserver`, after every `monitor.every` batches.
 
     A callback receives no gradients, so its looks contain no surprise; in your own training loop, call
-    `optimizer.surprise(grads)`. With `steps_per_execution` the callback looks after the execution in which a look is due. It
-    counts batches, also where gradients are accumulated, and continues the optimizer's count, so that a second `fit` or a
-    loaded model goes on counting.
+    `optimizer.surprise(grads)`. Their loss is Keras' own, the mean since the epoch began. With `steps_per_execution` the
+    callback looks after the execution in which a look is due. It counts batches, also where gradients are accumulated, and
+    continues the optimizer's count, so that a second `fit` or a loaded model goes on counting.
 
     Args:
         monitor: it decides when to look, and writes.
@@ -86,44 +97,53 @@ class MonitorCallback(keras.callbacks.Callback):
         Args:
             batch: the index of the last batch in this epoch. Keras 3.10 passes the first one of an execution of several steps,
                 so the steps of its looks are too low.
-            logs: unused.
+            logs: Keras' metrics; a look logs their loss.
         """
         taken = batch - self._last_batch
         self._last_batch = batch
         self._step += taken
         if self.monitor.due(self._step, taken):
-            blocks = list(_iterate_blocks(self._get_optimizer()))
-            self.monitor.record(summarize(self._step, blocks, self._fetch_digest, self.batch_size))
+            blocks = list(_iterate_blocks(self._get_optimizer(), self.batch_size))
+            if logs and "loss" in logs:
+                self.monitor.loss = logs["loss"]
+            self.monitor.record(summarize(self._step, blocks, self.batch_size))
 
-    def _fetch_digest(self, block: Block, indices: Any) -> Any:
-        return ops.convert_to_numpy(compute_digest(block, indices, _OPS, self.batch_size))
-
-    def _get_optimizer(self) -> Any:
+    def _get_optimizer(self) -> RuleOptimizer | GradientObserver:
         # On JAX, `self.model` copies the state back into the variables: use it at a look only.
         optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        if not isinstance(optimizer, RuleOptimizer):
-            raise TypeError(f"the model's optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
+        if not isinstance(optimizer, GradientObserver):
+            optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not isinstance(optimizer, (RuleOptimizer, GradientObserver)):
+            name = type(optimizer).__name__
+            raise TypeError(f"the model's optimizer is {name}, but must be VSGD, ConstantVSGD or a GradientObserver")
         return optimizer
 
 
-def _iterate_blocks(optimizer: Any) -> Iterator[Block]:
+def _iterate_blocks(optimizer: Any, batch_size: float) -> Iterator[Block]:
     """Yield the state of all variables, by dtype."""
-    groups: dict[str, list[tuple[str, list[tuple[Any, ...]]]]] = {}
+    observes = isinstance(optimizer, GradientObserver)
+    groups: dict[str, list[tuple[str, int, list[tuple[Any, ...]]]]] = {}
     for variable, state in zip(optimizer._trainable_variables, optimizer._states, strict=True):
-        parts = [] if state is None else get_real_states(state)
-        if parts and ops.size(parts[0][0]):
-            groups.setdefault(keras.backend.standardize_dtype(parts[0][0].dtype), []).append((variable.path, parts))
+        if state is None or not math.prod(variable.shape):
+            continue
+        parts = [tuple(map(ops.convert_to_tensor, state))] if observes else get_real_states(state)
+        dtype = keras.backend.standardize_dtype(parts[0][0].dtype)
+        numbers = math.prod(variable.shape) * (2 if "complex" in keras.backend.standardize_dtype(variable.dtype) else 1)
+        groups.setdefault(dtype, []).append((variable.path, numbers, parts))
     for members in groups.values():
-        flat = [[tuple(ops.reshape(array, (-1,)) for array in part) for part in parts] for _, parts in members]
+        flat = [[tuple(ops.reshape(array, (-1,)) for array in part) for part in parts] for *_, parts in members]
         state = tuple(map(ops.concatenate, zip(*(part for parts in flat for part in parts), strict=True)))
-        yield Block(
-            names=[name for name, _ in members],
-            sizes=tuple(sum(int(part[0].shape[0]) for part in parts) for parts in flat),
-            state=state,
-            scales=optimizer._compute_scales(state),
-            grads=None,
-        )
+        if observes:
+            described = describe_observed(State(*state), None, batch_size)
+        else:
+            described = describe_state(state, optimizer._compute_scales(state), None, batch_size)
+        names, numbers_of, _ = zip(*members, strict=True)
+        sizes = tuple(sum(int(part[0].shape[0]) for part in parts) for parts in flat)
+        yield Block(names, sizes, numbers_of, tuple(described.summands), _make_fetch(described, sizes))
+
+
+def _make_fetch(described: Description, sizes: tuple[int, ...]) -> Callable[[Any], Any]:
+    return lambda indices: ops.convert_to_numpy(compute_digest(described, sizes, indices, _OPS))
 
 
 def tensorboard_writer(folder: str) -> Any:

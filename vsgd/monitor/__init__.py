@@ -2,23 +2,24 @@
 
 A `Monitor` decides when to look, smooths the noise scale, and writes to its sinks. Each adapter looks at its own state:
 `vsgd.torch.monitor.watch` before a torch optimizer's step, `vsgd.keras.monitor.MonitorCallback` after Keras' batches, and
-`vsgd.optax.monitor.summarize` when you call it. `vsgd.monitor.plots` draws the looks.
+`vsgd.optax.monitor.summarize` when you call it. `vsgd.monitor.plots` draws the looks, and
+`python -m vsgd.monitor report` makes a page of a CSV file.
 """
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vsgd.monitor.summaries import QUANTITIES, SAMPLE, Look, Summary, get_quantities
+from vsgd.monitor.files import CsvFile, read_looks
+from vsgd.monitor.progress import ProgressLine, get_key_figures
+from vsgd.monitor.summaries import SAMPLE, Look, Summary
 
-__all__ = ["SAMPLE", "CsvFile", "Look", "Monitor", "Summary"]
+__all__ = ["SAMPLE", "CsvFile", "Look", "Monitor", "ProgressLine", "Summary", "read_looks"]
 
 
 class Monitor:
@@ -28,15 +29,18 @@ class Monitor:
     separately, with exponentially falling weights that sum to one from the first look on, as in arXiv 1812.06162, appendix A.1.
     It smooths nothing else, and no noise scale with a standard error, which is an average already.
 
+    To log the loss, assign it: `monitor.loss = loss`. Keras' callback does so itself.
+
     Args:
-        sinks: where to write. An object with `append`, such as a list or a `collections.deque`, receives each `Look`. An object
-            with `add_scalar(tag, value, step)`, such as TensorBoard's `SummaryWriter`, or with `log(dict, step=...)`, such as
-            wandb's run, receives `Look.scalars()`. A `str` or path names a CSV file, see `CsvFile`.
+        sinks: where to write. An object with `append`, such as a list, a `collections.deque` or a `ProgressLine`, receives each
+            `Look`. An object with `add_scalar(tag, value, step)`, such as TensorBoard's `SummaryWriter`, or with
+            `log(dict, step=...)`, such as wandb's run, receives `Look.scalars()`. An object with `set_postfix(dict)`, such as a
+            bar of tqdm, receives the key figures. A `str` or path names a CSV file, see `CsvFile`.
         every: the number of steps between two looks.
         smoothing: the weight of earlier looks, in [0, 1); 0 smooths nothing.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or a path names a file that a monitor did not write.
         TypeError: a sink has none of these forms.
 
     Example:
@@ -66,6 +70,27 @@ class Monitor:
         self.smoothing = float(smoothing)
         self._writers = [_make_writer(sink) for sink in sinks]
         self._means: dict[str | None, tuple[float, float, float]] = {}
+        self._loss: Any = None
+
+    @property
+    def loss(self) -> Any:
+        """The loss for the next look, a number or an array without dimensions, or None.
+
+        Assign it at each step, before `optimizer.step()`. The monitor keeps the last one and reads it at the next look only, so
+        that other steps wait for no device. The look then forgets it.
+
+        Raises:
+            ValueError: the assigned loss is an array with dimensions.
+        """
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: Any) -> None:
+        shape = tuple(getattr(loss, "shape", ()))
+        if shape:
+            raise ValueError(f"loss has shape {shape}, but must be a number or of shape ()")
+        # Detached, so that it keeps no graph alive.
+        self._loss = loss.detach() if hasattr(loss, "detach") else loss
 
     def due(self, step: int, taken: int = 1) -> bool:
         """Return whether to look now.
@@ -77,7 +102,7 @@ class Monitor:
         return step // self.every != (step - taken) // self.every and step > 0
 
     def record(self, look: Look) -> Look:
-        """Smooth the noise scale of a look, and write the look.
+        """Smooth the noise scale of a look, add the loss, and write the look.
 
         Args:
             look: an adapter's look.
@@ -86,7 +111,8 @@ class Monitor:
             The look as it was written.
         """
         tensors = {name: self._smooth(name, summary) for name, summary in look.tensors.items()}
-        look = Look(look.step, self._smooth(None, look.overall), tensors)
+        loss, self._loss = look.loss if self._loss is None else float(self._loss), None
+        look = Look(look.step, self._smooth(None, look.overall), tensors, loss)
         for write in self._writers:
             write(look)
         return look
@@ -113,40 +139,7 @@ def _make_writer(sink: Any) -> Callable[[Look], Any]:
     # The `log` of Python's loggers takes a level first.
     if hasattr(sink, "log") and not isinstance(sink, (logging.Logger, logging.LoggerAdapter)):
         return lambda look: sink.log(look.scalars(), step=look.step)
-    allowed = "a path or have one of append(look), add_scalar(tag, value, step), log(dict, step=...)"
+    if hasattr(sink, "set_postfix"):
+        return lambda look: sink.set_postfix(get_key_figures(look))
+    allowed = "a path or have one of append(look), add_scalar(tag, value, step), log(dict, step=...), set_postfix(dict)"
     raise TypeError(f"a sink is {type(sink).__name__}, but must be {allowed}")
-
-
-class CsvFile:
-    """Write looks to a CSV file, one row per look and tensor, first the one named `overall`. A missing value is empty.
-
-    Args:
-        path: the file's path; rows are appended to an existing file, so that a resumed run continues it.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "gradients.csv"
-        >>> CsvFile(path).append(Look(10, Summary(0.5, 1.0, 2.0, 3.0, 8.0, 4.0, None), {}))
-        >>> print(path.read_text().strip())
-        step,tensor,gain,momentum,snr_10,snr_50,snr_90,noise_trace,noise_squared_norm,noise_scale,noise_scale_error,surprise
-        10,overall,0.5,0.5,1,2,3,8,4,2,,
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-
-    def append(self, look: Look) -> None:
-        """Append the rows of a look.
-
-        Args:
-            look: the look to write.
-        """
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                table.writerow(("step", "tensor", *QUANTITIES))
-            # With float32's digits: all digits of a Python float take several times as long.
-            table.writerows(
-                (look.step, name, *("" if value is None else f"{value:.9g}" for value in get_quantities(each)))
-                for name, each in look.rows()
-            )

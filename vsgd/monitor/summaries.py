@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vsgd import core
-from vsgd.posterior import Array, NoiseScale, Scales, compute_posterior, compute_surprise, estimate_noise_scale
+from vsgd import core, observer
+from vsgd.posterior import Array, NoiseScale, Posterior, Scales, compute_posterior, compute_surprise, estimate_noise_scale
 from vsgd.validation import validate_numbers
 
 #: The largest number of elements in a quantile: a prime, so that every layout of rows and columns is sampled in many columns.
@@ -33,10 +33,11 @@ class Summary(NamedTuple):
         snr_90: their 90 % quantile.
         noise_trace: an estimate of the trace of the covariance of one example's gradient. It and `noise_squared_norm` are from
             the state, and right only while the weights are held still, unless `noise_scale_error` is a number.
-        noise_squared_norm: an estimate of the squared norm of the true gradient.
+        noise_squared_norm: an estimate of the squared norm of the true gradient; NaN from an observer, whose state has none.
         surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
         noise_scale_error: the standard error of a `noise_scale` that was measured without bias, by `vsgd.monitor.noise_scale`;
             None for an estimate from the state.
+        guarded: the number of steps since the last look that a guard scaled or skipped; None without a guard.
     """
 
     gain: float
@@ -47,6 +48,7 @@ class Summary(NamedTuple):
     noise_squared_norm: float
     surprise: float | None
     noise_scale_error: float | None = None
+    guarded: float | None = None
 
     @property
     def momentum(self) -> float:
@@ -66,7 +68,7 @@ class Summary(NamedTuple):
 #: The names of a summary's quantities, in the order of the columns of a CSV file.
 QUANTITIES = (
     "gain", "momentum", "snr_10", "snr_50", "snr_90", "noise_trace", "noise_squared_norm", "noise_scale", "noise_scale_error",
-    "surprise",
+    "surprise", "guarded",
 )  # fmt: skip
 #: `get_quantities(summary)` returns the values of `QUANTITIES`, with None for what is not available.
 get_quantities = attrgetter(*QUANTITIES)
@@ -79,18 +81,23 @@ class Look(NamedTuple):
         step: the number of steps before the look.
         overall: the summary of all tensors together.
         tensors: the summary of each tensor, by name.
+        loss: the loss, None where it is not logged.
     """
 
     step: int
     overall: Summary
     tensors: Mapping[str, Summary]
+    loss: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """Return all numbers by tags for a dashboard: `gain/overall`, `gain/layer.weight`, and so on."""
+        """Return all numbers by tags for a dashboard: `loss/overall`, `gain/overall`, `gain/layer.weight`, and so on."""
         return {
-            f"{quantity}/{name}": value
-            for name, summary in self.rows()
-            for quantity, value in summary.quantities().items()
+            **({} if self.loss is None else {"loss/overall": self.loss}),
+            **{
+                f"{quantity}/{name}": value
+                for name, summary in self.rows()
+                for quantity, value in summary.quantities().items()
+            },
         }  # fmt: skip
 
     def rows(self) -> Iterator[tuple[str, Summary]]:
@@ -122,17 +129,30 @@ class Block(NamedTuple):
 
     Attributes:
         names: the names of the tensors.
-        sizes: the number of real numbers in each tensor, at least 1.
-        state: the state in the rule's order, float32 or float64.
-        scales: the factors of this state.
-        grads: the gradients of the next step, in the state's dtype, or None.
+        sizes: how many elements of each tensor the vectors have, at least 1; a complex number counts as two.
+        numbers: how many elements each tensor has: more than its size if an observer watches a part.
+        sums: the names of the sums in the digest, in its order: of `Description.summands`.
+        fetch_digest: `fetch_digest(indices)` returns the `compute_digest` with these indices of samples as a NumPy array.
     """
 
     names: Sequence[str]
     sizes: tuple[int, ...]
-    state: core.State
-    scales: Scales
-    grads: Array | None
+    numbers: tuple[int, ...]
+    sums: tuple[str, ...]
+    fetch_digest: Callable[[Any], Any]
+
+
+class Description(NamedTuple):
+    """What a state says of each element of a block.
+
+    Attributes:
+        posterior: the posterior.
+        summands: what to sum over each tensor, by name: "noise_trace", "noise_squared_norm", "surprise"; the last two may be
+            missing.
+    """
+
+    posterior: Posterior
+    summands: dict[str, Array]
 
 
 class _Sums(NamedTuple):
@@ -143,14 +163,13 @@ class _Sums(NamedTuple):
     surprise_size: int
 
 
-def summarize(step: int, blocks: Sequence[Block], fetch_digest: Callable[[Block, Any], Any], batch_size: float) -> Look:
-    """Summarize the state of an optimizer, with one transfer from the device for each block.
+def summarize(step: int, blocks: Sequence[Block], batch_size: float) -> Look:
+    """Summarize the state of an optimizer or observer, with one transfer from the device for each block.
 
     Args:
         step: the number of steps so far.
         blocks: the state of all tensors.
-        fetch_digest: a function that returns the `compute_digest` of a block and of sample indices as a NumPy array.
-        batch_size: the batch size of the digest.
+        batch_size: the batch size of the digests.
 
     Returns:
         A look whose noise scale is not smoothed.
@@ -169,13 +188,16 @@ def summarize(step: int, blocks: Sequence[Block], fetch_digest: Callable[[Block,
     offset = 0
     for block in blocks:
         indices, layout = _choose_samples(block.sizes, offset, total), _lay_out_samples(block.sizes)
-        fetched = fetch_digest(block, indices)
-        width = 2 if block.grads is None else 3
-        count = width * len(block.sizes)
+        fetched = block.fetch_digest(indices)
+        count = len(block.sums) * len(block.sizes)
         samples = fetched[count:].reshape(2, -1)  # of gain and of SNR
         names += block.names
-        for size, (trace, norm, *surprise) in zip(block.sizes, fetched[:count].reshape(-1, width).tolist(), strict=True):
-            sums.append(_Sums(NoiseScale(trace, norm), sum(surprise), size if surprise else 0))
+        rows = fetched[:count].reshape(-1, len(block.sums)).tolist()
+        for size, number, row in zip(block.sizes, block.numbers, rows, strict=True):
+            by_name = dict(zip(block.sums, row, strict=True))
+            trace = by_name["noise_trace"] * (number / size)
+            noise = NoiseScale(trace, by_name.get("noise_squared_norm", math.nan))
+            sums.append(_Sums(noise, by_name.get("surprise", 0.0), size if "surprise" in by_name else 0))
         quantiles += _compute_quantiles(samples, layout)
         overall_samples.append(samples[:, layout.ends[-1] :])
         offset += sum(block.sizes)
@@ -186,21 +208,50 @@ def summarize(step: int, blocks: Sequence[Block], fetch_digest: Callable[[Block,
     return Look(step, _make_summary(overall_sums, overall), tensors)
 
 
-def compute_digest(block: Block, indices: Any, ops: MonitorOps, batch_size: float) -> Array:
+def describe_state(state: core.State, scales: Scales, grads: Array | None, batch_size: float) -> Description:
+    """Return what the state of VSGD says of each element.
+
+    Args:
+        state: the state in the rule's order, vectors in float32 or float64.
+        scales: the factors of this state.
+        grads: the gradients of the next step, in the state's dtype, or None.
+        batch_size: the number of examples that a gradient averages.
+    """
+    posterior = compute_posterior(state, scales)
+    trace, squared_norm = estimate_noise_scale(posterior, batch_size, lambda value: value)
+    summands = {"noise_trace": trace, "noise_squared_norm": squared_norm}
+    if grads is not None:
+        summands["surprise"] = compute_surprise(grads, state, scales)
+    return Description(posterior, summands)
+
+
+def describe_observed(state: observer.State, grads: Array | None, batch_size: float) -> Description:
+    """Return what the state of a gradient observer says of each watched element.
+
+    Args:
+        state: the state, vectors in float32 or float64.
+        grads: the gradients of the next step, in the state's dtype, or None.
+        batch_size: the number of examples that a gradient averages.
+    """
+    posterior = observer.compute_posterior(state)
+    summands = {"noise_trace": batch_size * posterior.noise_variance}
+    if grads is not None:
+        summands["surprise"] = observer.compute_surprise(grads, state)
+    return Description(posterior, summands)
+
+
+def compute_digest(description: Description, sizes: tuple[int, ...], indices: Any, ops: MonitorOps) -> Array:
     """Return all that a look reports of a block as one vector on the device: the sums of each tensor, then the samples.
 
     Args:
-        block: the tensors.
+        description: what the state says.
+        sizes: the sizes of the tensors.
         indices: the indices of the samples.
         ops: the operations of the array library.
-        batch_size: the number of examples that a gradient averages.
     """
-    posterior = compute_posterior(block.state, block.scales)
-    summands = [*estimate_noise_scale(posterior, batch_size, lambda value: value)]
-    if block.grads is not None:
-        summands.append(compute_surprise(block.grads, block.state, block.scales))
-    table = ops.stack(summands)
-    sums = [ops.sum(part, axis=1) for part in ops.split(table, block.sizes)]
+    table = ops.stack([*description.summands.values()])
+    sums = [ops.sum(part, axis=1) for part in ops.split(table, sizes)]
+    posterior = description.posterior
     return ops.concatenate([*sums, ops.take(posterior.gain, indices), ops.take(posterior.snr, indices)])
 
 

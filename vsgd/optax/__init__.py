@@ -1,4 +1,4 @@
-"""VSGD as optax gradient transformations."""
+"""VSGD as optax gradient transformations, and an observer of the gradients of any optimizer."""
 
 # Not `from __future__ import annotations`: optax's tests check that `learning_rate` is annotated as a schedule.
 from typing import Any
@@ -10,6 +10,7 @@ except ImportError as error:
     raise ImportError("vsgd.optax needs JAX and optax: run pip install '.[optax]' in a clone of vsgd") from error
 
 from vsgd import core
+from vsgd.optax.observer import ObserveGradientsState, observe_gradients
 from vsgd.optax.posteriors import noise_scale, posterior, surprise
 from vsgd.optax.prior import prior_strength_from
 from vsgd.optax.state import ScaleByConstantVsgdState, ScaleByVsgdState
@@ -18,10 +19,12 @@ from vsgd.prior import is_auto
 from vsgd.validation import document_options, validate_flags
 
 __all__ = [
+    "ObserveGradientsState",
     "ScaleByConstantVsgdState",
     "ScaleByVsgdState",
     "constant_vsgd",
     "noise_scale",
+    "observe_gradients",
     "posterior",
     "prior_strength_from",
     "scale_by_constant_vsgd",

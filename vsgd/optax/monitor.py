@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 import optax
 
 from vsgd.monitor import summaries
-from vsgd.monitor.summaries import Block, Look, MonitorOps, compute_digest
+from vsgd.monitor.summaries import Block, Look, MonitorOps, compute_digest, describe_observed, describe_state
+from vsgd.observer import State
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, split_complex
-from vsgd.optax.posteriors import ParamState, map_states
+from vsgd.optax.observer import select_watched
+from vsgd.optax.posteriors import ParamState, Watched, find_observers, map_observed, map_states
 from vsgd.posterior import Scales
 
 __all__ = ["summarize"]
@@ -38,7 +40,8 @@ def summarize(step: int, opt_state: Any, grads: optax.Updates | None = None, *, 
         A look, by the parameters' paths in their tree, for `vsgd.monitor.Monitor.record`, which smooths the noise scale.
 
     Raises:
-        ValueError: there is no state of VSGD; `batch_size` is out of its range; or a gradient does not fit the state.
+        ValueError: there is no state of VSGD or `observe_gradients`, `batch_size` is out of its range, or a gradient does not
+            fit the state.
 
     Example:
         >>> from vsgd.monitor import Monitor
@@ -53,22 +56,47 @@ def summarize(step: int, opt_state: Any, grads: optax.Updates | None = None, *, 
         >>> [look.step for look in looks], list(looks[0].tensors)
         ([2, 4], ['weight'])
     """
-    blocks = [
-        Block(
-            names=[name for name, _, _ in members],
-            sizes=tuple(state.arrays[0].size * (2 if jnp.iscomplexobj(state.arrays[0]) else 1) for _, state, _ in members),
-            state=tuple(_flatten(arrays) for arrays in zip(*(state.arrays for _, state, _ in members), strict=True)),
-            scales=_join_scales([state for _, state, _ in members]),
-            grads=_flatten(tuple(grad for _, _, grad in members)) if has_grads else None,
-        )
-        for (_, _, has_grads), members in _group_states(opt_state, grads).items()
-    ]
+    observed = find_observers(opt_state)
+    list_blocks = _list_observed_blocks if observed else _list_blocks
+    return summaries.summarize(step, list_blocks(opt_state, grads, batch_size), batch_size)
 
-    def fetch_digest(block: Block, indices: Any) -> Any:
-        digest = _compute_digest(block.state, block.scales, block.grads, indices, batch_size, sizes=block.sizes)
-        return jax.device_get(digest)
 
-    return summaries.summarize(step, blocks, fetch_digest, batch_size)
+def _list_blocks(opt_state: Any, grads: Any, batch_size: float) -> list[Block]:
+    blocks = []
+    for (_, _, has_grads), members in _group_states(opt_state, grads).items():
+        names, states, grads_of = zip(*members, strict=True)
+        sizes = tuple(each.arrays[0].size * (2 if jnp.iscomplexobj(each.arrays[0]) else 1) for each in states)
+        flat = tuple(_flatten(arrays) for arrays in zip(*(each.arrays for each in states), strict=True))
+        vectors = flat, _join_scales(states), _flatten(grads_of) if has_grads else None
+        sums = ("noise_trace", "noise_squared_norm", *(["surprise"] if has_grads else []))
+        blocks.append(Block(names, sizes, sizes, sums, _make_fetch(describe_state, vectors, sizes, batch_size)))
+    return blocks
+
+
+def _list_observed_blocks(opt_state: Any, grads: Any, batch_size: float) -> list[Block]:
+    groups: dict[Any, list[tuple[str, Watched, Any]]] = {}
+    grads_by_path = dict(jax.tree.leaves_with_path(grads))
+    tree = map_observed(opt_state, lambda each: each)
+    for path, each in jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Watched)):
+        if each.state.mean.size:
+            grad = grads_by_path.get(path)
+            if grad is not None:
+                grad = select_watched("grads", path, grad, each.elements, each.state)
+            groups.setdefault((each.state.mean.dtype, grad is not None), []).append((_name_path(path), each, grad))
+    blocks = []
+    for (_, has_grads), members in groups.items():
+        names, watched, grads_of = zip(*members, strict=True)
+        sizes = tuple(each.state.mean.size for each in watched)
+        state = State(*(_flatten(arrays) for arrays in zip(*(each.state for each in watched), strict=True)))
+        vectors = state, _flatten(grads_of) if has_grads else None
+        numbers = tuple(int(np.sum(each)) for each in jax.device_get([each.numbers for each in watched]))
+        sums = ("noise_trace", *(["surprise"] if has_grads else []))
+        blocks.append(Block(names, sizes, numbers, sums, _make_fetch(describe_observed, vectors, sizes, batch_size)))
+    return blocks
+
+
+def _make_fetch(describe: Any, vectors: Any, sizes: tuple[int, ...], batch_size: float) -> Callable[[Any], Any]:
+    return lambda indices: jax.device_get(_compute_digest(vectors, indices, batch_size, describe=describe, sizes=sizes))
 
 
 def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, ParamState, Any]]]:
@@ -82,9 +110,13 @@ def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, Param
             if grad is not None:
                 check_gradient("grads", path, grad, state.arrays)
                 grad = jnp.asarray(grad, choose_arithmetic_dtype(state.arrays[0].dtype))
-            name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
-            groups.setdefault((state.index, state.arrays[0].dtype, grad is not None), []).append((name, state, grad))
+            key = state.index, state.arrays[0].dtype, grad is not None
+            groups.setdefault(key, []).append((_name_path(path), state, grad))
     return groups
+
+
+def _name_path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
 
 
 def _join_scales(states: Sequence[ParamState]) -> Scales:
@@ -104,6 +136,6 @@ def _flatten(arrays: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.concatenate([jnp.ravel(part) for array in wide for part in split_complex(array)])
 
 
-@partial(jax.jit, static_argnames="sizes")
-def _compute_digest(state: Any, scales: Any, grads: Any, indices: Any, batch_size: Any, *, sizes: tuple[int, ...]) -> jax.Array:
-    return compute_digest(Block((), sizes, state, scales, grads), indices, _OPS, batch_size)
+@partial(jax.jit, static_argnames=("describe", "sizes"))
+def _compute_digest(vectors: Any, indices: Any, batch_size: Any, *, describe: Any, sizes: tuple[int, ...]) -> jax.Array:
+    return compute_digest(describe(*vectors, batch_size), sizes, indices, _OPS)

@@ -6,13 +6,16 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vsgd import observer
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, join_complex, split_complex
+from vsgd.optax.observer import ObserveGradientsState, select_watched
+from vsgd.optax.observer import get_arrays as get_watched_arrays
 from vsgd.optax.state import RULES, get_arrays
 from vsgd.posterior import (
     NoiseScale,
@@ -30,14 +33,16 @@ def posterior(opt_state: Any) -> Any:
     """Return the posterior of each gradient: the uncertainty of the gradient, not of the weights.
 
     Args:
-        opt_state: the state of VSGD or Constant VSGD, or of a chain, mask or wrapper that holds it.
+        opt_state: the state of VSGD, Constant VSGD or `observe_gradients`, or of a chain, mask or wrapper that holds it. Where
+            a chain observes gradients and steps by VSGD, the observer's posterior counts.
 
     Returns:
         A tree shaped like the parameters, with a `vsgd.posterior.Posterior` for each: arrays of the parameter's shape, float64
-        for float64 parameters, else float32. A parameter that is masked out keeps its `optax.MaskedNode`.
+        for float64 parameters, else float32 (of an observer in the shape of its state, see `ObserveGradientsState`). A
+        parameter that is masked out keeps its `optax.MaskedNode`.
 
     Raises:
-        ValueError: there is no state of VSGD.
+        ValueError: there is no state of VSGD or `observe_gradients`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,6 +53,8 @@ def posterior(opt_state: Any) -> Any:
         >>> print(posterior(state)["weight"].mean.round(4))
         [ 0.0323 -0.0645]
     """
+    if find_observers(opt_state):
+        return map_observed(opt_state, lambda watched: observer.compute_posterior(watched.state))
 
     def describe(param_state: ParamState) -> Posterior:
         parts = [compute_posterior(state, param_state.scales) for state in param_state.get_real_states()]
@@ -98,7 +105,8 @@ def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseSca
 def surprise(grads: optax.Updates, opt_state: Any) -> Any:
     """Return how unexpected gradients are to the state before they update it, averaged over each parameter.
 
-    See `vsgd.posterior.compute_surprise`.
+    See `vsgd.posterior.compute_surprise`. As in `posterior`, an observer's state counts first; it is surprised from its second
+    step on.
 
     Args:
         grads: gradients, as for `update`.
@@ -109,8 +117,17 @@ def surprise(grads: optax.Updates, opt_state: Any) -> Any:
         the model fits. A parameter that is masked out keeps its `optax.MaskedNode`.
 
     Raises:
-        ValueError: there is no state of VSGD, or a gradient does not fit the state.
+        ValueError: there is no state of VSGD or `observe_gradients`, or a gradient does not fit the state.
     """
+    if find_observers(opt_state):
+        watched = map_observed(opt_state, lambda each: each)
+
+        def average_watched(path: Any, grad: Any, each: Any) -> Any:
+            if grad is None or isinstance(each, optax.MaskedNode):
+                return each if isinstance(each, optax.MaskedNode) else None
+            return observer.compute_surprise(select_watched("grads", path, grad, each.elements, each.state), each.state).mean()
+
+        return jax.tree_util.tree_map_with_path(average_watched, grads, watched, is_leaf=lambda leaf: leaf is None)
 
     def average(path: Any, grad: Any, param_state: Any) -> Any:
         if grad is None or isinstance(param_state, optax.MaskedNode):
@@ -154,15 +171,21 @@ class _Result:
         self.value = value
 
 
+class Watched(NamedTuple):
+    """What an observer stores for one parameter: see `ObserveGradientsState`."""
+
+    elements: jax.Array | None
+    numbers: jax.Array
+    state: observer.State
+
+
 def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
     """Return a tree shaped like the parameters, with a function of each parameter's state.
 
     Raises:
         ValueError: there is no state of VSGD.
     """
-    state_types = tuple(RULES)
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, state_types))
-    states = [node for node in nodes if isinstance(node, state_types)]
+    states = _find_states(opt_state, tuple(RULES))
     if not states:
         raise ValueError(f"opt_state is {type(opt_state).__name__} without state of VSGD, but must hold some")
 
@@ -173,6 +196,37 @@ def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
         scales = Scales(state.drift_scale, state.noise_scale, unit)
         return jax.tree.map(lambda *arrays: _Result(function(ParamState(index, arrays, scales))), *get_arrays(state))
 
+    return _merge(list(itertools.starmap(map_state, enumerate(states))))
+
+
+def map_observed(opt_state: Any, function: Callable[[Watched], Any]) -> Any:
+    """Return a tree shaped like the parameters, with a function of what an observer stores for each."""
+
+    def map_state(state: ObserveGradientsState) -> Any:
+        def apply(elements: Any, numbers: jax.Array, *arrays: jax.Array) -> _Result:
+            return _Result(function(Watched(elements, numbers, observer.State(*arrays))))
+
+        structure: Any = jax.tree.structure(state.mean)
+        trees = [structure.flatten_up_to(tree) for tree in (state.elements, state.numbers, *get_watched_arrays(state))]
+        return structure.unflatten([apply(*of_leaf) for of_leaf in zip(*trees, strict=True)])
+
+    return _merge([map_state(state) for state in find_observers(opt_state)])
+
+
+def find_observers(opt_state: Any) -> list[ObserveGradientsState]:
+    """Return the states of `observe_gradients` in a larger state."""
+    return _find_states(opt_state, (ObserveGradientsState,))
+
+
+def _find_states(opt_state: Any, types: tuple[type[Any], ...]) -> list[Any]:
+    """Return the states of these types in a larger state."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, types))
+    return [node for node in nodes if isinstance(node, types)]
+
+
+def _merge(trees: list[Any]) -> Any:
+    """Return the one tree of results of several states, each of a part of the parameters."""
+
     def choose_result(*nodes: Any) -> Any:
         # Masks split the parameters: one state has the result, the others have `MaskedNode`.
         return next((node for node in nodes if isinstance(node, _Result)), nodes[0])
@@ -180,5 +234,5 @@ def map_states(opt_state: Any, function: Callable[[ParamState], Any]) -> Any:
     def is_leaf(node: Any) -> bool:
         return isinstance(node, (_Result, optax.MaskedNode))
 
-    merged = jax.tree.map(choose_result, *itertools.starmap(map_state, enumerate(states)), is_leaf=is_leaf)
+    merged = jax.tree.map(choose_result, *trees, is_leaf=is_leaf)
     return jax.tree.map(lambda node: node.value if isinstance(node, _Result) else node, merged, is_leaf=is_leaf)

@@ -1,4 +1,4 @@
-"""VSGD as a `torch.optim.Optimizer`."""
+"""VSGD as a `torch.optim.Optimizer`, and an observer of the gradients of any optimizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ except ImportError as error:
 from torch.optim.optimizer import ParamsT
 
 from vsgd import core
+from vsgd.torch.observer import GradientObserver
 from vsgd.torch.optimizer import RuleOptimizer
 from vsgd.torch.prior import prior_strength_from
 from vsgd.validation import document_options
 
-__all__ = ["VSGD", "ConstantVSGD", "prior_strength_from"]
+__all__ = ["VSGD", "ConstantVSGD", "GradientObserver", "prior_strength_from"]
 
 _document = document_options(
     params="tensors, named tensors or groups, as for every torch optimizer.",

@@ -11,8 +11,10 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from vsgd.monitor import Monitor
-from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, summarize
+from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, describe_observed, describe_state, summarize
+from vsgd.observer import State
 from vsgd.torch.noise_scale import NoiseScaleMeter
+from vsgd.torch.observer import GradientObserver, Watched
 from vsgd.torch.optimizer import RuleOptimizer
 from vsgd.torch.posterior import Stepped
 from vsgd.validation import validate_numbers
@@ -39,31 +41,36 @@ def watch(
     *,
     batch_size: float = 1,
     noise_scale: NoiseScaleMeter | None = None,
+    observer: GradientObserver | None = None,
 ) -> RemovableHandle:
-    """Look at an optimizer before every `monitor.every` steps.
+    """Look at an optimizer, or at what an observer says of its gradients, before every `monitor.every` steps.
 
     A look reports the state after the steps so far, and the surprise of the gradients that the next step will take. With a
     closure these gradients are not computed yet, so the surprise is that of `param.grad`. Between two looks a step costs one
     comparison more, and waits for no device. A look reads back once per device, group and dtype. It gathers sharded tensors:
     all processes must watch. A step in a CUDA graph calls no hooks.
 
+    To log the loss, assign `monitor.loss = loss` before the step; only a look reads it.
+
     The hook is part of no checkpoint and no copy of the optimizer. Steps are counted from the optimizer's state when watching
     begins: load a checkpoint before you watch.
 
     Args:
-        optimizer: a `vsgd.torch.VSGD` or `ConstantVSGD`.
+        optimizer: a `vsgd.torch.VSGD` or `ConstantVSGD`; any torch optimizer with an `observer`.
         monitor: it decides when to look, and writes.
         named_parameters: names of the parameters; the default is the optimizer's names, else the parameters' indices.
         batch_size: the number of examples that a gradient averages, over all processes and accumulated steps; with 1 the
             noise scale counts batches.
         noise_scale: a meter of this optimizer. Its measurement replaces the noise scale of all tensors together, which is else
             from the state, and right only while the weights are held still.
+        observer: an observer of this optimizer's gradients, which the looks then report; with its own names, and with the
+            surprise of the last gradients that it observed. Of a sharded parameter each process reports its own shard.
 
     Returns:
         A handle: `remove()` ends watching, and so does the end of a `with` block.
 
     Raises:
-        TypeError: the optimizer is of another class.
+        TypeError: the optimizer is of another class, and there is no observer.
         ValueError: `batch_size` is out of its range.
 
     Example:
@@ -79,21 +86,25 @@ def watch(
         >>> looks[0].step, list(looks[0].tensors)
         (2, ['weight'])
     """
-    if not isinstance(optimizer, RuleOptimizer):
-        raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD")
+    if observer is None and not isinstance(optimizer, RuleOptimizer):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}, but must be VSGD or ConstantVSGD, or have an observer")
     validate_numbers(batch_size=batch_size)
     names = {param: name for name, param in named_parameters}
 
-    def fetch_digest(block: Block, indices: Any) -> Any:
-        return compute_digest(block, indices, _OPS, batch_size).cpu().numpy()
+    if observer is None:
+        step = max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+    else:
+        step = max((each.step for block in observer.list_blocks() for each in block.members), default=0)
 
-    step = max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+    def list_blocks() -> list[Block]:
+        found = _iterate_blocks(optimizer, names, batch_size) if observer is None else _iterate_observed(observer, batch_size)
+        return list(found)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def look_if_due(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal step
-        if monitor.due(step) and (blocks := list(_iterate_blocks(optimizer, names))):
-            look = summarize(step, blocks, fetch_digest, batch_size)
+        if monitor.due(step) and (blocks := list_blocks()):
+            look = summarize(step, blocks, batch_size)
             if noise_scale is not None:
                 trace, squared_norm, error, _ = noise_scale.read()
                 noise = {"noise_trace": trace, "noise_squared_norm": squared_norm, "noise_scale_error": error}
@@ -105,7 +116,7 @@ def watch(
 
 
 @torch.no_grad()
-def _iterate_blocks(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Block]:
+def _iterate_blocks(optimizer: Any, names: dict[Tensor, str], batch_size: float) -> Iterator[Block]:
     """Yield the state and gradients of all parameters that have been stepped."""
     groups: dict[Any, list[Stepped]] = {}
     for stepped in optimizer._iterate_stepped():
@@ -115,7 +126,7 @@ def _iterate_blocks(optimizer: Any, names: dict[Tensor, str]) -> Iterator[Block]
             groups.setdefault((stepped.group_index, param.device, *dtypes), []).append(stepped)
     for members in groups.values():
         for some in _cut(members):
-            yield _make_block(optimizer, some, [names.get(each.param, str(each.name)) for each in some])
+            yield _make_block(optimizer, some, [names.get(each.param, str(each.name)) for each in some], batch_size)
 
 
 def _cut(members: Sequence[Stepped]) -> Iterator[list[Stepped]]:
@@ -131,17 +142,43 @@ def _cut(members: Sequence[Stepped]) -> Iterator[list[Stepped]]:
     yield some
 
 
-def _make_block(optimizer: Any, members: Sequence[Stepped], names: Sequence[str]) -> Block:
+def _make_block(optimizer: Any, members: Sequence[Stepped], names: Sequence[str], batch_size: float) -> Block:
     params, group = [member.param for member in members], members[0].group
     grads = [param.grad for param in params if param.grad is not None]
     flat = _flatten(grads) if grads else None
-    return Block(
-        names=names,
-        sizes=tuple(param.numel() * (2 if param.is_complex() else 1) for param in params),
-        state=tuple(_flatten([optimizer.state[param][name] for param in params]) for name in optimizer._plain_rule.state_names),
-        scales=optimizer._compute_scales(group),
-        grads=-flat if flat is not None and group["maximize"] else flat,
-    )
+    sizes = tuple(param.numel() * (2 if param.is_complex() else 1) for param in params)
+    state = tuple(_flatten([optimizer.state[param][name] for param in params]) for name in optimizer._plain_rule.state_names)
+    flat = -flat if flat is not None and group["maximize"] else flat
+    described = describe_state(state, optimizer._compute_scales(group), flat, batch_size)
+
+    def fetch_digest(indices: Any) -> Any:
+        return compute_digest(described, sizes, indices, _OPS).cpu().numpy()
+
+    return Block(names, sizes, sizes, tuple(described.summands), fetch_digest)
+
+
+@torch.no_grad()
+def _iterate_observed(observer: GradientObserver, batch_size: float) -> Iterator[Block]:
+    """Yield what an observer says of all parameters with an observed gradient."""
+    for block in observer.list_blocks():
+        members = [each for each in block.members if each.step and each.size]
+        if members:
+            yield _make_observed_block(members, batch_size)
+
+
+def _make_observed_block(members: Sequence[Watched], batch_size: float) -> Block:
+    state = State(*(torch.cat(arrays) for arrays in zip(*(each.state for each in members), strict=True)))
+    described = describe_observed(state, None, batch_size)
+    surprises = [each.surprise.expand(each.size) for each in members if each.surprise is not None]
+    if len(surprises) == len(members):
+        described.summands["surprise"] = torch.cat(surprises)
+    sizes = tuple(each.size for each in members)
+
+    def fetch_digest(indices: Any) -> Any:
+        return compute_digest(described, sizes, indices, _OPS).cpu().numpy()
+
+    numbers = tuple(each.numbers for each in members)
+    return Block([each.name for each in members], sizes, numbers, tuple(described.summands), fetch_digest)
 
 
 def _flatten(tensors: Sequence[Any]) -> Tensor:

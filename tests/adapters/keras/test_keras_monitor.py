@@ -44,6 +44,16 @@ def test_what_is_seen_is_what_the_posterior_says_and_watching_changes_nothing(ki
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_look_has_the_loss_that_keras_logs() -> None:
+    logged: list[float] = []
+    noting = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: logged.append(logs["loss"]))
+    looks: list[Look] = []
+    model = linear_model(make("VSGD"))
+    watching = MonitorCallback(Monitor(looks, every=2), batch_size=BATCH)
+    model.fit(X, Y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[noting, watching])
+    assert [look.loss for look in looks] == logged[1::2]
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulating"])
 def test_it_counts_on_from_the_steps_that_were_taken(options: dict[str, Any]) -> None:
     model = linear_model(make("VSGD", **options))

@@ -135,6 +135,19 @@ def test_other_optimizers_and_batch_sizes_are_refused() -> None:
         watch(start()[1], Monitor(), batch_size=0)
 
 
+def test_a_look_has_the_loss_of_its_step_and_the_monitor_keeps_no_graph() -> None:
+    (param, *_), optimizer = start(steps=0)
+    looks: list[Look] = []
+    monitor = Monitor(looks, every=2)
+    with watch(optimizer, monitor):
+        for step in range(5):
+            monitor.loss = loss = step * param.sum() / param.sum().detach()
+            assert monitor.loss.grad_fn is None
+            loss.backward()
+            optimizer.step()
+    assert [(each.step, each.loss) for each in looks] == [(2, 2.0), (4, 4.0)]
+
+
 @pytest.mark.compiler
 def test_a_compiled_step_is_watched_too() -> None:
     torch.compiler.reset()
