@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import vsgd.numpy
 from experiments.torch_mlp import make_mnist_1d, make_model
+from experiments.uncertainty.forgetting import LEVEL, SETTLED, Look
 from experiments.uncertainty.noise_scale_training import compute_loss, make_transformer_training
 from reporting import digits
 from reporting.pages import format_table
@@ -137,8 +138,7 @@ def format_streams(results: Mapping[tuple[str, str], StreamResult]) -> str:
 
 # Trainings
 
-STEPS, EVERY, SETTLED = 3000, 300, 500
-LEVEL = 0.9
+STEPS, EVERY = 3000, 300
 #: The bars that a training passes at every look.
 COVER_BAR, NOISE_BAR = (0.85, 0.96), (0.7, 1.4)
 
@@ -205,20 +205,6 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float, float]]
     "VSGD": (VSGD, 0.008, 0.016),
     "Constant VSGD": (ConstantVSGD, 0.008, 0.016),
 }
-
-
-class Look(NamedTuple):
-    """What the observer says after a step, compared with the truth.
-
-    Attributes:
-        step: the step.
-        noise: its noise variance over the true one, both summed over all elements.
-        covered: the share of elements whose 90% interval contains the true gradient.
-    """
-
-    step: int
-    noise: float
-    covered: float
 
 
 def compute_gradient(network: Network, batch: Tensor) -> None:
