@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import resource
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -56,6 +58,16 @@ def _count_bytes(observer: GradientObserver) -> int:
     return sum(array.nbytes for array in [*arrays, *elements] if isinstance(array, torch.Tensor))
 
 
+def _time_alone(observer: GradientObserver) -> float:
+    """Return the seconds of observing the gradients of the last step: smaller than the noise of a step's time."""
+    seconds = []
+    for _ in range(51):
+        start = time.perf_counter()
+        observer.observe()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     """Measure and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,9 +91,10 @@ def main() -> None:
         ratio = compute_paired_ratio(seconds, samples["without"])
         median = 1e3 * compute_spread(select_taken(seconds)).median
         observer = trainings[name][1]
-        held = 0 if observer is None else _count_bytes(observer)
-        time = f"{median:.1f} ms, {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) of that without"
-        print(f"{name:16} {time}, {held / 2**20:.1f} MiB ({held / peak:.2%})")
+        print(f"{name:16} {median:.1f} ms, {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) of that without")
+        if observer is not None:
+            held, alone = _count_bytes(observer), 1e3 * _time_alone(observer)
+            print(f"{'':16} alone {alone:.1f} ms ({alone / median:.2%}), {held / 2**20:.1f} MiB ({held / peak:.2%})")
 
 
 if __name__ == "__main__":
