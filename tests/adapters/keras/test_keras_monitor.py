@@ -70,7 +70,7 @@ def test_it_counts_in_executions_of_several_steps() -> None:
 
 def test_a_loss_scaling_optimizer_is_looked_into_and_others_are_refused() -> None:
     assert [look.step for look in watch(linear_model(keras.optimizers.LossScaleOptimizer(make("VSGD"))), 4, 1)] == [4]
-    with pytest.raises(TypeError, match="the model's optimizer is SGD, but must be VSGD or ConstantVSGD"):
+    with pytest.raises(TypeError, match="the model's optimizer is SGD, but must be VSGD, ConstantVSGD or a GradientObserver"):
         watch(linear_model(keras.optimizers.SGD()), 1, 1)
 
 
