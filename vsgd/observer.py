@@ -22,6 +22,8 @@ from vsgd.validation import validate_numbers
 
 # A gain at the start of a run: that of Constant VSGD.
 _FIRST_GAIN = 0.25
+# Keeps quotients by a variance finite. Squares of smaller roots vanish in float32.
+_SMALLEST = 1e-30
 
 
 class ObserverOps(ArrayOps, Protocol):
@@ -86,8 +88,8 @@ def compute_coefficients(step: Any, hyper: Hyperparameters) -> Coefficients:
         hyper: the hyperparameters.
     """
     rho = compute_forgetting(step, 0.9, hyper.forgetting_floor)
-    # Squares beyond these overflow or vanish in float32.
-    return Coefficients(hyper.gain_rate, 1 - rho, rho, largest=1e18, smallest=1e-30)
+    # A square of a larger number overflows in float32.
+    return Coefficients(hyper.gain_rate, 1 - rho, rho, largest=1e18, smallest=_SMALLEST)
 
 
 def make_update(xp: ObserverOps) -> Callable[[Array, State, Coefficients], State]:
@@ -145,18 +147,41 @@ def compute_posterior(state: State) -> Posterior:
     return Posterior(state.mean, variance, noise_variance, drift_variance, state.gain, state.mean * state.mean / variance)
 
 
-def compute_surprise(grad: Array, state: State) -> Any:
-    """Return the squared standardized innovation of a gradient, near 1 on average where the model fits.
+class Innovations(NamedTuple):
+    """The innovations of one gradient, summed over a tensor.
+
+    Attributes:
+        squares: the sum of squared innovations.
+        variances: the sum of the variances that the state expects of them.
+    """
+
+    squares: Any
+    variances: Any
+
+    @property
+    def surprise(self) -> Any:
+        """How unexpected the gradient is: near 1 where the model fits; 0 where all gradients were zero.
+
+        Not the mean of the elements' own ratios, which an element with almost only zero gradients makes arbitrarily large.
+        """
+        return self.squares / (self.variances + _SMALLEST)
+
+
+def sum_innovations(grad: Array, state: State, total: Callable[[Any], Any]) -> Innovations:
+    """Sum the innovations of a gradient.
 
     Args:
         grad: a mini-batch gradient, in the state's dtype.
-        state: the state before the update by this gradient.
+        state: the state before the update by this gradient, after at least one other.
+        total: a function that sums an array.
 
-    Returns:
-        An array of the gradient's shape: `(grad - mean)**2 / innovation_variance`.
+    Example:
+        >>> state = State(*(np.array([value, value]) for value in (1.0, 0.5, 0.0, 2.0)))
+        >>> float(sum_innovations(np.array([1.0, 5.0]), state, np.sum).surprise)
+        4.0
     """
     innovation = grad - state.mean
-    return innovation * innovation / state.innovation_variance
+    return Innovations(total(innovation * innovation), total(state.innovation_variance))
 
 
 def validate_options(max_elements: Any, seed: Any, hyper: Hyperparameters) -> None:

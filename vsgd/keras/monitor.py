@@ -134,7 +134,7 @@ def _iterate_blocks(optimizer: Any, batch_size: float) -> Iterator[Block]:
         flat = [[tuple(ops.reshape(array, (-1,)) for array in part) for part in parts] for *_, parts in members]
         state = tuple(map(ops.concatenate, zip(*(part for parts in flat for part in parts), strict=True)))
         if observes:
-            described = describe_observed(State(*state), None, batch_size)
+            described = describe_observed(State(*state), batch_size)
         else:
             described = describe_state(state, optimizer._compute_scales(state), None, batch_size)
         names, numbers_of, _ = zip(*members, strict=True)

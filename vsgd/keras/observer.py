@@ -191,29 +191,26 @@ class GradientObserver(keras.optimizers.Optimizer):
         return None if elements is None else ops.copy(ops.convert_to_tensor(elements))
 
     def surprise(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> list[Any]:
-        """Return how unexpected gradients are before a step takes them, averaged over each variable.
+        """Return how unexpected gradients are before a step takes them, after at least one other step.
 
         Args:
             grads: gradients as for `apply`, without loss scale; a gradient may be None.
             trainable_variables: their variables; None: those that the optimizer was built with.
 
         Returns:
-            For each gradient that is not None the mean of its squared standardized innovations, near 1 where the model fits
-            and large at a spike of the loss.
+            For each gradient that is not None its squared innovations over their expected variances, both summed over the
+            watched elements; near 1 where the model fits and large at a spike.
 
         Raises:
             ValueError: the optimizer was not built with a variable, or the gradients do not fit the variables.
         """
         grads = [backend.convert_gradient(grad) for grad in grads]
-        triples = ((grad, elements, _read(state)) for grad, elements, state in self._pair(grads, trainable_variables))
-        return [
-            ops.mean(
-                observer.compute_surprise(
-                    _select_watched(grad, elements, keras.backend.standardize_dtype(state.mean.dtype)), state
-                )
-            )
-            for grad, elements, state in triples
-        ]
+
+        def compute_surprise(grad: Any, elements: Any, state: State) -> Any:
+            dtype = keras.backend.standardize_dtype(state.mean.dtype)
+            return observer.sum_innovations(_select_watched(grad, elements, dtype), _read(state), ops.sum).surprise
+
+        return [compute_surprise(*each) for each in self._pair(grads, trainable_variables)]
 
     def _pair(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> list[tuple[Any, Any, State]]:
         """Return the gradients that are not None with the watched indices and the state of their variables."""

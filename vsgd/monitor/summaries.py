@@ -225,19 +225,15 @@ def describe_state(state: core.State, scales: Scales, grads: Array | None, batch
     return Description(posterior, summands)
 
 
-def describe_observed(state: observer.State, grads: Array | None, batch_size: float) -> Description:
-    """Return what the state of a gradient observer says of each watched element.
+def describe_observed(state: observer.State, batch_size: float) -> Description:
+    """Return what the state of a gradient observer says of each watched element, without the surprise.
 
     Args:
         state: the state, vectors in float32 or float64.
-        grads: the gradients of the next step, in the state's dtype, or None.
         batch_size: the number of examples that a gradient averages.
     """
     posterior = observer.compute_posterior(state)
-    summands = {"noise_trace": batch_size * posterior.noise_variance}
-    if grads is not None:
-        summands["surprise"] = observer.compute_surprise(grads, state)
-    return Description(posterior, summands)
+    return Description(posterior, {"noise_trace": batch_size * posterior.noise_variance})
 
 
 def compute_digest(description: Description, sizes: tuple[int, ...], indices: Any, ops: MonitorOps) -> Array:

@@ -12,11 +12,10 @@ import numpy as np
 import optax
 
 from vsgd.monitor import summaries
-from vsgd.monitor.summaries import Block, Look, MonitorOps, compute_digest, describe_observed, describe_state
+from vsgd.monitor.summaries import Block, Description, Look, MonitorOps, compute_digest, describe_observed, describe_state
 from vsgd.observer import State
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, split_complex
-from vsgd.optax.observer import select_watched
-from vsgd.optax.posteriors import ParamState, Watched, find_observers, map_observed, map_states
+from vsgd.optax.posteriors import ParamState, Watched, find_observers, map_observed, map_states, surprise
 from vsgd.posterior import Scales
 
 __all__ = ["summarize"]
@@ -74,25 +73,32 @@ def _list_blocks(opt_state: Any, grads: Any, batch_size: float) -> list[Block]:
 
 
 def _list_observed_blocks(opt_state: Any, grads: Any, batch_size: float) -> list[Block]:
-    groups: dict[Any, list[tuple[str, Watched, Any]]] = {}
-    grads_by_path = dict(jax.tree.leaves_with_path(grads))
+    groups: dict[Any, list[tuple[str, Watched]]] = {}
     tree = map_observed(opt_state, lambda each: each)
     for path, each in jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Watched)):
         if each.state.mean.size:
-            grad = grads_by_path.get(path)
-            if grad is not None:
-                grad = select_watched("grads", path, grad, each.elements, each.state)
-            groups.setdefault((each.state.mean.dtype, grad is not None), []).append((_name_path(path), each, grad))
+            groups.setdefault(each.state.mean.dtype, []).append((_name_path(path), each))
+    surprises = {} if grads is None else dict(jax.tree.leaves_with_path(surprise(grads, opt_state)))
+    by_name = {_name_path(path): each for path, each in surprises.items()}
     blocks = []
-    for (_, has_grads), members in groups.items():
-        names, watched, grads_of = zip(*members, strict=True)
+    for members in groups.values():
+        names, watched = zip(*members, strict=True)
         sizes = tuple(each.state.mean.size for each in watched)
         state = State(*(_flatten(arrays) for arrays in zip(*(each.state for each in watched), strict=True)))
-        vectors = state, _flatten(grads_of) if has_grads else None
+        # Of each tensor as a whole: spread evenly, it is the sum of its parts.
+        known = [by_name[name] for name in names if name in by_name]
+        spread = _flatten(tuple(map(jnp.full, sizes, known))) if len(known) == len(names) else None
         numbers = tuple(int(np.sum(each)) for each in jax.device_get([each.numbers for each in watched]))
-        sums = ("noise_trace", *(["surprise"] if has_grads else []))
-        blocks.append(Block(names, sizes, numbers, sums, _make_fetch(describe_observed, vectors, sizes, batch_size)))
+        sums = ("noise_trace", *([] if spread is None else ["surprise"]))
+        blocks.append(Block(names, sizes, numbers, sums, _make_fetch(_describe_observed, (state, spread), sizes, batch_size)))
     return blocks
+
+
+def _describe_observed(state: State, surprise: Any, batch_size: Any) -> Description:
+    described = describe_observed(state, batch_size)
+    if surprise is not None:
+        described.summands["surprise"] = surprise
+    return described
 
 
 def _make_fetch(describe: Any, vectors: Any, sizes: tuple[int, ...], batch_size: float) -> Callable[[Any], Any]:

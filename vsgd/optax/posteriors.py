@@ -105,8 +105,8 @@ def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseSca
 def surprise(grads: optax.Updates, opt_state: Any) -> Any:
     """Return how unexpected gradients are to the state before they update it, averaged over each parameter.
 
-    See `vsgd.posterior.compute_surprise`. As in `posterior`, an observer's state counts first; it is surprised from its second
-    step on.
+    See `vsgd.posterior.compute_surprise`. As in `posterior`, an observer's state counts first: from its second step on the
+    surprise is the squared innovations over their expected variances, both summed over the watched elements.
 
     Args:
         grads: gradients, as for `update`.
@@ -122,12 +122,13 @@ def surprise(grads: optax.Updates, opt_state: Any) -> Any:
     if find_observers(opt_state):
         watched = map_observed(opt_state, lambda each: each)
 
-        def average_watched(path: Any, grad: Any, each: Any) -> Any:
+        def compute_watched(path: Any, grad: Any, each: Any) -> Any:
             if grad is None or isinstance(each, optax.MaskedNode):
                 return each if isinstance(each, optax.MaskedNode) else None
-            return observer.compute_surprise(select_watched("grads", path, grad, each.elements, each.state), each.state).mean()
+            numbers = select_watched("grads", path, grad, each.elements, each.state)
+            return observer.sum_innovations(numbers, each.state, jnp.sum).surprise
 
-        return jax.tree_util.tree_map_with_path(average_watched, grads, watched, is_leaf=lambda leaf: leaf is None)
+        return jax.tree_util.tree_map_with_path(compute_watched, grads, watched, is_leaf=lambda leaf: leaf is None)
 
     def average(path: Any, grad: Any, param_state: Any) -> Any:
         if grad is None or isinstance(param_state, optax.MaskedNode):

@@ -168,8 +168,8 @@ def _iterate_observed(observer: GradientObserver, batch_size: float) -> Iterator
 
 def _make_observed_block(members: Sequence[Watched], batch_size: float) -> Block:
     state = State(*(torch.cat(arrays) for arrays in zip(*(each.state for each in members), strict=True)))
-    described = describe_observed(state, None, batch_size)
-    surprises = [each.surprise.expand(each.size) for each in members if each.surprise is not None]
+    described = describe_observed(state, batch_size)
+    surprises = [each.innovations.surprise.expand(each.size) for each in members if each.innovations is not None]
     if len(surprises) == len(members):
         described.summands["surprise"] = torch.cat(surprises)
     sizes = tuple(each.size for each in members)

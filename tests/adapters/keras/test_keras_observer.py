@@ -65,7 +65,7 @@ def test_what_it_cannot_watch_is_refused() -> None:
 
 def test_the_monitors_callback_takes_it() -> None:
     looks: list[Look] = []
-    watching = MonitorCallback(Monitor(looks, every=4), batch_size=BATCH)
+    watching = MonitorCallback(Monitor(looks, every=4, smoothing=0), batch_size=BATCH)
     model = train(GradientObserver(keras.optimizers.SGD(0.01), max_elements=7), callbacks=[watching])
     steps = int(to_numpy(model.optimizer.iterations))
     assert looks[-1].step == steps
