@@ -495,9 +495,10 @@ def compute_interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
 
 
-def format_percent(interval: tuple[float, float]) -> str:
-    """Format a mean log ratio and its half-width, in percent."""
-    return f"{100 * interval[0]:+.1f} ± {100 * interval[1]:.1f}"
+def format_ratio(interval: tuple[float, float], digits: int) -> str:
+    """Format the ratio of a mean logarithm, with its interval."""
+    mean, half = interval
+    return f"{math.exp(mean):.{digits}f} ({math.exp(mean - half):.{digits}f} to {math.exp(mean + half):.{digits}f})"
 
 
 Outcomes = Mapping[str, Sequence[Mapping[tuple[str, str], Outcome]]]
@@ -518,8 +519,8 @@ def format_outcomes(found: Outcomes) -> str:
             caught = fmean(each.caught for each in outcomes)
             touched = fmean(each.touched for each in outcomes)
             shares = ["" if math.isnan(caught) else f"{100 * caught:.0f}", f"{100 * touched:.1f}"]
-            rows.append([name, fault, guard, format_percent(loss), f"{behind:.0f} ± {behind_half:.0f}", *shares])
-    heads = ["loss, % above twin", "steps behind twin", "faults touched, %", "other steps touched, %"]
+            rows.append([name, fault, guard, format_ratio(loss, 3), f"{behind:.0f} ± {behind_half:.0f}", *shares])
+    heads = ["loss / twin", "steps behind twin", "faults touched, %", "other steps touched, %"]
     return format_table(["network", "fault", "guard", *heads], rows, left=3) + "\n"
 
 
@@ -541,10 +542,11 @@ def format_comparison(found: Outcomes) -> str:
                         )
                     )
                 loss, behind, touched = (compute_interval(column) for column in zip(*differences, strict=True))
-                cells = [format_percent(loss), f"{behind[0]:+.0f} ± {behind[1]:.0f}", format_percent(touched)]
+                points = f"{100 * touched[0]:+.1f} ± {100 * touched[1]:.1f}"
+                cells = [format_ratio(loss, 4), f"{behind[0]:+.0f} ± {behind[1]:.0f}", points]
                 rows.append([name, guard, title, *cells])
-    heads = ["loss, %", "steps behind twin", "other steps touched, points"]
-    return format_table(["network", "guard, less ZClip", "fault", *heads], rows, left=3) + "\n"
+    heads = ["loss / ZClip", "steps behind twin", "other steps touched, points"]
+    return format_table(["network", "guard, against ZClip", "fault", *heads], rows, left=3) + "\n"
 
 
 def format_surprises(found: Mapping[str, Sequence[Surprises]]) -> str:
