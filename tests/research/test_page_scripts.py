@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ torch = pytest.importorskip("torch")
 need("sklearn", "matplotlib", "tqdm")
 
 from experiments import torch_mlp  # noqa: E402
-from experiments.uncertainty import forgetting, noise_scale, noise_scale_training, observer  # noqa: E402
+from experiments.uncertainty import forgetting, guards, noise_scale, noise_scale_training, observer  # noqa: E402
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -145,6 +146,82 @@ def test_the_noise_scale_of_a_training_is_compared_with_the_truth(monkeypatch: p
     last = found["MLP"][20][-1]
     assert cells_of(noise_scale_training.format_looks(found))[0][5] == f"{last.ratio:.2f} ± {last.error:.2f}"
     assert [row[1] for row in cells_of(noise_scale_training.format_windows(found))] == ["40", "20"]
+
+
+@pytest.mark.parametrize("name", [name for name in guards.GUARDS if name != guards.NO_GUARD])
+def test_guards_cut_a_spike_to_what_their_formulas_say(name: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (100, 300)]
+    guard = guards.GUARDS[name](params, guards.PLAN, 20.0)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(301):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator) * (1e4 if step == 300 else 1.0)
+        found.append(guard())
+    *before, last = found
+    norm = guards.compute_norm(params)
+    if name == "observer, skips":
+        assert last is None
+        return
+    assert last == pytest.approx(norm / 2e5, rel=0.2)  # 20 is the norm of 400 normal numbers
+    expected = {"norm clipping": 40.0, "ZClip": 20.0, "observer, scales": 4 * 20.0}
+    if name in expected:
+        assert norm == pytest.approx(expected[name], rel=0.1)
+        assert sum(factor != 1 for factor in before) <= 0.02 * len(before)
+    else:
+        # The warm-up clips at 1, from where the running means grow by a thousandth a step or less.
+        assert norm <= 1.001**200 * 1.05
+
+
+def test_the_observers_guards_believe_a_change_that_lasts() -> None:
+    for name in guards.OBSERVERS:
+        params = [torch.nn.Parameter(torch.zeros(100))]
+        guard = guards.GUARDS[name](params, guards.PLAN, 10.0)
+        generator = torch.Generator().manual_seed(0)
+        touched = []
+        for step in range(1, 301):
+            params[0].grad = torch.randn(100, generator=generator) * (10.0 if step > 150 else 1.0)
+            touched.append(guard() != 1)
+        assert not any(touched[:150])
+        assert all(touched[150:155])
+        assert not any(touched[155:])
+
+
+def test_guards_are_compared_on_runs_with_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "FAULTS", {name: guards.FAULTS[name] for name in (guards.NO_FAULT, "one batch x 10,000")})
+    monkeypatch.setitem(guards.NAMES, "characters, transformer", (10, 50))
+    plan = guards.Plan(acts=20, fault=41, falls=50, steps=60)
+    norm = guards.look_at_surprises("characters, transformer", 100, plan).norm
+    chosen = {name: guards.GUARDS[name] for name in (guards.NO_GUARD, guards.ZCLIP, *guards.OBSERVERS)}
+    seeds = [guards.follow("characters, transformer", seed, norm, plan, chosen) for seed in (0, 1)]
+    for seed in seeds:
+        assert seed[guards.NO_FAULT, guards.NO_GUARD][:3] == (1, 0, 0)
+        assert seed["one batch x 10,000", guards.NO_GUARD].loss > 1.1
+        assert seed["one batch x 10,000", guards.NO_GUARD].caught == 0
+        for name in (guards.ZCLIP, *guards.OBSERVERS):
+            assert seed["one batch x 10,000", name].caught == 1
+            assert seed["one batch x 10,000", name].loss == pytest.approx(seed[guards.NO_FAULT, name].loss, rel=0.1)
+    rows = cells_of(guards.format_outcomes({"transformer": seeds}))
+    assert [row[1:3] for row in rows] == [[fault, name] for fault in guards.FAULTS for name in chosen]
+    rows = cells_of(guards.format_comparison({"transformer": seeds}))
+    ratios = {(row[1], row[2]): row[3] for row in rows}
+    product = math.prod(
+        seed[guards.NO_FAULT, guards.OBSERVERS[0]].loss / seed[guards.NO_FAULT, guards.ZCLIP].loss for seed in seeds
+    )
+    assert float(ratios[guards.OBSERVERS[0], guards.NO_FAULT].split()[0]) == pytest.approx(math.sqrt(product), abs=1e-4)
+
+
+def test_faults_spoil_what_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.ones(40, 50), torch.zeros(8)]
+    guards.replace_quarter(grads, generator)
+    # Orthogonal: three quarters of the gradient, and ten quarters of its norm.
+    assert torch.cat([grad.ravel() for grad in grads]).norm().item() == pytest.approx(
+        math.hypot(0.75, 2.5) * 2000**0.5, rel=0.05
+    )
+    grads = [torch.ones(40, 50), torch.zeros(8)]
+    guards.overflow(grads, generator)
+    assert [(grad.abs() == 65504).sum().item() for grad in grads] == [20, 0]
 
 
 def test_the_tables_of_priors(tmp_path: Path) -> None:
