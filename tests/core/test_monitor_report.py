@@ -312,3 +312,15 @@ def test_a_bar_gets_the_key_figures() -> None:
     with tqdm.tqdm(total=1, file=stream) as bar:
         Monitor(bar).record(Look(1, Summary(0.5, 0.0, 0.0, 0.0, 8.0, 2.0, None), {}, 0.25))
     assert "loss=0.25, gain=0.5, noise scale=4" in stream.getvalue()
+
+
+def test_guarded_steps_are_counted_from_look_to_look() -> None:
+    looks: list[Look] = []
+    monitor = Monitor(looks, every=1)
+    plain = make_looks(4)
+    monitor.record(plain[0])
+    monitor.guarded = 0
+    for each, steps in zip(plain[1:], (2, 0, 1), strict=True):
+        monitor.guarded += steps
+        monitor.record(each)
+    assert [look.overall.guarded for look in looks] == [None, 2, 0, 1]

@@ -29,7 +29,8 @@ class Monitor:
     separately, with exponentially falling weights that sum to one from the first look on, as in arXiv 1812.06162, appendix A.1.
     It smooths nothing else, and no noise scale with a standard error, which is an average already.
 
-    To log the loss, assign it: `monitor.loss = loss`. Keras' callback does so itself.
+    To log the loss, assign it: `monitor.loss = loss`. Keras' callback does so itself. To log steps that your training loop
+    scaled or skipped, for example by clipping norms, set `monitor.guarded = 0` and add 1 at each such step.
 
     Args:
         sinks: where to write. An object with `append`, such as a list, a `collections.deque` or a `ProgressLine`, receives each
@@ -71,6 +72,7 @@ class Monitor:
         self._writers = [_make_writer(sink) for sink in sinks]
         self._means: dict[str | None, tuple[float, float, float]] = {}
         self._loss: Any = None
+        self.guarded: int | None = None
 
     @property
     def loss(self) -> Any:
@@ -102,7 +104,7 @@ class Monitor:
         return step // self.every != (step - taken) // self.every and step > 0
 
     def record(self, look: Look) -> Look:
-        """Smooth the noise scale of a look, add the loss, and write the look.
+        """Smooth the noise scale of a look, add the loss and the guarded steps, and write the look.
 
         Args:
             look: an adapter's look.
@@ -112,7 +114,10 @@ class Monitor:
         """
         tensors = {name: self._smooth(name, summary) for name, summary in look.tensors.items()}
         loss, self._loss = look.loss if self._loss is None else float(self._loss), None
-        look = Look(look.step, self._smooth(None, look.overall), tensors, loss)
+        overall = self._smooth(None, look.overall)
+        if self.guarded is not None:
+            overall, self.guarded = overall._replace(guarded=self.guarded), 0
+        look = Look(look.step, overall, tensors, loss)
         for write in self._writers:
             write(look)
         return look

@@ -37,7 +37,8 @@ class Summary(NamedTuple):
         surprise: the mean squared standardized innovation of the next step's gradient; None if that gradient is not available.
         noise_scale_error: the standard error of a `noise_scale` that was measured without bias, by `vsgd.monitor.noise_scale`;
             None for an estimate from the state.
-        guarded: the number of steps since the last look that a guard scaled or skipped; None without a guard.
+        guarded: the number of steps since the last look that a guard scaled or skipped, as counted in `Monitor.guarded`; None
+            if they are not counted.
     """
 
     gain: float
