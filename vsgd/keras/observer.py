@@ -23,10 +23,11 @@ _update = observer.make_update(ops)
 class GradientObserver(keras.optimizers.Optimizer):
     """Estimate each gradient element's mean, noise and drift while any optimizer trains.
 
-    The observer wraps an optimizer, as `keras.optimizers.LossScaleOptimizer` does, because Keras passes gradients to optimizers
-    alone. It filters the gradients that `apply` receives, before clipping and accumulation, and changes no step. Unlike the
-    state of VSGD, its intervals are calibrated also while weights train; read them after a few hundred steps.
-    `docs/uncertainty.md` measures both. Gradients that are not finite change nothing.
+    The observer wraps an optimizer, as `keras.optimizers.LossScaleOptimizer` does, because Keras passes gradients to
+    optimizers alone. It filters the gradients that `apply` receives, before clipping and accumulation, and changes no step.
+    It learns its gain from the gradients, so that noise and intervals are right where gradients change slowly; read them
+    after a few hundred steps. `docs/uncertainty.md` measures how far to trust them. Gradients that are not finite change
+    nothing.
 
     To scale the loss dynamically, wrap the observer: `LossScaleOptimizer(GradientObserver(optimizer))`. TensorFlow's strategies
     with several replicas are refused: each replica sees the gradients of its own examples.

@@ -48,9 +48,9 @@ def observe_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     """Estimate each gradient element's mean, noise and drift, and pass the gradients on unchanged.
 
-    Put it before any optimizer in a chain; `vsgd.optax.posterior` and `vsgd.optax.surprise` find its state. Unlike the state of
-    VSGD, its intervals are calibrated also while weights train; read them after a few hundred steps. `docs/uncertainty.md`
-    measures both. Gradients that are not finite change nothing.
+    Put it before any optimizer in a chain; `vsgd.optax.posterior` and `vsgd.optax.surprise` find its state. It learns its
+    gain from the gradients, so that noise and intervals are right where gradients change slowly; read them after a few
+    hundred steps. `docs/uncertainty.md` measures how far to trust them. Gradients that are not finite change nothing.
 
     In `jax.shard_map` each device watches its shard. With automatic sharding a sample of a sharded tensor is gathered.
 

@@ -71,8 +71,9 @@ class Block(NamedTuple):
 class GradientObserver:
     """Estimate each gradient element's mean, noise and drift while any optimizer trains.
 
-    The observer filters the gradients and steps nothing. Unlike the state of VSGD, its intervals are calibrated also while
-    weights train; read them after a few hundred steps. `docs/uncertainty.md` measures both.
+    The observer filters the gradients and steps nothing. It learns its gain from the gradients, so that noise and intervals
+    are right where gradients change slowly; read them after a few hundred steps. `docs/uncertainty.md` measures how far to
+    trust them.
 
     Create it after the model is on its device, and sharded if it is to be. With sharded parameters each process watches its own
     shards. A parameter without gradient is left out of a step. Gradients that are not finite change nothing.
