@@ -136,3 +136,25 @@ def equally_rounded() -> list[float]:
     with pytest.raises(ValueError, match="out_specs"):
         rounded(P(), True)
     return [float(np.mean(np.equal(*rounded(P("model"), seeded)))) for seeded in (False, True)]
+
+
+def observed(mapped: bool) -> float:
+    """How far the posterior of sharded gradients strayed, relatively: watched by each device, or sharded by XLA."""
+    layout = problem.layout_of()
+    solver = vsgd.optax.observe_gradients()
+    grads = [np.random.default_rng(seed).standard_normal((8, 16)).astype(np.float32) for seed in range(5)]
+    spec = P("data", "model")
+
+    def run(grads: list[jax.Array]) -> Any:
+        state = solver.init(grads[0])
+        for grad in grads:
+            _, state = solver.update(grad, state)
+        return tuple(vsgd.optax.posterior(state))
+
+    whole = run(list(map(jax.numpy.asarray, grads)))
+    placed = [jax.device_put(grad, jax.sharding.NamedSharding(layout.mesh, spec)) for grad in grads]
+    sharded = jax.shard_map(run, mesh=layout.mesh, in_specs=(spec,), out_specs=spec) if mapped else run
+    found = jax.jit(sharded)(placed)
+    return max(
+        float(np.max(np.abs(np.asarray(ours) / np.asarray(theirs) - 1))) for ours, theirs in zip(found, whole, strict=True)
+    )

@@ -87,3 +87,10 @@ def test_a_shard_in_shard_map_is_rounded_as_an_array_of_its_own_by_the_seed_that
     assert one_seed == 1
     # Two that go up with the same probability p, uniform on average, agree in p^2 + (1 - p)^2: 2/3, +-0.02 for 512.
     assert one_for_each == pytest.approx(2 / 3, abs=0.08)
+
+
+@pytest.mark.parametrize("inside", [False, pytest.param(True, marks=mapped)])
+def test_an_observer_watches_each_shard(inside: bool, on: On, agreed: Agreed) -> None:
+    (strayed,) = on("jax", "jax_sharded.observed", inside)
+    # XLA fuses products and sums differently for shards.
+    agreed("observer's posterior, relatively" + ", in shard_map" * inside, WHERE["jax"], strayed, 1e-4)
