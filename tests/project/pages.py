@@ -1,4 +1,5 @@
-"""A plugin that makes tests of the pages' snippets, by Sybil: Python is run, the commands of a shell are looked up.
+"""A plugin that makes tests of the pages' snippets, by Sybil: Python and diffs are run, the commands of a shell are
+looked up.
 
 A page's snippets share one namespace, from top to bottom, and a folder of their own. What a fragment needs beside it stands in
 HTML comments, which readers do not see: `invisible-code: python`, `clear-namespace`, `skip: start if(missing("keras"))`.
@@ -13,16 +14,25 @@ from pathlib import Path
 
 import pytest
 from project import commands
-from sybil import Sybil
+from sybil import Example, Sybil
 from sybil.parsers.myst import ClearNamespaceParser, CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
+
+def run_both_sides(example: Example) -> None:
+    """Run the lines that a diff removes, then those that it adds."""
+    for sign in "-+":
+        lines = [line[1:].strip() for line in example.parsed.splitlines() if line.startswith(sign)]
+        exec("\n".join(lines), example.namespace)
+
+
 snippets = Sybil(
     parsers=[
         PythonCodeBlockParser(),
         CodeBlockParser("sh", lambda example: ", ".join(commands.absent(example.parsed))),
+        CodeBlockParser("diff", run_both_sides),
         SkipParser(),
         ClearNamespaceParser(),
     ],

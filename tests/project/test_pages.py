@@ -26,9 +26,9 @@ def fences(page: Path) -> list[tuple[str, str, str]]:
 
 @every_page
 def test_every_snippet_is_run_or_looked_up_and_none_hides_in_an_indented_block(page: Path) -> None:
-    assert {kind for kind, _, _ in fences(page)} <= {"python", "sh"} | INCLUDES | NO_CODE
+    assert {kind for kind, _, _ in fences(page)} <= {"diff", "python", "sh"} | INCLUDES | NO_CODE
     found = [example.parsed for example in pages.snippets.parse(page)]
-    assert all(text in found for kind, _, text in fences(page) if kind in ("python", "sh"))
+    assert all(text in found for kind, _, text in fences(page) if kind in ("diff", "python", "sh"))
     command = rf"^ {{4}}(?:{'|'.join(commands.PROGRAMS)})3? .*"
     assert re.findall(command, page.read_text(encoding="utf-8"), flags=re.MULTILINE) == []
 
