@@ -211,10 +211,10 @@ class ObserverGuard:
 
     def compute_surprise(self, grad: Tensor) -> Tensor:
         """Return the surprise of each tensor."""
-        innovation, variance = grad - self.state.mean, self.state.innovation_variance
         total = partial(torch.segment_reduce, reduce="sum", lengths=self.sizes)
         if self.pooled:
-            return total(innovation.square()) / total(variance).clamp(min=1e-30)
+            return observer.sum_innovations(grad, self.state, total).surprise
+        innovation, variance = grad - self.state.mean, self.state.innovation_variance
         # An element without a gradient so far, as of a character that did not occur, predicts nothing.
         predicts = variance > 0
         ratios = torch.where(predicts, innovation.square() / torch.where(predicts, variance, 1.0), 0.0)

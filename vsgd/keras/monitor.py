@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -17,11 +17,10 @@ from vsgd.keras.posterior import get_real_states
 from vsgd.monitor import Monitor
 from vsgd.monitor.summaries import (
     Block,
-    Description,
     MonitorOps,
-    compute_digest,
     describe_observed,
     describe_state,
+    make_block,
     summarize,
 )
 from vsgd.observer import State
@@ -30,7 +29,12 @@ from vsgd.validation import validate_numbers
 __all__ = ["MonitorCallback", "tensorboard_writer"]
 
 _OPS = MonitorOps(
-    ops.sum, lambda table, sizes: ops.split(table, np.cumsum(sizes)[:-1].tolist(), axis=1), ops.stack, ops.concatenate, ops.take
+    ops.sum,
+    lambda table, sizes: ops.split(table, np.cumsum(sizes)[:-1].tolist(), axis=1),
+    ops.stack,
+    ops.concatenate,
+    ops.take,
+    ops.convert_to_numpy,
 )
 
 
@@ -139,11 +143,7 @@ def _iterate_blocks(optimizer: Any, batch_size: float) -> Iterator[Block]:
             described = describe_state(state, optimizer._compute_scales(state), None, batch_size)
         names, numbers_of, _ = zip(*members, strict=True)
         sizes = tuple(sum(int(part[0].shape[0]) for part in parts) for parts in flat)
-        yield Block(names, sizes, numbers_of, tuple(described.summands), _make_fetch(described, sizes))
-
-
-def _make_fetch(described: Description, sizes: tuple[int, ...]) -> Callable[[Any], Any]:
-    return lambda indices: ops.convert_to_numpy(compute_digest(described, sizes, indices, _OPS))
+        yield make_block(names, sizes, numbers_of, described, _OPS)
 
 
 def tensorboard_writer(folder: str) -> Any:

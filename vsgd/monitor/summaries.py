@@ -116,6 +116,7 @@ class MonitorOps(NamedTuple):
         stack: stack a list of vectors to a matrix.
         concatenate: join a list of vectors to one.
         take: select elements of a vector by a NumPy array of indices.
+        fetch: return a vector as a NumPy array.
     """
 
     sum: Callable[..., Array]
@@ -123,6 +124,7 @@ class MonitorOps(NamedTuple):
     stack: Callable[[Any], Array]
     concatenate: Callable[[Any], Array]
     take: Callable[[Array, Any], Array]
+    fetch: Callable[[Array], Any]
 
 
 class Block(NamedTuple):
@@ -144,7 +146,7 @@ class Block(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a state says of each element of a block.
+    """The posterior of each element of a block, and what to sum.
 
     Attributes:
         posterior: the posterior.
@@ -210,7 +212,7 @@ def summarize(step: int, blocks: Sequence[Block], batch_size: float) -> Look:
 
 
 def describe_state(state: core.State, scales: Scales, grads: Array | None, batch_size: float) -> Description:
-    """Return what the state of VSGD says of each element.
+    """Describe each element by the state of VSGD.
 
     Args:
         state: the state in the rule's order, vectors in float32 or float64.
@@ -227,7 +229,7 @@ def describe_state(state: core.State, scales: Scales, grads: Array | None, batch
 
 
 def describe_observed(state: observer.State, batch_size: float) -> Description:
-    """Return what the state of a gradient observer says of each watched element, without the surprise.
+    """Describe each watched element by the state of a gradient observer, without the surprise.
 
     Args:
         state: the state, vectors in float32 or float64.
@@ -237,11 +239,30 @@ def describe_observed(state: observer.State, batch_size: float) -> Description:
     return Description(posterior, {"noise_trace": batch_size * posterior.noise_variance})
 
 
+def make_block(
+    names: Sequence[str], sizes: tuple[int, ...], numbers: tuple[int, ...], description: Description, ops: MonitorOps
+) -> Block:
+    """Return the block of tensors that have a description.
+
+    Args:
+        names: the names of the tensors.
+        sizes: see `Block`.
+        numbers: see `Block`.
+        description: the description of their elements.
+        ops: the operations of the array library.
+    """
+
+    def fetch_digest(indices: Any) -> Any:
+        return ops.fetch(compute_digest(description, sizes, indices, ops))
+
+    return Block(names, sizes, numbers, tuple(description.summands), fetch_digest)
+
+
 def compute_digest(description: Description, sizes: tuple[int, ...], indices: Any, ops: MonitorOps) -> Array:
     """Return all that a look reports of a block as one vector on the device: the sums of each tensor, then the samples.
 
     Args:
-        description: what the state says.
+        description: the description of its elements.
         sizes: the sizes of the tensors.
         indices: the indices of the samples.
         ops: the operations of the array library.

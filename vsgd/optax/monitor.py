@@ -21,7 +21,12 @@ from vsgd.posterior import Scales
 __all__ = ["summarize"]
 
 _OPS = MonitorOps(
-    jnp.sum, lambda table, sizes: jnp.split(table, np.cumsum(sizes)[:-1], axis=1), jnp.stack, jnp.concatenate, jnp.take
+    jnp.sum,
+    lambda table, sizes: jnp.split(table, np.cumsum(sizes)[:-1], axis=1),
+    jnp.stack,
+    jnp.concatenate,
+    jnp.take,
+    jax.device_get,
 )
 
 
@@ -85,7 +90,7 @@ def _list_observed_blocks(opt_state: Any, grads: Any, batch_size: float) -> list
         names, watched = zip(*members, strict=True)
         sizes = tuple(each.state.mean.size for each in watched)
         state = State(*(_flatten(arrays) for arrays in zip(*(each.state for each in watched), strict=True)))
-        # Of each tensor as a whole: spread evenly, it is the sum of its parts.
+        # Once for each element, because a digest sums over elements and `summarize` divides by their number.
         known = [by_name[name] for name in names if name in by_name]
         spread = _flatten(tuple(map(jnp.full, sizes, known))) if len(known) == len(names) else None
         numbers = tuple(int(np.sum(each)) for each in jax.device_get([each.numbers for each in watched]))
@@ -102,7 +107,7 @@ def _describe_observed(state: State, surprise: Any, batch_size: Any) -> Descript
 
 
 def _make_fetch(describe: Any, vectors: Any, sizes: tuple[int, ...], batch_size: float) -> Callable[[Any], Any]:
-    return lambda indices: jax.device_get(_compute_digest(vectors, indices, batch_size, describe=describe, sizes=sizes))
+    return lambda indices: _OPS.fetch(_compute_digest(vectors, indices, batch_size, describe=describe, sizes=sizes))
 
 
 def _group_states(opt_state: Any, grads: Any) -> dict[Any, list[tuple[str, ParamState, Any]]]:

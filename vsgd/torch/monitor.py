@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from vsgd.monitor import Monitor
-from vsgd.monitor.summaries import Block, MonitorOps, compute_digest, describe_observed, describe_state, summarize
+from vsgd.monitor.summaries import Block, MonitorOps, describe_observed, describe_state, make_block, summarize
 from vsgd.observer import State
 from vsgd.torch.noise_scale import NoiseScaleMeter
 from vsgd.torch.observer import GradientObserver, Watched
@@ -31,6 +31,7 @@ _OPS = MonitorOps(
     stack=torch.stack,
     concatenate=torch.cat,
     take=lambda values, indices: values[torch.from_numpy(indices).to(values.device)],
+    fetch=lambda values: values.cpu().numpy(),
 )
 
 
@@ -43,7 +44,7 @@ def watch(
     noise_scale: NoiseScaleMeter | None = None,
     observer: GradientObserver | None = None,
 ) -> RemovableHandle:
-    """Look at an optimizer, or at what an observer says of its gradients, before every `monitor.every` steps.
+    """Look at an optimizer, or at an observer of its gradients, before every `monitor.every` steps.
 
     A look reports the state after the steps so far, and the surprise of the gradients that the next step will take. With a
     closure these gradients are not computed yet, so the surprise is that of `param.grad`. Between two looks a step costs one
@@ -150,16 +151,12 @@ def _make_block(optimizer: Any, members: Sequence[Stepped], names: Sequence[str]
     state = tuple(_flatten([optimizer.state[param][name] for param in params]) for name in optimizer._plain_rule.state_names)
     flat = -flat if flat is not None and group["maximize"] else flat
     described = describe_state(state, optimizer._compute_scales(group), flat, batch_size)
-
-    def fetch_digest(indices: Any) -> Any:
-        return compute_digest(described, sizes, indices, _OPS).cpu().numpy()
-
-    return Block(names, sizes, sizes, tuple(described.summands), fetch_digest)
+    return make_block(names, sizes, sizes, described, _OPS)
 
 
 @torch.no_grad()
 def _iterate_observed(observer: GradientObserver, batch_size: float) -> Iterator[Block]:
-    """Yield what an observer says of all parameters with an observed gradient."""
+    """Yield the blocks of all parameters with an observed gradient."""
     for block in observer.list_blocks():
         members = [each for each in block.members if each.step and each.size]
         if members:
@@ -172,13 +169,8 @@ def _make_observed_block(members: Sequence[Watched], batch_size: float) -> Block
     surprises = [each.innovations.surprise.expand(each.size) for each in members if each.innovations is not None]
     if len(surprises) == len(members):
         described.summands["surprise"] = torch.cat(surprises)
-    sizes = tuple(each.size for each in members)
-
-    def fetch_digest(indices: Any) -> Any:
-        return compute_digest(described, sizes, indices, _OPS).cpu().numpy()
-
-    numbers = tuple(each.numbers for each in members)
-    return Block([each.name for each in members], sizes, numbers, tuple(described.summands), fetch_digest)
+    sizes, numbers = tuple(each.size for each in members), tuple(each.numbers for each in members)
+    return make_block([each.name for each in members], sizes, numbers, described, _OPS)
 
 
 def _flatten(tensors: Sequence[Any]) -> Tensor:
