@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.timing import compute_paired_ratio
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
 from experiments.paper_report import MISSING
-from experiments.report import find_result, format_verdict
+from experiments.report import compare_arms, find_result, judge_difference
 from experiments.spread import FOLDER, Store
 from experiments.tasks import TASKS
 from reporting.pages import format_table, replace_section
@@ -122,7 +122,8 @@ def _format_comparisons(comparison: Comparison) -> Iterator[str]:
         if subject is None or result is None:
             yield MISSING
             continue
-        words = [format_verdict(subject, result, *which) for which in (("train", "loss"), ("test", metric))]
+        pairs = [(compare_arms(subject, result, *which), which[1]) for which in (("train", "loss"), ("test", metric))]
+        words = [found if isinstance(found, str) else judge_difference(found, each) for found, each in pairs]
         yield f"{result.format_mean('test', metric)} ({', '.join(words)})"
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list`, `run`, `paper`, `compare`, `report`, `sweep`, `recommended` and `layers`."""
+"""The command line: `python -m experiments COMMAND`; `python -m experiments --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments import comparison, datasets, paper, paper_report, records, tasks
 
-_RESULTS, _TUNING = Path("docs/results"), Path("docs/tuning.md")
+_RESULTS, _PAGE = Path("docs/results"), Path("docs/appendix.md")
 _BACKENDS = ("tensorflow", "jax", "torch")
 
 
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     every = commands.add_parser("paper", help="do all missing runs of the paper, then report")
     every.add_argument("--experiments", nargs="+", default=list(paper.EXPERIMENTS), help="only these", metavar="NAME")
     every.add_argument("--seeds", type=int, default=paper.SEEDS, help="how many, from 0")
-    every.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    every.add_argument("--page", type=Path, default=_PAGE)
     _add_run_options(every)
 
     compare = commands.add_parser("compare", help="do all missing runs on the small tasks, tuning first")
@@ -52,21 +52,24 @@ def _parser() -> argparse.ArgumentParser:
 
     page = commands.add_parser("report", help="write tables and curves of all results into a page")
     page.add_argument("--results", type=Path, default=_RESULTS, help="the folder of the records and of the plots")
-    page.add_argument("--page", type=Path, default=_RESULTS.with_suffix(".md"))
+    page.add_argument("--page", type=Path, default=_PAGE)
 
     sweep = commands.add_parser("sweep", help="do all missing runs of VSGD's grids, and write their tables into a page")
     _add_worker_options(sweep)
-    sweep.add_argument("--page", type=Path, default=_TUNING)
+    sweep.add_argument("--page", type=Path, default=_PAGE)
 
     check = commands.add_parser(
         "recommended", help="do all missing runs of the recommended setting, and write their tables into a page"
     )
     _add_worker_options(check)
-    check.add_argument("--page", type=Path, default=_TUNING)
+    check.add_argument("--page", type=Path, default=_PAGE)
+
+    pack = commands.add_parser("pack", help="compress the records in a folder; commands go on to read them")
+    pack.add_argument("folder", type=Path)
 
     layers = commands.add_parser("layers", help="train with VSGD, and write tables of each tensor's state into a page")
     layers.add_argument("--backend", choices=_BACKENDS, default="jax", help="of Keras (default: %(default)s)")
-    layers.add_argument("--page", type=Path, default=_TUNING)
+    layers.add_argument("--page", type=Path, default=_PAGE)
     return parser
 
 
@@ -184,6 +187,12 @@ def _run_check(arguments: argparse.Namespace) -> None:
     recommended.run_check(arguments.results, arguments.page, arguments.workers, arguments.backend)
 
 
+def _pack_records(arguments: argparse.Namespace) -> None:
+    from experiments import spread  # likewise
+
+    spread.Store(arguments.folder).pack()
+
+
 def _write_layers(arguments: argparse.Namespace) -> None:
     from experiments import layers  # late: it imports Keras, whose backend must be chosen first
 
@@ -198,6 +207,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "report": _write_report,
     "sweep": _run_sweep,
     "recommended": _run_check,
+    "pack": _pack_records,
     "layers": _write_layers,
 }
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy import stats
-
 from experiments import spread, tasks
 from experiments.comparison import ARMS, WIDEST, Comparison, Setting, Trial, find_entrant
-from experiments.report import ArmResult
+from experiments.report import ArmResult, judge_difference
 from experiments.spread import Store, perform_runs
+from experiments.statistics import compare_pairs
 from reporting.pages import format_table, replace_section
 
 #: The folder of the records, in the folder of results.
@@ -105,12 +104,9 @@ def _format_difference(task: tasks.Task, one: ArmResult | None, other: ArmResult
     if one is None or other is None:
         return ""
     pairs = zip(one.list_values("test", task.metric) or (), other.list_values("test", task.metric) or (), strict=True)
-    differences = [first - second for first, second in pairs]
-    mean = statistics.fmean(differences)
-    interval = stats.ttest_1samp(differences, 0).confidence_interval()
-    half = float(interval.high) - mean
-    verdict = "level" if abs(mean) <= half else "better" if task.sign * mean < 0 else "worse"
-    return f"{mean:+.2g} ± {half:.2g}, {verdict}"
+    found = compare_pairs(*zip(*pairs, strict=True))
+    verdict = judge_difference(found, task.metric)
+    return f"{found.mean:+.2g} ± {found.high - found.mean:.2g}, {verdict}"
 
 
 def _format_best(task: tasks.Task, result: ArmResult | None) -> str:

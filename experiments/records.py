@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,30 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
+def pack_records(path: Path) -> None:
+    """Compress a file of records into `PATH.xz`, together with those that are there already, and remove the file.
+
+    Args:
+        path: of the file.
+    """
+    lines = [_format_line(each) for each in (*_read_packed(path), *read_jsonl(path))]
+    packed = _name_packed(path)
+    written = packed.with_suffix(".new")
+    # Through another file, so that a process killed here loses nothing.
+    written.write_bytes(lzma.compress("".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME))
+    written.replace(packed)
+    path.unlink(missing_ok=True)
+
+
+def _name_packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xz")
+
+
+def _read_packed(path: Path) -> list[dict[str, Any]]:
+    packed = _name_packed(path)
+    return list(map(json.loads, lzma.open(packed, "rt", encoding="utf-8"))) if packed.exists() else []
+
+
 def _append_line(path: Path, line: str) -> None:
     """Append a line after the last whole one, safe for several processes and when a process is killed."""
     with path.open("ab+") as file:
@@ -95,12 +120,12 @@ class Records:
     written before it started.
 
     Args:
-        path: of the file, which may not exist yet.
+        path: of the file, which may not exist yet. `pack_records` moves its records into `PATH.xz`, from where they are read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records = {_serialize_key(record["key"]): record for record in read_jsonl(path)}
+        self._records = {_serialize_key(record["key"]): record for record in (*_read_packed(path), *read_jsonl(path))}
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
         """Return whether the run is finished."""

@@ -18,6 +18,7 @@ from experiments.statistics import (
     Range,
     compare_pairs,
     compute_median_steps,
+    correct_holm,
     count_steps_to_target,
     find_useful_range,
 )
@@ -90,7 +91,7 @@ def make_comparisons(store: Store, backend: str) -> dict[str, list[Comparison]]:
         store: of the records.
         backend: of Keras.
     """
-    files = [path.stem for name in tasks.TASKS for path in sorted(store.folder.glob(f"{name}@*.jsonl"))]
+    files = [each for name in tasks.TASKS for each in store.list_tasks() if each.startswith(f"{name}@")]
     longer = [Comparison(tasks.find_task(name), store.find, backend) for name in files]
     entrants = [name for name in ENTRANTS if any(_has_runs(each, name, store) for each in longer)]
     return {
@@ -123,15 +124,8 @@ def _compare_results(first: ArmResult, second: ArmResult, split: str, metric: st
     return compare_pairs(values, others)
 
 
-def _format_difference(first: ArmResult, second: ArmResult | None, split: str, metric: str) -> str:
-    found = MISSING if second is None else _compare_results(first, second, split, metric)
-    if isinstance(found, str):
-        return found
-    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {judge_difference(found, metric)}"
-
-
-def format_verdict(first: ArmResult | None, second: ArmResult | None, split: str, metric: str) -> str:
-    """Format a verdict in a word, or the reason why there is none.
+def compare_arms(first: ArmResult | None, second: ArmResult | None, split: str, metric: str) -> Difference | str:
+    """Compare two results, or return the reason why that is impossible.
 
     Args:
         first: a result; None while runs are missing.
@@ -139,8 +133,15 @@ def format_verdict(first: ArmResult | None, second: ArmResult | None, split: str
         split: the split's name.
         metric: "loss" or "accuracy".
     """
-    found = MISSING if first is None or second is None else _compare_results(first, second, split, metric)
-    return found if isinstance(found, str) else judge_difference(found, metric)
+    return MISSING if first is None or second is None else _compare_results(first, second, split, metric)
+
+
+def _format_difference(first: ArmResult, second: ArmResult | None, split: str, metric: str) -> str:
+    found = compare_arms(first, second, split, metric)
+    if isinstance(found, str):
+        return found
+    interval = f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}; {found.effect:+.1f} sd)"
+    return f"{interval}, {judge_difference(found, metric)}"
 
 
 def _format_arrivals(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -193,23 +194,37 @@ def format_task_section(comparison: Comparison) -> str:
 def format_summary(arm: str, found: Sequence[Comparison]) -> str:
     """Format the verdicts of VSGD compared with each other entrant: train loss first, then the test metric.
 
+    A star marks verdicts that hold after Holm's correction for all comparisons of the table.
+
     Args:
         arm: the name of the arm.
         found: the comparisons, of the same entrants; each gets a row.
     """
     others = [each for each in found[0].entrants if each != SUBJECT]
-    rows, counts = [], {each: (Counter[str](), Counter[str]()) for each in others}
-    for comparison in found:
-        subject, cells = find_result(comparison, arm, SUBJECT), [comparison.task.title]
+    differences = {}
+    for place, comparison in enumerate(found):
         for other in others:
-            result = find_result(comparison, arm, other)
-            which = (("train", "loss"), ("test", comparison.task.metric))
-            words = [format_verdict(subject, result, split, metric) for split, metric in which]
-            for counter, word in zip(counts[other], words, strict=True):
-                counter[word] += 1
-            cells.append(" / ".join(dict.fromkeys(words) if MISSING in words else words))
+            subject, result = (find_result(comparison, arm, name) for name in (SUBJECT, other))
+            for split, metric in (("train", "loss"), ("test", comparison.task.metric)):
+                differences[place, other, split] = compare_arms(subject, result, split, metric)
+    known = {key: each for key, each in differences.items() if not isinstance(each, str)}
+    corrected = dict(zip(known, correct_holm([each.p for each in known.values()]), strict=True))
+    words = {}
+    for (place, other, split), each in differences.items():
+        metric = "loss" if split == "train" else found[place].task.metric
+        words[place, other, split] = each if isinstance(each, str) else judge_difference(each, metric)
+    rows = []
+    for place, comparison in enumerate(found):
+        cells = [comparison.task.title]
+        for other in others:
+            pair = [(place, other, split) for split in ("train", "test")]
+            texts = [words[key] + ("*" if corrected.get(key, 1.0) <= 0.05 else "") for key in pair]
+            cells.append(" / ".join(dict.fromkeys(texts) if MISSING in texts else texts))
         rows.append(cells)
-    totals = [" / ".join("-".join(str(each[word]) for word in _WORDS) for each in counts[other]) for other in others]
+    totals = []
+    for other in others:
+        counts = [Counter(words[place, other, split] for place in range(len(found))) for split in ("train", "test")]
+        totals.append(" / ".join("-".join(str(each[word]) for word in _WORDS) for each in counts))
     header = [f"VSGD, {arm}", *(f"to {ENTRANTS[other].title}" for other in others)]
     return format_table(header, [*rows, ["better-level-worse", *totals]])
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -34,6 +34,20 @@ THREADS = {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+
+
+class Run(Protocol):
+    """A run with a record."""
+
+    @property
+    def task(self) -> str:
+        """The name of its task."""
+        ...
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The key of its record."""
+        ...
 
 
 class Store:
@@ -57,7 +71,16 @@ class Store:
             self._files[task] = records.Records(self.folder / f"{task}.jsonl")
         return self._files[task]
 
-    def find(self, setting: Setting) -> dict[str, Any] | None:
+    def list_tasks(self) -> list[str]:
+        """List the names of the tasks with records, in order."""
+        return sorted({path.name.partition(".jsonl")[0] for path in self.folder.glob("*.jsonl*")} - {"environments"})
+
+    def pack(self) -> None:
+        """Compress all records."""
+        for path in list(self.folder.glob("*.jsonl")):
+            records.pack_records(path)
+
+    def find(self, setting: Run) -> dict[str, Any] | None:
         """Find the record of a run; None where the run is not finished.
 
         Args:
@@ -68,7 +91,7 @@ class Store:
             return None
         return finished[key]
 
-    def add(self, setting: Setting, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def add(self, setting: Run, found: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Append the record of a run.
 
         Args:
@@ -104,7 +127,8 @@ def _make_bench(task: str, entrant: str) -> Any:
 
 
 @functools.cache
-def _describe_environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
+    """Describe the machine and the packages of this process's runs."""
     return {**records.describe_run_environment(), "threads": 1}
 
 
@@ -118,7 +142,7 @@ def perform_run(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     start = time.perf_counter()
     outcome = bench.run(setting.seed, setting.rates)
     seconds = time.perf_counter() - start
-    return round_numbers({**outcome._asdict(), "seconds": seconds}), _describe_environment()
+    return round_numbers({**outcome._asdict(), "seconds": seconds}), describe_environment()
 
 
 def _follow_parent() -> None:
@@ -150,7 +174,7 @@ def run_comparison(names: Sequence[str], entrants: Sequence[str], store: Store, 
     chosen = [tasks.find_task(name) for name in names]
     for name in entrants:
         comparison.find_entrant(name)
-    with _start_processes(workers, backend) as pool:
+    with start_processes(workers, backend) as pool:
         for task in chosen:
             found = comparison.Comparison(task, store.find, backend)
             for title, list_settings in (("tuning", found.list_tuning_settings), ("tests", found.list_test_settings)):
@@ -170,12 +194,21 @@ def perform_runs(settings: Sequence[Setting], store: Store, workers: int, title:
     Raises:
         ValueError: `workers` is less than 1.
     """
-    with _start_processes(workers, settings[0].backend) as pool:
+    with start_processes(workers, settings[0].backend) as pool:
         _perform_missing(pool, settings, store, title)
 
 
 @contextlib.contextmanager
-def _start_processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
+def start_processes(workers: int, backend: str) -> Iterator[ProcessPoolExecutor]:
+    """Start processes of one thread each, which end with this one.
+
+    Args:
+        workers: how many.
+        backend: of Keras.
+
+    Raises:
+        ValueError: `workers` is less than 1.
+    """
     if workers < 1:
         raise ValueError(f"workers is {workers}, but must be at least 1")
     # A spawned process inherits environment variables, and libraries read them on import: there is no other way to set them.

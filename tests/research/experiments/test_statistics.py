@@ -9,15 +9,26 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from scipy import stats
 
-from experiments.statistics import compare_pairs, count_steps_to_target, find_useful_range
+from experiments.statistics import compare_pairs, correct_holm, count_steps_to_target, find_useful_range
 
 
-def test_it_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    found = [compare_pairs(1 + rng.standard_normal(10), np.zeros(10)) for _ in range(1000)]
-    # Four standard errors of a share of 1000; without the expansion it is 0.90.
-    assert np.mean([each.low <= 1 <= each.high for each in found]) == pytest.approx(0.95, abs=0.0276)
+def test_differences_have_students_interval_and_effects_in_deviations_of_the_second() -> None:
+    first, second = np.random.default_rng(1).standard_normal((2, 10))
+    found = compare_pairs(first, second)
+    half = stats.t.ppf(0.975, 9) * np.std(first - second, ddof=1) / math.sqrt(10)
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half))
+    assert found.p == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert found.effect == pytest.approx(found.mean / np.std(second, ddof=1))
+    assert compare_pairs(second, second)[:4] == (0, 0, 0, 1)
+    assert compare_pairs([1.5, 2.5], [1.0, 2.0]).excludes_zero
+    with pytest.raises(ValueError, match="first and second have 1 and 2 values, but must have as many, at least 2"):
+        compare_pairs([1.0], [1.0, 2.0])
+
+
+def test_holm_multiplies_the_least_of_four_by_four_and_no_later_one_is_smaller() -> None:
+    assert correct_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_steps_to_a_target_are_of_the_first_look_that_reaches_it() -> None:
