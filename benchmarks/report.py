@@ -108,7 +108,8 @@ def format_tables(results: Mapping[str, Any]) -> str:
     if timed:
         rates = {name: 1e-9 / compute_seconds_per_byte(cell["memory"]) for name, cell in timed.items()}
         speeds = ", ".join(f"{rate:.3g} GB/s on {name}" for name, rate in rates.items())
-        parts.append(f"Median of paired ratios (quartiles), and median time. Memory moved {speeds}.")
+        legend = "Ratios are medians over the paired rounds (quartiles in brackets); times are medians."
+        parts.append(f"{legend} Memory bandwidth: {speeds}.")
         parts += [format_times(results, baseline) for baseline in results["baselines"]]
     probed = _select_cells(results, "probes")
     if probed:

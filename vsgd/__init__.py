@@ -7,7 +7,7 @@ The package imports no framework. Import the adapter that you need:
 - `vsgd.keras`: `VSGD` and `ConstantVSGD` as `keras.optimizers.Optimizer`, on any Keras backend.
 - `vsgd.mlx`: `VSGD` and `ConstantVSGD` as `mlx.optimizers.Optimizer`.
 - `vsgd.numpy`: `VSGD` and `ConstantVSGD` for lists of arrays, the readable reference.
-- `vsgd.core`: the update, stated once for every array library.
+- `vsgd.core`: the update, written once for all array libraries.
 """
 
 __version__ = "0.1.0"

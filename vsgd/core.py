@@ -1,4 +1,4 @@
-"""The VSGD update, stated once for every array library.
+"""The VSGD update, written once for all array libraries.
 
 VSGD (Chen, Kuzina, Esmaeili, Tomczak, "Variational Stochastic Gradient Descent for Deep Neural Networks", TMLR 2025, arXiv
 2404.06549) models the gradient of each parameter element as a hidden quantity `g_t` that drifts from step to step. The

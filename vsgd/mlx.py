@@ -40,7 +40,7 @@ class _RuleOptimizer(Optimizer):
         if self._calibrates:
             self.state["gradient_unit"] = mx.array(0.0)
         self.weight_decay = float(weight_decay)
-        # MLX takes an integer for one of 64 bits.
+        # MLX would turn an integer into an array of 64 bits.
         self._maybe_schedule("learning_rate", float(learning_rate) if isinstance(learning_rate, Real) else learning_rate)
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
@@ -51,7 +51,7 @@ class _RuleOptimizer(Optimizer):
             state[name] = mx.full(parameter.shape, value, dtype)
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """Take a step as the base class does, but refuse arrays that do not fit before anything changes."""
+        """Take a step as the base class does; arrays that do not fit raise an error before anything changes."""
         if not self._initialized:
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         tree_map(self._check, gradients, parameters, self.state)
@@ -187,7 +187,7 @@ class VSGD(_RuleOptimizer):
 
 @document_options()
 class ConstantVSGD(_RuleOptimizer):
-    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), for MLX.
+    """Constant VSGD (arXiv 2404.06549, section 4) for MLX, with one precision for drift and noise.
 
     `state` holds `mu_g`, `b` at each parameter's place, arrays of the parameter's shape, float64 for float64 parameters, else
     float32. All parameters share the count `state["step"]`.

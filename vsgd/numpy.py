@@ -33,7 +33,8 @@ class _RuleOptimizer:
         lr: the step size; assign to it to follow a schedule.
         weight_decay: decoupled weight decay.
         hyper: the rule's other hyperparameters.
-        gradient_unit: the gradient in which the state counts, 1.0 unless `prior_strength` is "auto"; None until calibrated.
+        gradient_unit: the unit of the state, in units of the gradient: 1.0, or with `prior_strength="auto"` None until
+            calibrated.
         state: for each parameter a dict with `step`, the count of its steps, and the rule's state arrays.
     """
 
@@ -263,7 +264,7 @@ class VSGD(_RuleOptimizer):
 
 @document_options()
 class ConstantVSGD(_RuleOptimizer):
-    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), for a list of arrays.
+    """Constant VSGD (arXiv 2404.06549, section 4) for a list of arrays, with one precision for drift and noise.
 
     `state` holds for each parameter `step` and the arrays `mu_g`, `b`, of the parameter's shape, float64 for float64
     parameters, else float32.

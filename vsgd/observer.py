@@ -1,11 +1,11 @@
-"""A filter that watches gradients and steps nothing, whichever optimizer trains: its gain is learned element by element.
+"""A filter of the gradients of any optimizer, which learns its gain element by element and changes no parameters.
 
-VSGD shares the variance of its innovations between drift and noise by a gain that it does not learn from the noise (see
+VSGD splits the variance of its innovations into drift and noise by a gain that it does not learn from the noise (see
 `docs/uncertainty.md`). This filter does: at the Kalman filter's gain successive innovations are uncorrelated, so it moves each
 gain against the correlation that is left. That is stochastic gradient descent on the squared innovation, where
-`sensitivity` is the derivative of the mean by the gain.
+`sensitivity` is the derivative of the mean with respect to the gain.
 
-This module imports no framework, and states the update once for every array library.
+This module imports no framework; its update runs on every array library.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SMALLEST = 1e-30
 
 
 class ObserverOps(ArrayOps, Protocol):
-    """What `make_update` needs next to the operators of `Array`; `numpy`, `torch`, `jax.numpy` and `keras.ops` have it."""
+    """The functions that `make_update` needs besides operators; `numpy`, `torch`, `jax.numpy` and `keras.ops` have them."""
 
     def abs(self, x: Any, /) -> Any:
         """Return the absolute value of each element."""
@@ -56,7 +56,7 @@ class State(NamedTuple):
     Attributes:
         mean: the estimate of the true gradient, in units of the gradient.
         gain: how far the mean moves towards each new gradient, in (0, 1).
-        sensitivity: the derivative of the mean by the gain, in units of the gradient.
+        sensitivity: the derivative of the mean with respect to the gain, in units of the gradient.
         innovation_variance: the running mean of squared innovations, in units of gradient^2.
     """
 
@@ -160,9 +160,9 @@ class Innovations(NamedTuple):
 
     @property
     def surprise(self) -> Any:
-        """How unexpected the gradient is: near 1 where the model fits; 0 where all gradients were zero.
+        """Squared innovations over their expected variances: near 1 where the model fits; 0 where all gradients were zero.
 
-        Not the mean of the elements' own ratios, which an element with almost only zero gradients makes arbitrarily large.
+        The mean of the elements' own ratios would be arbitrarily large for an element with almost only zero gradients.
         """
         return self.squares / (self.variances + _SMALLEST)
 
@@ -185,7 +185,7 @@ def sum_innovations(grad: Array, state: State, total: Callable[[Any], Any]) -> I
 
 
 def validate_options(max_elements: Any, seed: Any, hyper: Hyperparameters) -> None:
-    """Check the options that all doors to the observer share.
+    """Check the options that all observers share.
 
     Args:
         max_elements: the largest number of watched elements of one tensor; None: all.
@@ -199,7 +199,7 @@ def validate_options(max_elements: Any, seed: Any, hyper: Hyperparameters) -> No
 
 
 def choose_elements(size: int, max_elements: int | None, seed: int, index: int) -> Any:
-    """Return which elements of a tensor are watched: a random one of each of `max_elements` equal ranges.
+    """Choose the watched elements of a tensor: a random one from each of `max_elements` equal ranges.
 
     The choice depends on the arguments alone, so all frameworks, and a resumed run, watch the same elements.
 

@@ -38,7 +38,7 @@ class Array(Protocol):
 
 
 class ArrayOps(Protocol):
-    """What `rule.make_update` needs next to the operators of `Array`."""
+    """The functions that `rule.make_update` needs in addition to the operators of `Array`."""
 
     def sqrt(self, x: Any, /) -> Any:
         """Return the square root of each element."""
@@ -71,7 +71,7 @@ class IntegerOps(Protocol):
 
 
 class BitOps(IntegerOps, Protocol):
-    """What `vsgd.rounding` needs to round float32 to bfloat16."""
+    """The functions that `vsgd.rounding` needs to round float32 to bfloat16."""
 
     def view_as_int32(self, x: Any, /) -> Any:
         """Return the bits of a float32 as int32."""

@@ -1,8 +1,8 @@
 """Rules that clip gradients to what the state predicts: a robust Kalman filter.
 
 Without clipping, one corrupted batch with gradients ten thousand times as large raises the noise estimates by the square of
-that, and steps stay tiny until the estimates have forgotten it. A run of large gradients is no outlier: each one widens the
-prediction, so that the filter believes them after a few steps.
+that, and steps stay tiny until the estimates have forgotten it. A run of large gradients is not an outlier: each one widens
+the prediction, so that the filter accepts them after a few steps.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _make_robust(
         def robust_update(grad: Array, state: core.State, c: Any) -> tuple[Any, core.State]:
             mu_g, first, last = state[0], state[1], state[-1]
             variance = predict(state, (c.drift_scale, c.noise_scale))
-            # Arrays, for `torch.maximum` takes no numbers. A difference to one is exactly zero within the limit.
+            # Arrays, because `torch.maximum` rejects numbers. A difference to one is exactly zero within the limit.
             zero = mu_g - mu_g
             allowed = zero + c.allowed
             innovation = grad - mu_g
@@ -161,8 +161,8 @@ def choose_rule(rule: core.Rule, outlier_threshold: Any) -> core.Rule:
 
     A gradient beyond the limit first widens the predicted variance, and so the limit: by what it exceeds the limit, and at most
     by a factor of `1.1 + outlier_threshold**2 * t**-kappa` at step `t`. Both rates grow by that factor, which keeps the gain.
-    Otherwise they ignore the gradient if its square is twice the limit's or more. One outlier thus does little harm, and a run
-    of them is believed.
+    Apart from this growth, the rates ignore a gradient whose square is at least twice the limit's. One outlier thus does
+    little harm, and a run of them is accepted.
 
     Args:
         rule: `core.VSGD` or `core.CONSTANT_VSGD`.

@@ -1,6 +1,6 @@
 """The posterior of each gradient element, the gradient noise scale and the surprise, computed from the state.
 
-All of it is the uncertainty of the *gradient*, not of the weights. The functions use operators on arrays of any library;
+All of these describe the *gradient*, not the weights. The functions use operators on arrays of any library;
 adapters pass their state.
 """
 
@@ -23,8 +23,8 @@ class Posterior(NamedTuple):
 
     Attributes:
         mean: the posterior mean `mu_g`, in units of the gradient.
-        variance: the posterior variance sigma^2 that the noise levels of the state give, in units of gradient^2. It is the
-            next step's, for sigma^2 does not depend on the gradient of its step.
+        variance: the posterior variance sigma^2 that the noise levels of the state give, in units of gradient^2. It is that
+            of the next step, because sigma^2 does not depend on the step's gradient.
         noise_variance: the variance of the mini-batch noise, `b_ghat / a`.
         drift_variance: the variance of the gradient's change from step to step, `b_g / a`.
         gain: how far the mean moves towards each new gradient, `b_g / (b_g + b_ghat)`: 0 ignores it, 1 copies it.
@@ -45,12 +45,13 @@ class Posterior(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """The factors from a state to what it describes, numbers or arrays that broadcast with the state.
+    """Factors that turn a state into variances and gradients: numbers, or arrays that broadcast with the state.
 
     Attributes:
-        drift: the factor from the state's first rate to the variance of the drift, as `rule.variance_scales(hyper)` has it.
+        drift: the factor from the state's first rate to the variance of the drift, as `rule.variance_scales(hyper)` returns
+            it.
         noise: the factor from the state's last rate to the variance of the mini-batch noise, likewise.
-        unit: the gradient in which the state counts: see `vsgd.prior`.
+        unit: the unit of the state, in units of the gradient: see `vsgd.prior`.
     """
 
     drift: Array
@@ -162,8 +163,8 @@ def estimate_noise_scale(posterior: Posterior, batch_size: Array, total: Callabl
     unbiased while weights move.
 
     With a gain w and a constant gradient, the mean's error has the variance w / (2 - w) R, where R is the variance of
-    the mini-batch noise, and the innovations have the variance `2 R / (2 - w)`. The two rates learn that sum, but not how to
-    share it (the gain does not measure noise). So R is computed from both rates together.
+    the mini-batch noise, and the innovations have the variance `2 R / (2 - w)`. The two rates learn this variance, but not
+    its split into drift and noise: the gain does not measure noise. So R is computed from both rates together.
 
     The estimate also needs gradients far above the prior, and more steps than the filter's memory, `1 / gain`.
 

@@ -88,7 +88,7 @@ class Shards(NamedTuple):
 def measure_unit(xp: Any, gradients: Sequence[Shards], numbers: Any) -> Any:
     """Return the root mean square of all elements of a gradient, or 0 if it is all zero or not finite.
 
-    It changes with the loss exactly: under a loss times a power of two it is multiplied by that power.
+    It scales exactly with the loss: if a power of two multiplies the loss, it also multiplies the result.
 
     Args:
         xp: `numpy`, `torch`, `jax.numpy`, `mlx.core` or `keras.ops`.

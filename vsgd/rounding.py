@@ -1,8 +1,8 @@
-"""Stochastic rounding of float32 to bfloat16, stated once for every array library.
+"""Stochastic rounding of float32 to bfloat16, written once for all array libraries.
 
-A value goes to one of its two neighbours in bfloat16, to the nearer one with the higher probability, so that its mean is kept.
-A change too small for bfloat16 then happens now and then, instead of never. Rounding to the nearest would freeze the state of
-VSGD, whose rates b change by less than a part in 512 once there were many steps.
+A value is rounded to one of its two neighbours in bfloat16, to the nearer one with the higher probability, so that the mean
+is kept. A change too small for bfloat16 then happens sometimes, instead of never. Rounding to the nearest would freeze the
+state of VSGD, whose rates b change by less than a part in 512 after many steps.
 
 The random bits are a hash of (seed, array, step, element), not a sequence: they are the same on every engine, after a
 checkpoint is loaded, and for an element in any shard.
@@ -78,7 +78,7 @@ host_key = make_key(_PythonIntegers())
 
 
 def make_base_key(xp: IntegerOps) -> Callable[[Integer, int], Integer]:
-    """Return `base_key(seed, number) -> base`, which computes what the keys of one parameter's steps are made of.
+    """Return `base_key(seed, number) -> base`, which computes the base of the keys of one parameter's steps.
 
     Args:
         xp: the integer operations.

@@ -65,7 +65,7 @@ _DESCRIPTIONS = {
     "prior_strength": (
         "the paper's gamma, in units of gradient^2: multiply it by c^2 if you multiply the loss by c. 'auto': the first "
         "gradient calibrates the run, which then does not depend on the loss's scale; `prior_shape` None is 0, and the prior "
-        "and `eps` count in the root mean square of that gradient. A first gradient that is all zero or not finite changes "
+        "and `eps` are in units of that gradient's root mean square. A first gradient that is all zero or not finite changes "
         "nothing, and the next one calibrates."
     ),
     "kappa1": "how fast b_g forgets, in (0.5, 1]: its learning rate at step t is t ** -kappa1.",
@@ -77,12 +77,12 @@ _DESCRIPTIONS = {
         "gradient as it is. See `vsgd.outliers`."
     ),
     "prior_shape": (
-        "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0 a run can follow the "
-        "loss's scale exactly: see `docs/tuning.md`."
+        "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0 a run can be "
+        "independent of the loss's scale: see `docs/tuning.md`."
     ),
     "forgetting_floor": (
-        "the smallest learning rate of the rates, in [0, 1), where t ** -kappa falls below it. With 0.01 they remember one or "
-        "two hundred steps of a long run, so that the noise estimates follow noise that falls."
+        "the smallest learning rate of b, b_g and b_ghat, in [0, 1), used where t ** -kappa is below it. With 0.01 they "
+        "remember one or two hundred steps of a long run, so that the noise estimates follow noise that falls."
     ),
     "state_dtype": (
         '"float32", or "bfloat16" for state in half the memory, stochastically rounded; the arithmetic stays float32. float64 '
@@ -93,8 +93,8 @@ _DESCRIPTIONS = {
         "bfloat16 still count on average."
     ),
     "scale": (
-        "the variance at the start of a run over the mean squared gradient. A larger one starts slower; a far smaller one can "
-        "make training fail."
+        "the variance at the start of a run, divided by the mean squared gradient. With a larger one, training starts slower. "
+        "With a far smaller one, training can fail."
     ),
     "seed": (
         "an integer, the seed of stochastic rounding. The random bits are a hash of the seed, the parameter's index, the step "

@@ -28,7 +28,7 @@ STRATEGY = _mirrored_strategy() if keras.backend.backend() == "tensorflow" else 
 
 
 def model_parallel() -> Any:
-    """Batches over the rows of a mesh, kernels and a bias over its columns, of which there are two where devices allow it."""
+    """Split batches over the rows of a mesh, and kernels and a bias over its columns: two columns if the devices allow it."""
     devices = keras.distribution.list_devices()
     columns = 2 if len(devices) % 2 == 0 else 1
     mesh = keras.distribution.DeviceMesh((len(devices) // columns, columns), ["batch", "model"], devices)

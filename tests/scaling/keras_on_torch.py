@@ -19,7 +19,7 @@ from vsgd import torch as vsgd_torch
 
 
 def train(model: Any, step: Callable[[], None], batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Train a Keras model on this rank's part of each batch: DDP makes each gradient the mean of the ranks'."""
+    """Train a Keras model on this rank's part of each batch. DDP averages each gradient over the ranks."""
     parallel = DistributedDataParallel(model)
     for x, y in batches:
         model.zero_grad()
@@ -28,7 +28,7 @@ def train(model: Any, step: Callable[[], None], batches: Iterable[tuple[Tensor, 
 
 
 def keras_step(model: Any) -> None:
-    """A step of the model's optimizer by the gradients that its variables have."""
+    """Take a step of the model's optimizer with the gradients of its variables."""
     variables = model.trainable_variables
     with torch.no_grad():
         model.optimizer.apply([each.value.grad for each in variables], variables)

@@ -152,7 +152,7 @@ def _register_handler(rule: core.Rule, grad_dtype: str, stored: str) -> str | No
 
 def _choose_handler(context: Any, rule: core.Rule) -> str | None:
     """Return the name of the handler for a lowering, or None where XLA must compile the step itself."""
-    # These are not quite public: what is not as expected, is no reason to fail.
+    # These attributes are not quite public: without them, XLA compiles the step.
     module = context.module_context
     axes = getattr(module, "axis_context", None)
     mesh = getattr(axes, "mesh", None)

@@ -21,7 +21,7 @@ from vsgd.backends.numba_ops import OPTIONS, inline
 if numba.config.DISABLE_JIT:
     raise ImportError("vsgd's fused kernel needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
 
-#: A hash of all that a kernel is compiled from, but for its own module.
+#: A hash of all that a kernel is compiled from, except its own module.
 SOURCES = kernels.hash_sources(numba_ops, sys.modules[__name__])
 
 #: `compute_word(index, key)`: see `vsgd.rounding.make_word`.

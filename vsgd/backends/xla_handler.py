@@ -4,8 +4,8 @@ XLA's own code for a CPU is one kernel for each output of a step, each of which 
 pass over all arrays, in XLA's buffers and on XLA's threads.
 
 XLA calls a handler with the address of a call frame. The structs below are those of `xla/ffi/api/c_api.h`, version 0.1, to
-which later minor versions only append. At registration XLA asks the handler for its version; if the call frame has another size
-than expected, the handler answers with a version that XLA refuses.
+which later minor versions only append. At registration XLA queries the handler's version; if the call frame has an
+unexpected size, the handler returns a version that XLA rejects.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _read_words(address, shape):
 
 @inline
 def _get_buffer(buffers, i):
-    """Return the `i`-th of the buffers whose addresses stand at an address."""
+    """Return the `i`-th of the buffers whose addresses are stored at an address."""
     return _read(_read_words(buffers, i + 1)[i], _BUFFER)
 
 
@@ -191,7 +191,7 @@ def _view_array(address, like, size):
 
 @inline
 def _answer_version(frame):
-    """Return whether XLA asks for the version; if so, answer 0.1, or one that XLA refuses if its call frame is unknown."""
+    """Return whether XLA queries the version; if so, set 0.1, or one that XLA rejects if its call frame is unknown."""
     if frame.extension == 0 or _read(frame.extension, _EXTENSION).kind != _METADATA_KIND:
         return False
     metadata = _read(_read(frame.extension, _EXTENSION).metadata, _METADATA)
@@ -324,7 +324,7 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
         store_elements(state, i, new_state, multipliers, word)
         put_element(direction, i, value, None, word)
 
-    # Two loops, for LLVM makes no vectors where two arrays may or may not be one.
+    # Two loops, because LLVM does not vectorize if two arrays may overlap.
 
     @inline
     @name_apart
@@ -368,7 +368,7 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
                 step_apart(arrays[0], grad, arrays[1:], c, grad_scale, key, np.int32(start))
             _finish_task(address)
 
-    # An intrinsic may stand in these two: in a function that they capture it would have another cache key in each process.
+    # Only these two may call an intrinsic: in a function that they capture it would have another cache key in each process.
 
     @name_apart
     def run_task(address):

@@ -67,13 +67,13 @@ class VSGD(RuleOptimizer):
     and variance of that quantity, learns both noise levels, and steps by E[g] / sqrt(E[g^2]).
 
     `variables` contains for each variable `mu_g`, `b_g` and `b_ghat` (of the variable's shape and layout; float64 for float64
-    variables, complex for complex ones, else `state_dtype`). All variables share the step count `iterations`, also a variable
-    that had no gradient in some steps.
+    variables, complex for complex ones, else `state_dtype`). All variables share the step count `iterations`, even a
+    variable that had no gradient in some steps.
 
     With `state_dtype="bfloat16"` the float32 state is stored as bfloat16, in 6 bytes per element instead of 12. It is rounded
     stochastically: up or down at random, which keeps the mean, and so also changes too small for bfloat16. The arithmetic stays
     float32. With `stochastic_rounding=True` bfloat16 variables are rounded stochastically too: weight decay and step are
-    computed in float32 and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost.
+    computed in float32 and rounded once, so that a decay by 1e-4, which bfloat16 cannot represent, is not lost.
 
     Args:
         learning_rate: {learning_rate}
@@ -149,14 +149,14 @@ class VSGD(RuleOptimizer):
 @_document
 @keras.saving.register_keras_serializable(package="vsgd")
 class ConstantVSGD(RuleOptimizer):
-    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), in Adam's memory.
+    """Constant VSGD (arXiv 2404.06549, section 4): one precision for drift and noise, and as much memory as Adam.
 
     The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
     `beta_1 = variance_ratio / (variance_ratio + 1)`.
 
     `variables` contains for each variable `mu_g` and `b` (of the variable's shape and layout; float64 for float64 variables,
-    complex for complex ones, else `state_dtype`: see `VSGD`). All variables share the step count `iterations`, also a variable
-    that had no gradient in some steps.
+    complex for complex ones, else `state_dtype`: see `VSGD`). All variables share the step count `iterations`, even a
+    variable that had no gradient in some steps.
 
     Args:
         learning_rate: {learning_rate}

@@ -68,7 +68,7 @@ def check_shapes(grads: Sequence[Any], variables: Sequence[Any]) -> None:
     for grad, variable in zip(grads, variables, strict=False):  # the base class compares their numbers
         if grad is None:
             continue
-        # TensorFlow may know a shape only in part.
+        # A shape of TensorFlow may be partly unknown.
         knows_part = hasattr(grad.shape, "is_compatible_with")
         fits = grad.shape.is_compatible_with(variable.shape) if knows_part else tuple(grad.shape) == tuple(variable.shape)
         if not fits:

@@ -39,7 +39,7 @@ _OPS = MonitorOps(
 
 
 class MonitorCallback(keras.callbacks.Callback):
-    """Look at the model's optimizer, VSGD or a `GradientObserver`, after every `monitor.every` batches.
+    """Report the state of the model's optimizer, VSGD or a `GradientObserver`, to a monitor every `monitor.every` batches.
 
     A callback receives no gradients, so its looks contain no surprise; in your own training loop, call
     `optimizer.surprise(grads)`. Their loss is Keras' own, the mean since the epoch began. With `steps_per_execution` the
@@ -47,7 +47,7 @@ class MonitorCallback(keras.callbacks.Callback):
     continues the optimizer's count, so that a second `fit` or a loaded model goes on counting.
 
     Args:
-        monitor: it decides when to look, and writes.
+        monitor: decides when to look, and writes the looks.
         batch_size: the number of examples that a gradient averages, on all devices and over accumulated steps; with 1 the noise
             scale counts batches.
 
@@ -75,7 +75,7 @@ class MonitorCallback(keras.callbacks.Callback):
         self._last_batch = -1
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Refuse a model with another optimizer, and continue the optimizer's count.
+        """Check the model's optimizer, and continue its count.
 
         Args:
             logs: unused.
@@ -96,7 +96,7 @@ class MonitorCallback(keras.callbacks.Callback):
         self._last_batch = -1
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Look if it is time to.
+        """Look if a look is due.
 
         Args:
             batch: the index of the last batch in this epoch. Keras 3.10 passes the first one of an execution of several steps,

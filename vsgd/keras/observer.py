@@ -23,14 +23,13 @@ _update = observer.make_update(ops)
 class GradientObserver(keras.optimizers.Optimizer):
     """Estimate each gradient element's mean, noise and drift while any optimizer trains.
 
-    The observer wraps an optimizer, as `keras.optimizers.LossScaleOptimizer` does, because Keras passes gradients to
-    optimizers alone. It filters the gradients that `apply` receives, before clipping and accumulation, and changes no step.
-    It learns its gain from the gradients, so that noise and intervals are right where gradients change slowly; read them
-    after a few hundred steps. `docs/uncertainty.md` measures how far to trust them. Gradients that are not finite change
-    nothing.
+    The observer wraps an optimizer, as `keras.optimizers.LossScaleOptimizer` does, because Keras passes gradients only to
+    optimizers. It filters the gradients that `apply` receives, before clipping and accumulation, and changes no step. It
+    learns its gain from the gradients, so that noise and intervals are right where gradients change slowly; read them after
+    a few hundred steps. `docs/uncertainty.md` measures how far to trust them. Gradients that are not finite change nothing.
 
-    To scale the loss dynamically, wrap the observer: `LossScaleOptimizer(GradientObserver(optimizer))`. TensorFlow's strategies
-    with several replicas are refused: each replica sees the gradients of its own examples.
+    To scale the loss dynamically, wrap the observer: `LossScaleOptimizer(GradientObserver(optimizer))`. TensorFlow's
+    strategies with several replicas raise an error, because each replica sees the gradients of its own examples.
 
     Args:
         inner_optimizer: the optimizer that trains.
@@ -130,7 +129,7 @@ class GradientObserver(keras.optimizers.Optimizer):
         return [*self._variables, *self.inner_optimizer.variables]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Observe gradients, and let the inner optimizer take a step.
+        """Observe gradients, and take a step by the inner optimizer.
 
         Args:
             grads: for each variable a gradient of its shape, or None.
@@ -177,7 +176,7 @@ class GradientObserver(keras.optimizers.Optimizer):
         return Posterior(*map(ops.copy, observer.compute_posterior(_read(state))))
 
     def elements(self, variable: Any) -> Any:
-        """Return which elements of a variable are watched.
+        """Return the indices of a variable's watched elements.
 
         Args:
             variable: a variable that the optimizer was built with.
@@ -280,7 +279,7 @@ class GradientObserver(keras.optimizers.Optimizer):
 
         Args:
             config: the arguments.
-            custom_objects: classes that Keras does not know, by name.
+            custom_objects: classes that are not registered with Keras, by name.
         """
         inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
         return cls(**{**config, "inner_optimizer": inner})

@@ -45,7 +45,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
             if value is not None:
                 validate_numbers(**{name: value})
         if isinstance(arguments["weight_decay"], int):
-            arguments["weight_decay"] = float(arguments["weight_decay"])  # TensorFlow takes an integer for one of 32 bits
+            arguments["weight_decay"] = float(arguments["weight_decay"])  # TensorFlow would make a 32-bit integer of it
         super().__init__(**arguments)
         self._rule = choose_rule(self._plain_rule, options["outlier_threshold"])
         self._gradient_unit: Any = None
@@ -117,7 +117,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         return [*dict.fromkeys(backend.choose_real_dtype(states[0].dtype) for states in self._states if states)]
 
     def _colocate(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which TensorFlow creates state on each device of the variable, or refuses to."""
+        """Return a context in which TensorFlow creates state on each device of the variable, or raises an error."""
         if keras.backend.backend() != "tensorflow":
             return contextlib.nullcontext()
         value = variable.value if isinstance(variable, keras.Variable) else variable
@@ -149,7 +149,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         return float(self.weight_decay) if decays else 0.0
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Take one step as the base class does, but refuse gradients of other shapes, which would broadcast.
+        """Take one step as the base class does; gradients of other shapes, which would broadcast, raise an error.
 
         Args:
             grads: for each variable a gradient of its shape, or None to leave the variable as it is. Nested lists,
@@ -239,7 +239,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         """Load arrays that `save_own_variables` saved: all of them or none.
 
         As in Keras, a store with another number of arrays is not loaded, with a warning. Adam's state has as many arrays as
-        Constant VSGD's: it is refused if a second moment is zero, and loaded otherwise.
+        Constant VSGD's: it is rejected if a second moment is zero, and loaded otherwise.
 
         Args:
             store: arrays by "0", "1", ... in the order of `variables`.

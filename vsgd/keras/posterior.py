@@ -26,7 +26,7 @@ from vsgd.validation import validate_numbers
 
 
 class PosteriorMixin:
-    """The methods that report what an optimizer's state says about the gradients."""
+    """Methods that report an optimizer's gradient estimates."""
 
     built: bool
     _rule: core.Rule

@@ -78,8 +78,8 @@ class Monitor:
     def loss(self) -> Any:
         """The loss for the next look, a number or an array without dimensions, or None.
 
-        Assign it at each step, before `optimizer.step()`. The monitor keeps the last one and reads it at the next look only, so
-        that other steps wait for no device. The look then forgets it.
+        Assign it at each step, before `optimizer.step()`. The monitor keeps the last loss and reads it only at the next
+        look, so that other steps do not wait for the device. Then it is None again.
 
         Raises:
             ValueError: the assigned loss is an array with dimensions.

@@ -12,7 +12,7 @@ from vsgd.monitor.report import make_report
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Write what the command line asks for.
+    """Run the command line.
 
     Args:
         words: the command line; None is the process's.

@@ -130,7 +130,7 @@ def draw_surprise(axes: Any, looks: Sequence[Look]) -> None:
     axes.axhline(1, color="C1", linestyle="--", label="1, where the model fits")
     guarded = np.array([look.overall.guarded or 0 for look in looks])
     if guarded.any():
-        # At the top of the axes, for a guarded step may have no surprise.
+        # At the top of the axes, because a guarded step may have no surprise.
         marks = steps[guarded > 0]
         label = f"looks with guarded steps, {guarded.sum():.0f} steps"
         transform = axes.get_xaxis_transform()

@@ -25,7 +25,7 @@ SURPRISING = 4.0
 _WIDTH, _HEIGHT, _FONT, _ROW = 5.6, 3.6, 12.5, 14.0
 _MOST_LABELS = 40
 _LONGEST_LABEL = 24
-# Colours of the drawings, which the page replaces by its own, for they depend on the reader's theme.
+# Colours of the drawings, which the page replaces by its own, because they depend on the reader's theme.
 _COLOURS = {"#00abc0": "currentColor", "#00abc1": "var(--first)", "#00abc2": "var(--second)"}
 _INK, *_CYCLE = _COLOURS
 

@@ -195,10 +195,10 @@ def vsgd(
         \end{align*}
 
     The state has the shape and sharding of the parameters. State and arithmetic are float32 for bfloat16, float16 and float32
-    parameters, and float64 for float64 ones: b_g falls to 1e-8, which float16 cannot hold and at which bfloat16, rounded to the
-    nearest, freezes. A complex number counts as two real ones, in its state too (complex64 or complex128). Updates have the
-    gradient's dtype. All parameters share one step count. A gradient of None leaves its state unchanged, and its update is
-    None.
+    parameters, and float64 for float64 ones: b_g falls to 1e-8, which float16 cannot represent and at which bfloat16,
+    rounded to the nearest, freezes. A complex number counts as two real ones, in its state too (complex64 or complex128).
+    Updates have the gradient's dtype. All parameters share one step count. A gradient of None leaves its state unchanged,
+    and its update is None.
 
     With ``state_dtype="bfloat16"`` the float32 state is stored as bfloat16, in 6 bytes per parameter instead of 12. It is
     rounded stochastically: up or down at random, which keeps the mean, and so also changes too small for bfloat16. The
@@ -207,9 +207,9 @@ def vsgd(
     sharding changes nothing. (In `jax.shard_map` and `jax.vmap` the whole array is the one that the function sees.)
 
     With ``stochastic_rounding=True`` bfloat16 parameters are rounded stochastically too. Decay and step are computed in float32
-    and rounded once, so that a decay by 1e-4, which bfloat16 cannot hold, is not lost. The updates of these parameters are
-    float32, and `optax.apply_updates` adds them to exactly the rounded number. Nothing may change them in between: put this
-    transformation last in an `optax.chain`.
+    and rounded once, so that a decay by 1e-4, which bfloat16 cannot represent, is not lost. The updates of these parameters
+    are float32, and `optax.apply_updates` adds them to exactly the rounded number. Nothing may change them in between: put
+    this transformation last in an `optax.chain`.
 
     A step is at most ``learning_rate`` in each element: try 0.01 where you would use 0.001 with Adam.
 
@@ -291,7 +291,7 @@ def constant_vsgd(
     prior_shape: jax.typing.ArrayLike | None = None,
     forgetting_floor: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""VSGD with one precision for drift and noise, the paper's second variant, in Adam's memory.
+    r"""Constant VSGD, with one precision for drift and noise, and as much memory as Adam.
 
     The gain is constant, so mu_g is Adam's first moment without bias correction, with beta1 = K_g / (K_g + 1). In the
     notation of `vsgd.optax.vsgd`, with :math:`a = \gamma + 1 + 10^{-4}` (with ``prior_shape`` instead of :math:`\gamma` if you

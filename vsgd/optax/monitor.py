@@ -1,4 +1,4 @@
-"""Look at the state of an optax transformation: see `vsgd.monitor`."""
+"""Summarize the state of an optax transformation: see `vsgd.monitor`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OPS = MonitorOps(
 
 
 def summarize(step: int, opt_state: Any, grads: optax.Updates | None = None, *, batch_size: float = 1) -> Look:
-    """Look at a state outside of `jax.jit`, with one transfer from the device for all parameters of a dtype.
+    """Summarize a state, outside of `jax.jit`, with one transfer from the device for all parameters of a dtype.
 
     Args:
         step: the number of steps so far.

@@ -23,7 +23,7 @@ def join_complex(*parts: jax.Array) -> jax.Array:
 
 
 def choose_arithmetic_dtype(dtype: Any) -> Any:
-    """Return the dtype of the arithmetic: float32 or wider, for half precision holds neither b_g nor its small changes."""
+    """Return the dtype of the arithmetic: float32 or wider, as half precision holds neither b_g nor its small changes."""
     # Not `promote_types`, which has no common type for float32 and the 8-bit floats.
     double = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits == 64
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -37,7 +37,7 @@ def get_dtype(array: Any) -> Any:
 
 
 def cast_hyperparameters(hyper: Any, dtype: Any) -> Any:
-    """Return hyperparameters whose arrays have the dtype of the arithmetic; Python numbers take it on by themselves."""
+    """Return hyperparameters whose arrays have the dtype of the arithmetic; Python numbers adopt it by themselves."""
     return hyper._replace(
         **{
             name: _cast(name, value, dtype)

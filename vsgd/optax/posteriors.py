@@ -1,4 +1,4 @@
-"""The posterior of the gradients of an optax transformation, from its state, wherever that is in a larger state."""
+"""The posterior of the gradients of an optax transformation, from its state or from a larger state that contains it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def posterior(opt_state: Any) -> Any:
     """Return the posterior of each gradient: the uncertainty of the gradient, not of the weights.
 
     Args:
-        opt_state: the state of VSGD, Constant VSGD or `observe_gradients`, or of a chain, mask or wrapper that holds it. Where
-            a chain observes gradients and steps by VSGD, the observer's posterior counts.
+        opt_state: the state of VSGD, Constant VSGD or `observe_gradients`, or of a chain, mask or wrapper that contains it.
+            If a chain contains an observer and VSGD, the result is the observer's.
 
     Returns:
         A tree shaped like the parameters, with a `vsgd.posterior.Posterior` for each: arrays of the parameter's shape, float64
@@ -103,10 +103,10 @@ def noise_scale(opt_state: Any, *, batch_size: jax.typing.ArrayLike) -> NoiseSca
 
 
 def surprise(grads: optax.Updates, opt_state: Any) -> Any:
-    """Return how unexpected gradients are to the state before they update it, averaged over each parameter.
+    """Return how unexpected gradients are given the state before they update it, averaged over each parameter.
 
-    See `vsgd.posterior.compute_surprise`. As in `posterior`, an observer's state counts first: from its second step on the
-    surprise is the squared innovations over their expected variances, both summed over the watched elements.
+    See `vsgd.posterior.compute_surprise`. As in `posterior`, an observer's state takes precedence. From its second step on
+    the surprise is the squared innovations over their expected variances, both summed over the watched elements.
 
     Args:
         grads: gradients, as for `update`.

@@ -1,4 +1,4 @@
-"""The state of the optax transformations, whose type names its rule."""
+"""The state of the optax transformations, whose type identifies its rule."""
 
 # Not `from __future__ import annotations`: the types of the fields are to be types, not strings.
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class ScaleByVsgdState(NamedTuple):
         b_ghat: rate of the Gamma posterior of the mini-batch noise's precision.
         drift_scale: the factor from `b_g` to the variance of the drift, a 0-d array.
         noise_scale: the factor from `b_ghat` to the variance of the mini-batch noise, a 0-d array.
-        gradient_unit: the gradient in which the arrays count, a 0-d array, 0 until calibrated; None: gradients as they are.
+        gradient_unit: the unit of the arrays, in units of the gradient, a 0-d array, 0 until calibrated; None: 1.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -40,7 +40,7 @@ class ScaleByConstantVsgdState(NamedTuple):
         b: rate of the Gamma posterior of the one precision.
         drift_scale: the factor from `b` to the variance of the drift, a 0-d array.
         noise_scale: the factor from `b` to the variance of the mini-batch noise, a 0-d array.
-        gradient_unit: the gradient in which the arrays count, a 0-d array, 0 until calibrated; None: gradients as they are.
+        gradient_unit: the unit of the arrays, in units of the gradient, a 0-d array, 0 until calibrated; None: 1.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name

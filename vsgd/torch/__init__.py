@@ -25,7 +25,7 @@ _document = document_options(
     foreach="run on lists of tensors; None: on CUDA.",
     maximize="maximize the objective instead of minimizing it.",
     capturable="keep step counts on the device, so that a CUDA graph can capture the step.",
-    differentiable="let autograd run through the step.",
+    differentiable="let autograd differentiate the step.",
     fused=(
         "run one kernel for all parameters, numba's on the CPU and Triton's on CUDA; None: on the CPU where numba is installed."
     ),
@@ -117,7 +117,7 @@ class VSGD(RuleOptimizer):
 
 @_document
 class ConstantVSGD(RuleOptimizer):
-    """VSGD with one precision for drift and noise (arXiv 2404.06549, the paper's second variant), in Adam's memory.
+    """Constant VSGD (arXiv 2404.06549, section 4): one precision for drift and noise, and as much memory as Adam.
 
     The gain is constant, `1 / (variance_ratio + 1)`, so `mu_g` is Adam's first moment with
     `beta1 = variance_ratio / (variance_ratio + 1)`.

@@ -44,7 +44,7 @@ def watch(
     noise_scale: NoiseScaleMeter | None = None,
     observer: GradientObserver | None = None,
 ) -> RemovableHandle:
-    """Look at an optimizer, or at an observer of its gradients, before every `monitor.every` steps.
+    """Report the state of an optimizer, or of an observer of its gradients, to a monitor every `monitor.every` steps.
 
     A look reports the state after the steps so far, and the surprise of the gradients that the next step will take. With a
     closure these gradients are not computed yet, so the surprise is that of `param.grad`. Between two looks a step costs one
@@ -58,14 +58,14 @@ def watch(
 
     Args:
         optimizer: a `vsgd.torch.VSGD` or `ConstantVSGD`; any torch optimizer with an `observer`.
-        monitor: it decides when to look, and writes.
+        monitor: decides when to look, and writes the looks.
         named_parameters: names of the parameters; the default is the optimizer's names, else the parameters' indices.
         batch_size: the number of examples that a gradient averages, over all processes and accumulated steps; with 1 the
             noise scale counts batches.
-        noise_scale: a meter of this optimizer. Its measurement replaces the noise scale of all tensors together, which is else
-            from the state, and right only while the weights are held still.
-        observer: an observer of this optimizer's gradients, which the looks then report; with its own names, and with the
-            surprise of the last gradients that it observed. Of a sharded parameter each process reports its own shard.
+        noise_scale: a meter of this optimizer. Its measurement replaces the noise scale of all tensors together. Without a
+            meter the noise scale is estimated from the state, and right only while the weights are held still.
+        observer: an observer of this optimizer's gradients. The looks then report its state under its own names, with the
+            surprise of the last gradients that it observed. Each process reports its own shard of a sharded parameter.
 
     Returns:
         A handle: `remove()` ends watching, and so does the end of a `with` block.

@@ -71,12 +71,12 @@ class Block(NamedTuple):
 class GradientObserver:
     """Estimate each gradient element's mean, noise and drift while any optimizer trains.
 
-    The observer filters the gradients and steps nothing. It learns its gain from the gradients, so that noise and intervals
-    are right where gradients change slowly; read them after a few hundred steps. `docs/uncertainty.md` measures how far to
-    trust them.
+    The observer filters the gradients and changes no parameters. It learns its gain from the gradients, so that noise and
+    intervals are right where gradients change slowly; read them after a few hundred steps. `docs/uncertainty.md` measures
+    how far to trust them.
 
-    Create it after the model is on its device, and sharded if it is to be. With sharded parameters each process watches its own
-    shards. A parameter without gradient is left out of a step. Gradients that are not finite change nothing.
+    Create the observer after the model is on its device, and after any sharding. With sharded parameters each process watches
+    its own shards. A parameter without gradient is left out of a step. Gradients that are not finite change nothing.
 
     Args:
         named_parameters: names and parameters, as from `model.named_parameters()`, real or complex.
@@ -129,7 +129,7 @@ class GradientObserver:
         """Update the estimates by the gradients in `param.grad`. Call it once for each step, after `backward()`.
 
         Args:
-            grad_scale: a factor to divide the gradients by, 0-d, as of a `GradScaler` that has not unscaled them.
+            grad_scale: a 0-d factor to divide the gradients by, such as that of a `GradScaler` that has not unscaled them.
         """
         for block in self._blocks:
             first = start = 0
@@ -210,7 +210,7 @@ class GradientObserver:
         return Posterior(*(field.reshape(shape) for field in posterior))
 
     def elements(self, param: Tensor) -> Tensor | None:
-        """Return which elements of a parameter are watched.
+        """Return the indices of a parameter's watched elements.
 
         Args:
             param: a watched parameter.
@@ -227,11 +227,12 @@ class GradientObserver:
     def surprise(self) -> dict[str, Tensor]:
         """Return how unexpected the last observed gradients were.
 
-        With sharded parameters all processes must call it, for it sums over them.
+        With sharded parameters all processes must call this method, because it sums over them.
 
         Returns:
-            By name, for each parameter with two observed gradients or more, the last one's squared innovations over their
-            expected variances, both summed over the watched elements, 0-d; near 1 where the model fits and large at a spike.
+            A 0-d tensor by name, for each parameter with at least two observed gradients: the last gradient's squared
+            innovations over their expected variances, both summed over the watched elements. It is near 1 where the model
+            fits and large at a spike.
         """
         found = {each.name: each.innovations for each in self._by_param.values() if each.innovations is not None}
         sharded = [each.name for each in self._by_param.values() if each.name in found and _is_sharded(each.param)]
@@ -243,7 +244,7 @@ class GradientObserver:
         return {name: innovations.surprise for name, innovations in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of all parameters by name, and the options; with sharded parameters those of this process."""
+        """Return the state of all parameters by name, and the options; of sharded parameters this process's shards."""
         return {
             "options": {"max_elements": self._max_elements, "seed": self._seed, **self._hyper._asdict()},
             "state": {

@@ -1,4 +1,4 @@
-"""The torch optimizer of any rule: it checks groups, collects gradients and state, and hands them to the stepper."""
+"""The torch optimizer of any rule: it checks groups, collects gradients and state, and passes them to the stepper."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
         )
 
     def _check_params(self, group: dict[str, Any]) -> None:
-        """Refuse parameters that no step can take under the group's flags."""
+        """Raise an error for parameters that no step can take under the group's flags."""
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -257,7 +257,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
                 raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
 
     def _check_engines(self, group: dict[str, Any]) -> None:
-        """Refuse a group whose engine is missing, or cannot run on the devices of the group's tensors."""
+        """Raise an error for a group whose engine is missing, or cannot run on the devices of the group's tensors."""
         params = [param for param in group["params"] if param.grad is not None]
         if group["fused"]:
             for device_type in {param.device.type for param in params}:

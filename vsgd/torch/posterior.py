@@ -41,7 +41,7 @@ class Stepped(NamedTuple):
 
 
 class PosteriorMixin:
-    """The methods that report what an optimizer's state says about the gradients."""
+    """Methods that report an optimizer's gradient estimates."""
 
     _plain_rule: ClassVar[core.Rule]
     param_groups: list[dict[str, Any]]
@@ -132,7 +132,7 @@ class PosteriorMixin:
 
 
 def get_unit(group: dict[str, Any]) -> float:
-    """Return the gradient in which the state of a group counts."""
+    """Return the unit of a group's state, in units of the gradient."""
     return 1.0 if group["gradient_unit"] is None else float(group["gradient_unit"])
 
 

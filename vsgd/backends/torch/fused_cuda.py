@@ -181,7 +181,7 @@ def _step_chunk(
             pointer = tl.multiple_of(pointer, 16)
         pointers += (pointer,)
         arrays += (tl.load(pointer + offsets, mask=mask).to(scalars[0].dtype),)
-    # In 64 bits first, for an index beyond 2**31 wraps around.
+    # In 64 bits first, because an index beyond 2**31 wraps around.
     indices = None if key is None else (tl.load(row + len(types) + 2) + start + offsets).to(tl.int32)
     new = step(arrays, scalars, indices, key)
     tl.store(pointers[0] + offsets, new[0].to(types[0]), mask=mask)

@@ -311,7 +311,7 @@ def group_small(leaves: Iterable[Leaf]) -> tuple[list[list[Leaf]], list[Leaf]]:
     others: list[Leaf] = []
     for leaf in leaves:
         shape = leaf.param.shape
-        # State of another shape stays apart so that the engine refuses it: joined, it might fit by chance.
+        # State of another shape stays apart so that the engine rejects it: joined, it might fit by chance.
         # A stochastically rounded leaf stays apart because its noise depends on its place in memory.
         if (
             leaf.noise is None

@@ -1,4 +1,4 @@
-"""Names of torch that are private or that older versions lack, each with what replaces it there: torch 2.6 and newer."""
+"""Names of torch that are private or missing in older versions, with replacements, for torch 2.6 and newer."""
 
 from __future__ import annotations
 

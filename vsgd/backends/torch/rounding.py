@@ -94,7 +94,7 @@ def _compute_indices(leaf: Leaf, noise: Noise) -> Tensor:
     if not is_plain(array):
         return torch.arange(array.numel(), dtype=torch.int32, device=array.device).view(array.shape)
     ranges = [
-        # Counted in int64, for an index beyond 2**31 wraps around.
+        # Counted in int64, because an index beyond 2**31 wraps around.
         (torch.arange(size, device=array.device) * stride).view(-1, *[1] * (array.dim() - dim - 1))
         for dim, (size, stride) in enumerate(zip(array.shape, array.stride(), strict=True))
     ]
