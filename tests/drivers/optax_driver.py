@@ -20,8 +20,10 @@ from drivers.precision import x64
 from drivers.rules import RULES
 from vsgd.posterior import NoiseScale, Posterior
 
-#: Makes the handler step all arrays, where it is installed, or none.
-BY_HANDLER, BY_XLA = (mock.patch("vsgd.backends.jax_step.SMALLEST", size) for size in (0, 2**62))
+#: Makes the handler step all arrays, where it is installed, those of fewer than 8 elements in one call; or none.
+BY_HANDLER, BY_XLA = (
+    mock.patch.multiple("vsgd.backends.jax_step", SMALLEST=size, FEWEST=count) for size, count in ((8, 1), (2**62, 2**62))
+)
 
 
 @functools.lru_cache(maxsize=None, typed=True)

@@ -1,4 +1,4 @@
-"""The core's update of one JAX array as one primitive: numba's handler on a CPU, XLA's own code elsewhere.
+"""The core's update of JAX arrays as one primitive: numba's handler on a CPU, XLA's own code elsewhere.
 
 The choice is made when the primitive is lowered, where the devices are known. (`jax.lax.platform_dependent` lowers both.)
 """
@@ -9,8 +9,8 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ from jax.interpreters import ad, batching, mlir
 from vsgd import core, rounding
 from vsgd.backends.jax import compute_words, list_varying_axes, to_bfloat16, vary_over
 
-#: Smaller arrays are left to XLA: the call of a handler costs more than it saves.
+#: Arrays of fewer elements share one call of a handler.
 SMALLEST = 4096
+#: Fewer small arrays are left to XLA: for a small model the handler's compilation takes longer than it ever saves.
+FEWEST = 64
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -33,43 +35,68 @@ _step = Primitive("vsgd_step")
 _step.multiple_results = True
 
 
-def step_array(
-    rule: core.Rule,
-    grad: jax.Array,
-    state: Sequence[jax.Array],
-    coefficients: Any,
-    key: jax.Array | None = None,
-    turn: jax.Array | None = None,
-    grad_scale: jax.Array | None = None,
-) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
-    """Return the direction of a gradient, the new state, and the turn of the next array.
+class Leaf(NamedTuple):
+    """An array to step.
 
-    Steps on a function's arguments could all start at once, and XLA would fill memory with all directions before it used the
-    first one. With turns, the handler waits for the last array's, and XLA uses a direction while it is in the caches.
+    Attributes:
+        grad: real numbers in the dtype of the arithmetic, or in bfloat16.
+        state: arrays of the gradient's shape, float64, float32 or bfloat16.
+        key: the key of this array and step if the state is bfloat16, which is rounded stochastically; else None.
+    """
+
+    grad: jax.Array
+    state: Sequence[jax.Array]
+    key: jax.Array | None = None
+
+
+def step_leaves(
+    rule: core.Rule,
+    leaves: Sequence[Leaf],
+    compute_coefficients: Callable[[Any], Any],
+    grad_scale: jax.Array | None = None,
+) -> list[tuple[jax.Array, list[jax.Array]]]:
+    """Return each leaf's direction, in the gradient's dtype, and its new state.
 
     Args:
         rule: the variant.
-        grad: real numbers in the dtype of the arithmetic, or in bfloat16.
-        state: arrays of the gradient's shape, float64, float32 or bfloat16.
-        coefficients: `rule.coefficients(step, hyper)`, numbers or 0-d arrays.
-        key: the key of this array and step, if the state is bfloat16: it is rounded stochastically.
-        turn: what the step on another array returned; None: do not wait.
-        grad_scale: the factor of the gradient, a 0-d array; None: 1. With 0 there is no step, whatever the gradient is: the
-            direction is 0, and the state stays.
-
-    Returns:
-        The direction in the gradient's dtype, state in its own, and the next turn, a scalar without meaning.
+        leaves: the arrays.
+        compute_coefficients: returns `rule.coefficients(step, hyper)`, numbers or 0-d arrays, in a dtype.
+        grad_scale: the factor of all gradients, a 0-d array; None: 1. With 0 there is no step, whatever the gradients are: the
+            directions are 0, and the state stays.
 
     Source: `vsgd.core`; arXiv 2404.06549, Algorithm 1.
     """
-    if grad.size < SMALLEST:
-        direction, *new = _update(rule, coefficients, key, grad, state, grad.shape, grad_scale)
-        return direction, new, turn
-    dtype = jnp.promote_types(state[0].dtype, jnp.float32)
-    numbers = jnp.stack([jnp.asarray(number, dtype) for number in (*coefficients, 1.0 if grad_scale is None else grad_scale)])
-    key, turn = (jnp.zeros([], jnp.int32) if each is None else each for each in (key, turn))
-    turn, direction, *new = _step.bind(numbers, key, turn, grad, *state, rule=rule)
-    return direction, new, turn
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        alone = None if leaf.grad.size < SMALLEST else place
+        groups.setdefault((leaf.grad.dtype, leaf.state[0].dtype, alone), []).append(place)
+    stepped: dict[int, tuple[jax.Array, list[jax.Array]]] = {}
+    # Steps on a function's arguments could all start at once, and XLA would fill memory with all directions before it used the
+    # first one. With turns, the handler waits for the last call, and XLA uses a direction while it is in the caches.
+    turn = jnp.zeros([], jnp.int32)
+    for (_, stored, alone), places in groups.items():
+        dtype = jnp.promote_types(stored, jnp.float32)
+        coefficients = compute_coefficients(dtype)
+        if alone is None and len(places) < FEWEST:
+            found = [
+                _update(rule, coefficients, leaf.key, leaf.grad, leaf.state, grad_scale)
+                for leaf in map(leaves.__getitem__, places)
+            ]
+        else:
+            factor = 1.0 if grad_scale is None else grad_scale
+            numbers = jnp.stack([jnp.asarray(number, dtype) for number in (*coefficients, factor)])
+            keys = jnp.stack([jnp.zeros([], jnp.int32) if leaves[place].key is None else leaves[place].key for place in places])
+            arrays = (array for place in places for array in (leaves[place].grad, *leaves[place].state))
+            turn, *results = _step.bind(numbers, keys, turn, *arrays, rule=rule)
+            found = _split_by_leaf(rule, results)
+        stepped.update(zip(places, ((direction, new) for direction, *new in found), strict=True))
+    return [stepped[place] for place in range(len(leaves))]
+
+
+def _split_by_leaf(rule: core.Rule, arrays: Sequence[Any]) -> list[Sequence[Any]]:
+    """Split arrays into those of each leaf: gradient or direction, and state."""
+    size = 1 + len(rule.state_names)
+    return [arrays[start : start + size] for start in range(0, len(arrays), size)]
 
 
 def _update(
@@ -78,15 +105,16 @@ def _update(
     key: Any,
     grad: jax.Array,
     state: Sequence[jax.Array],
-    shape: tuple[int, ...],
     grad_scale: jax.Array | None,
+    rows: int = 0,
 ) -> list[jax.Array]:
+    """Compute a step by JAX's own operators; the first `rows` dimensions of all arrays number the rows of a `vmap`."""
     dtype = jnp.promote_types(state[0].dtype, jnp.float32)
     wide = tuple(array.astype(dtype) for array in state)
     scaled = grad.astype(dtype) if grad_scale is None else grad.astype(dtype) * grad_scale.astype(dtype)
     direction, new = rule.make_update(jnp)(scaled, wide, coefficients)
     if state[0].dtype == jnp.bfloat16:
-        words = compute_words(key, shape)
+        words = compute_words(key, grad.shape[rows:])
         new = tuple(to_bfloat16(array, words, multiplier) for array, multiplier in zip(new, rounding.MULTIPLIERS, strict=False))
     results = [direction.astype(grad.dtype), *(array.astype(state[0].dtype) for array in new)]
     if grad_scale is None:
@@ -95,14 +123,17 @@ def _update(
     return [jnp.where(grad_scale == 0, old, new) for old, new in zip(unchanged, results, strict=True)]
 
 
-def _compute_step(
-    numbers: jax.Array, key: jax.Array, turn: jax.Array, grad: jax.Array, *state: jax.Array, rule: core.Rule
-) -> list[jax.Array]:
-    """Compute what the primitive means. Under `vmap`, each row of `numbers` and each key is for a row of the arrays."""
-    rows = (*key.shape, *[1] * (grad.ndim - key.ndim))
+def _compute_step(numbers: jax.Array, keys: jax.Array, turn: jax.Array, *arrays: jax.Array, rule: core.Rule) -> list[jax.Array]:
+    """Compute what the primitive means. Under `vmap`, each row of `numbers` and `keys` is for a row of the arrays."""
     kind = type(rule.coefficients(1.0, rule.hyperparameters()))
-    *coefficients, grad_scale = (numbers[..., i].reshape(rows) for i in range(numbers.shape[-1]))
-    return [turn, *_update(rule, kind(*coefficients), key.reshape(rows), grad, state, grad.shape[key.ndim :], grad_scale)]
+    rows = numbers.ndim - 1
+    results = [turn]
+    for place, (grad, *state) in enumerate(_split_by_leaf(rule, arrays)):
+        shape = (*numbers.shape[:rows], *[1] * (grad.ndim - rows))
+        *coefficients, grad_scale = (numbers[..., i].reshape(shape) for i in range(numbers.shape[-1]))
+        key = keys[..., place].reshape(shape)
+        results += _update(rule, kind(*coefficients), key, grad, state, grad_scale, rows)
+    return results
 
 
 @functools.cache
@@ -116,10 +147,13 @@ def _(*operands: jax.Array, rule: core.Rule) -> Any:
 
 
 @_step.def_abstract_eval  # type: ignore[untyped-decorator]
-def _(numbers: Any, key: Any, *arrays: Any, rule: core.Rule) -> list[Any]:
-    # Where all inputs of `shard_map` do not vary together, the outputs vary as all of them do.
-    varying = frozenset[str]().union(*map(list_varying_axes, (numbers, key, *arrays)))
-    return [vary_over(each.update(weak_type=False), varying) for each in arrays]
+def _(numbers: Any, keys: Any, turn: Any, *arrays: Any, rule: core.Rule) -> list[Any]:
+    results = [turn]
+    for leaf in _split_by_leaf(rule, arrays):
+        # Where a leaf's inputs of `shard_map` do not vary together, its outputs vary as all of them do.
+        varying = frozenset[str]().union(*map(list_varying_axes, (numbers, keys, *leaf)))
+        results += [vary_over(each.update(weak_type=False), varying) for each in leaf]
+    return results
 
 
 def _differentiate(primals: Sequence[Any], tangents: Sequence[Any], *, rule: core.Rule) -> Any:
@@ -173,11 +207,16 @@ def _lower(context: Any, *operands: Any, rule: core.Rule) -> Any:
     name = _choose_handler(context, rule)
     if name is None:
         return _lower_plain(context, *operands, rule=rule)
-    computed = type(operands[3]).__name__ == "OpResult"
     # The direction takes the place of a gradient that was computed here; XLA would copy an argument for that.
-    aliases = {2 + i: i for i in range(len(operands) - 2) if computed or i != 1}
-    results = list(jax.ffi.ffi_lowering(name, operand_output_aliases=aliases)(context, *operands))
-    if computed:
+    computed = [type(leaf[0]).__name__ == "OpResult" for leaf in _split_by_leaf(rule, operands[3:])]
+    size = 1 + len(rule.state_names)
+    kept = {3 + place * size for place, each in enumerate(computed) if not each}
+    results = list(
+        jax.ffi.ffi_lowering(name, operand_output_aliases={i: i - 2 for i in range(2, len(operands)) if i not in kept})(
+            context, *operands
+        )
+    )
+    if all(computed):
         results[0] = operands[2]  # the next step need not wait for this one
     return results
 

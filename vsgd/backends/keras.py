@@ -17,7 +17,7 @@ from vsgd.ops import BitOps
 if keras.backend.backend() == "torch":
     import torch
 if keras.backend.backend() == "jax":
-    from vsgd.backends.jax_step import step_array
+    from vsgd.backends.jax_step import Leaf, step_leaves
 
 
 class _KerasIntegers(BitOps):
@@ -146,7 +146,7 @@ def compute_step(rule: core.Rule, values: list[Any], lr: Any, coefficients: Any,
     """
     new = []
     for param, grad, *state in zip(*map(split_complex, values), strict=True):
-        direction, new_state, _ = step_array(rule, grad, state, coefficients, grad_scale=grad_scale)
+        direction, new_state = _step_array(rule, grad, state, coefficients, None, grad_scale)
         new.append((_hold(grad_scale, core.descend(param, direction, lr, decay), param), *new_state))
     return [join_complex(parts) for parts in zip(*new, strict=True)]
 
@@ -177,7 +177,7 @@ def compute_rounded_step(
     """
     key = _compute_key(base, step)
     param, grad = (ops.cast(value, "float32") for value in values[:2])
-    direction, state, _ = step_array(rule, grad, values[2:], coefficients, key, grad_scale=grad_scale)
+    direction, state = _step_array(rule, grad, values[2:], coefficients, key, grad_scale)
     param = _hold(grad_scale, core.descend(param, direction, lr, decay), param)
     return [_round_arrays([param], key, len(state))[0] if round_param else param, *state]
 
@@ -194,17 +194,17 @@ def _round_arrays(arrays: Sequence[Any], key: Any, first: int = 0) -> list[Any]:
     return [ops.cast(_to_bfloat16(array, word, each), "bfloat16") for array, each in zip(arrays, multipliers, strict=False)]
 
 
-if keras.backend.backend() != "jax":
-
-    def step_array(  # type: ignore[misc]  # its arrays are of another framework
-        rule: core.Rule, grad: Any, state: Sequence[Any], coefficients: Any, key: Any = None, *, grad_scale: Any = None
-    ) -> tuple[Any, Sequence[Any], None]:
-        """Return the direction of a gradient, and the new state: see `vsgd.backends.jax_step.step_array`."""
-        rounds = keras.backend.standardize_dtype(state[0].dtype) == "bfloat16"
-        wide = tuple(ops.cast(array, "float32") for array in state) if rounds else tuple(state)
-        direction, new = rule.make_update(ops)(grad if grad_scale is None else grad * grad_scale, wide, coefficients)
-        stored = _round_arrays(new, key) if rounds else new
-        return direction, [_hold(grad_scale, *pair) for pair in zip(stored, state, strict=True)], None
+def _step_array(
+    rule: core.Rule, grad: Any, state: Sequence[Any], coefficients: Any, key: Any, grad_scale: Any
+) -> tuple[Any, Sequence[Any]]:
+    """Return the direction of a gradient, and the new state."""
+    if keras.backend.backend() == "jax":
+        return step_leaves(rule, [Leaf(grad, state, key)], lambda dtype: coefficients, grad_scale)[0]
+    rounds = keras.backend.standardize_dtype(state[0].dtype) == "bfloat16"
+    wide = tuple(ops.cast(array, "float32") for array in state) if rounds else tuple(state)
+    direction, new = rule.make_update(ops)(grad if grad_scale is None else grad * grad_scale, wide, coefficients)
+    stored = _round_arrays(new, key) if rounds else new
+    return direction, [_hold(grad_scale, *pair) for pair in zip(stored, state, strict=True)]
 
 
 @functools.cache

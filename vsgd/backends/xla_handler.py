@@ -77,7 +77,9 @@ _CALL = _make_struct("size", "extension", "subject", "first", "second")  # the a
 _METADATA_KIND, _EXECUTE = 1, 3
 
 #: What the threads of a step share. The addresses of the leaf's arrays follow.
-_JOB = _make_struct("next", "done", "references", "tasks", "parts", "row_size", "coefficients", "keys", "gradient")
+_JOB = _make_struct(
+    *("next", "done", "references", "tasks", "parts", "row_size", "coefficients", "keys", "key_stride", "gradient")
+)
 # Compiled code cannot read a dtype's attributes.
 _API_BYTES, _CALL_BYTES, _JOB_BYTES = _API.itemsize, _CALL.itemsize, _JOB.itemsize
 _NEXT, _DONE, _REFERENCES = 0, 8, 16  # where the job's first fields are
@@ -201,12 +203,20 @@ def _answer_version(frame):
 
 
 @inline
-def _make_job(frame, n_roles, itemsize):
-    """Return the address of a new job for one thread, or 0 if there are no elements."""
-    rows = _count_elements(_get_buffer(frame.arguments_items, 1))
-    size = _count_elements(_get_buffer(frame.arguments_items, 3))
+def _count_leaves(frame, n_roles):
+    """Return the number of leaves of a call: all arguments after the first three are theirs."""
+    return (frame.arguments_count - 3) // n_roles
+
+
+@inline
+def _make_job(frame, leaf, n_roles, itemsize):
+    """Return the address of a new job for one thread, or 0 if the leaf has no elements."""
+    gradient = _get_buffer(frame.arguments_items, 3 + leaf * n_roles)
+    size = _count_elements(gradient)
     if size == 0:
         return 0
+    keys, n_leaves = _get_buffer(frame.arguments_items, 1), _count_leaves(frame, n_roles)
+    rows = _count_elements(keys) // n_leaves
     address = _malloc(_JOB_BYTES + 8 * n_roles)
     job, addresses = _read(address, _JOB), _read_words(address + _JOB_BYTES, n_roles)
     job.next, job.done, job.references = 0, 0, 1
@@ -214,10 +224,10 @@ def _make_job(frame, n_roles, itemsize):
     job.parts = -(-job.row_size // TASK)
     job.tasks = rows * job.parts
     job.coefficients = _get_buffer(frame.arguments_items, 0).data
-    job.keys = _get_buffer(frame.arguments_items, 1).data
-    job.gradient = _get_buffer(frame.arguments_items, 3).data
+    job.keys, job.key_stride = keys.data + 4 * leaf, n_leaves
+    job.gradient = gradient.data
     for role in range(n_roles):
-        addresses[role] = _get_buffer(frame.results_items, 1 + role).data
+        addresses[role] = _get_buffer(frame.results_items, 1 + leaf * n_roles + role).data
     if job.gradient != addresses[0] and size * itemsize >= _HUGE_PAGE // 2:
         # XLA takes the direction's memory from the system in each step: large pages need fewer page faults.
         first = addresses[0] & -_HUGE_PAGE
@@ -286,9 +296,10 @@ class Handler(NamedTuple):
 def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
     """Compile the handler of a rule.
 
-    Its operands are numbers (rows x the coefficients and the factor of the gradient), the keys of stochastic rounding and turns
-    (rows, int32), the gradient and the state arrays (rows x the leaf's shape). Its results are turns, which only order the
-    calls, the direction, and the new state in the buffers of the old one. With a factor of 0 there is no step.
+    Its operands are numbers (rows x the coefficients and the factor of the gradients), the keys of stochastic rounding (rows x
+    leaves, int32), turns (rows, int32), and for each leaf its gradient and its state (rows x the leaf's shape). Its results are
+    turns, which only order the calls, and for each leaf the direction, and the new state in the buffers of the old one. With a
+    factor of 0 there is no step.
 
     Args:
         rule: the variant.
@@ -355,7 +366,7 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
             row, part = divmod(task, job.parts)
             numbers = _view_array(job.coefficients + row * row_bytes, likes[0], len(likes))
             c, grad_scale = kind(*_read_numbers(numbers, likes[1:])), numbers[len(likes) - 1]
-            key = _view_array(job.keys, np.int32(0), row + 1)[row]
+            key = _view_array(job.keys + 4 * row * job.key_stride, np.int32(0), 1)[0]
             start = part * TASK
             first, size = row * job.row_size + start, min(TASK, job.row_size - start)
             arrays = view_arrays(addresses, like, 0, first, size)
@@ -379,12 +390,13 @@ def compile_handler(rule: core.Rule, grad_dtype: Any, stored: Any) -> Handler:
     def handle(address):
         frame = _read(address, _FRAME)
         if not _answer_version(frame) and frame.stage == _EXECUTE:
-            job = _make_job(frame, n_roles, itemsize)
-            if job != 0:
-                _start_helpers(frame, job, _find_symbol(task_symbol))
-                work(job)
-                _wait(job)
-                _release(job)
+            for leaf in range(_count_leaves(frame, n_roles)):
+                job = _make_job(frame, leaf, n_roles, itemsize)
+                if job != 0:
+                    _start_helpers(frame, job, _find_symbol(task_symbol))
+                    work(job)
+                    _wait(job)
+                    _release(job)
         return 0
 
     task = compile_cached(functools.partial(numba.cfunc, types.void(types.int64)), run_task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -13,7 +14,7 @@ import optax
 
 from vsgd import core, prior, rounding
 from vsgd.backends.jax import compute_words, list_varying_axes, make_key, to_bfloat16
-from vsgd.backends.jax_step import step_array
+from vsgd.backends.jax_step import Leaf, step_leaves
 from vsgd.optax.numerics import (
     cast_hyperparameters,
     check_gradient,
@@ -92,32 +93,31 @@ def scale_by_rule(
             # In the arithmetic's dtype: a power of a float32 count would cost a float64 run its accuracy.
             return rule.coefficients(count.astype(dtype), cast_hyperparameters(hyper, dtype))
 
-        turn = None
-
-        def update_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> tuple[Any, ...]:
+        def split_leaf(path: Any, grad: Any, number: int, *arrays: jax.Array) -> list[Leaf]:
             if grad is None:
-                return None, *arrays
-            nonlocal turn
+                return []
             check_gradient("updates", path, grad, arrays)
             stored = arrays[0].dtype
             dtype = choose_arithmetic_dtype(stored)
-            c = compute_coefficients(jnp.finfo(dtype).dtype)
             key = compute_key(number, count) if stored == jnp.bfloat16 else None
             halves = get_dtype(grad) == jnp.bfloat16 and dtype == jnp.float32
             grad_parts = split_complex(jnp.asarray(grad, jnp.bfloat16 if halves else dtype))
             pairs = zip(grad_parts, zip(*map(split_complex, arrays), strict=True), strict=True)
-            stepped = []
-            for part, old in pairs:
-                *new, turn = step_array(rule, part, old, c, key, turn, grad_scale)
-                stepped.append(new)
-            direction, new_arrays = jax.tree.map(join_complex, *stepped)
-            return direction.astype(get_dtype(grad)), *new_arrays
+            return [Leaf(part, old, key) for part, old in pairs]
 
         treedef: Any
         grads, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda leaf: leaf is None)
         state_trees = get_arrays(state)
         trees = [treedef.flatten_up_to(tree) for tree in (_number_leaves(state_trees[0]), *state_trees)]
-        leaves = [update_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
+        split = [split_leaf(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
+        stepped = iter(step_leaves(rule, [part for parts in split for part in parts], compute_coefficients, grad_scale))
+        leaves: list[tuple[Any, ...]] = []
+        for (_, grad), parts, *old in zip(grads, split, *trees[1:], strict=True):
+            if grad is None:
+                leaves.append((None, *old))
+            else:
+                direction, new = jax.tree.map(join_complex, *islice(stepped, len(parts)))
+                leaves.append((direction.astype(get_dtype(grad)), *new))
         directions, *new_trees = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(1 + len(state_trees)))
         count = count if unit is None else jnp.where(unit > 0, count, state.count)
         return directions, make_state(count, *new_trees, *compute_variance_scales(state.drift_scale.dtype), unit)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -24,7 +25,8 @@ pytest.importorskip("numba")
 
 import jax.numpy as jnp  # noqa: E402
 from adapters.optax.optax_problems import assert_same, gradients, make_step, train  # noqa: E402
-from drivers.optax_driver import BY_XLA  # noqa: E402
+from drivers.optax_driver import BY_HANDLER, BY_XLA  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from vsgd import core  # noqa: E402
 from vsgd.backends import jax_step  # noqa: E402
@@ -120,8 +122,8 @@ RUNS = [each for name, each in [*globals().items()] if name.startswith("run_")]
 def test_the_handler_is_chosen_and_agrees_with_xla(
     run: Callable[[Any], Any], options: dict[str, Any], chosen: list[str | None]
 ) -> None:
-    # Not by the handler, there are no others: a small leaf does not ask.
-    results = run(vsgd(0.1, weight_decay=0.01, **options))
+    with BY_HANDLER:  # the two smallest arrays share a call
+        results = run(vsgd(0.1, weight_decay=0.01, **options))
     assert chosen
     assert None not in chosen
     with BY_XLA:
@@ -161,6 +163,29 @@ def test_a_donated_step_needs_memory_for_three_arrays_and_others_keep_their_inpu
     before = jax.tree.map(np.array, (params, state))
     jax.block_until_ready(make_step(solver)(params, state, params))
     assert_same((params, state), before)
+
+
+def test_small_arrays_share_a_call_for_each_pair_of_dtypes() -> None:
+    params = {"large": jnp.ones(5000), **{str(size): jnp.full(size, 0.5) for size in range(3, 3 + jax_step.FEWEST)}}
+    params |= {f"half {size}": jnp.ones(size, jnp.bfloat16) for size in range(jax_step.FEWEST - 1)}
+    params |= {"one complex": jnp.ones(2, jnp.complex64), "none": None, "empty": jnp.zeros((0, 3))}
+    solver = vsgd(0.1)
+    text = make_step(solver).lower(params, solver.init(params), params).as_text()
+    # One for the large array, one for all small ones in float32; those in bfloat16 are one too few.
+    assert len(re.findall(r"custom_call @vsgd_", text)) == 2
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map")
+def test_an_array_that_shares_a_call_varies_over_the_axes_of_its_own() -> None:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = {"shard": P("x"), "replica": P()}
+    params = {"shard": jnp.arange(4.0), "replica": jnp.arange(6.0)}
+    step = jax.shard_map(
+        lambda each: vsgd(0.1).update(each, vsgd(0.1).init(each), each)[0], mesh=mesh, in_specs=(spec,), out_specs=spec
+    )
+    with BY_HANDLER:
+        sharded = jax.jit(step)(params)
+    assert_same(sharded, vsgd(0.1).update(params, vsgd(0.1).init(params), params)[0], rtol=1e-6)
 
 
 # --- Where XLA compiles the step. ---
