@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from reporting import digits
 from reporting.pages import format_image, format_table, replace_section
+from reporting.plots import INK, OPTIMIZERS, drawing
 from vsgd.torch import VSGD
 
 _STATES: dict[str, Callable[..., VSGD]] = {"float32": VSGD, "bfloat16": partial(VSGD, state_dtype="bfloat16")}
@@ -97,21 +98,15 @@ def draw_estimates(estimates: Mapping[str, Sequence[float]], path: Path) -> None
         estimates: of `follow_noise`.
         path: of the image file.
     """
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
-
-    styles = {"float32": "-", "bfloat16": "--", "to the nearest": ":"}
+    styles = {"float32": "solid", "bfloat16": "dashed", "to the nearest": "dotted"}
     labels = {"bfloat16": "bfloat16, rounded at random", "to the nearest": "bfloat16, rounded to the nearest"}
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in estimates.items():
-        axes.plot(values, styles[name], label=labels.get(name, name), linewidth=2)
-    axes.step([0, _DROP, _STEPS], [1.0, 0.01, 0.01], "k", where="post", linewidth=1, alpha=0.5, label="the noise's variance")
-    axes.set(
-        yscale="log", xlabel="step", ylabel="noise variance, mean of 4096 elements", title="After a tenfold drop of the noise"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    with drawing(path, height=4) as figure:
+        axes = figure.subplots()
+        for name, values in estimates.items():
+            axes.plot(values, color=OPTIMIZERS["VSGD"], linestyle=styles[name], label=labels.get(name, name), linewidth=2)
+        axes.step([0, _DROP, _STEPS], [1.0, 0.01, 0.01], color=INK, where="post", linewidth=1, label="the noise's variance")
+        axes.set(yscale="log", xlabel="step", ylabel="noise variance", title="VSGD's noise estimate after a drop of the noise")
+        axes.legend()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given: Any = parser.parse_args(arguments)
     if given.seeds < 2:
         parser.error(f"--seeds is {given.seeds}, but must be at least 2, for a standard deviation")
-    figure = given.page.with_suffix("") / "compact-state.png"
+    figure = given.page.with_suffix("") / "compact-state.svg"
     figure.parent.mkdir(parents=True, exist_ok=True)
     draw_estimates(follow_noise(), figure)
     torch.set_num_threads(1)

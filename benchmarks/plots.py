@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import shapes
 from benchmarks.timing import compute_seconds_per_byte, compute_spread, select_taken
+from reporting.plots import INK, drawing, style_optimizers
 
 _AXES = {
     "parameters": ("parameters, in 4 tensors", "parameters"),
@@ -43,31 +44,32 @@ def draw_sweeps(results: Mapping[str, Any], stem: Path) -> list[Plot]:
         The plots.
     """
     swept = {name: cells for name in shapes.SWEEPS if len(cells := _select_sweep(results, name)) > 1}
-    return [_draw_sweep(results, name, cells, stem.with_name(f"{stem.name}-{name}.png")) for name, cells in swept.items()]
+    return [_draw_sweep(results, name, cells, stem.with_name(f"{stem.name}-{name}.svg")) for name, cells in swept.items()]
 
 
 def _draw_sweep(results: Mapping[str, Any], name: str, cells: list[Mapping[str, Any]], path: Path) -> Plot:
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
-
     label, count = _AXES[name]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for competitor in dict.fromkeys(each for cell in cells for each in cell["times"]["competitors"]):
-        points = [(cell[count], cell["times"]["competitors"].get(competitor)) for cell in cells]
-        points = [(x, compute_spread(select_taken(found["seconds"]))) for x, found in points if found is not None]
-        xs, spreads = zip(*points, strict=True)
-        (line,) = axes.plot(xs, [1e3 * each.median for each in spreads], marker="o", markersize=4, label=competitor)
-        axes.fill_between(
-            xs, [1e3 * each.low for each in spreads], [1e3 * each.high for each in spreads], color=line.get_color(), alpha=0.2
-        )
-    most = max((each["traffic_bytes"], name) for name, each in cells[-1]["times"]["competitors"].items())[1]
-    least = [1e3 * compute_floor(cell["times"], most) for cell in cells]
-    axes.plot([cell[count] for cell in cells], least, "k--", label="floor of VSGD: its bytes at the measured bandwidth")
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="time of a step, ms", title=results["title"].replace("`", ""))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return Plot(f"{results['title'].replace('`', '')}: time of a step against the number of {count}", path)
+    title = results["title"].replace("`", "")
+    with drawing(path, height=5) as figure:
+        axes = figure.subplots()
+        competitors = dict.fromkeys(each for cell in cells for each in cell["times"]["competitors"])
+        for competitor, style in style_optimizers(competitors).items():
+            points = [(cell[count], cell["times"]["competitors"].get(competitor)) for cell in cells]
+            points = [(x, compute_spread(select_taken(found["seconds"]))) for x, found in points if found is not None]
+            xs, spreads = zip(*points, strict=True)
+            axes.plot(xs, [1e3 * each.median for each in spreads], marker="o", label=competitor, **style)
+            low, high = (
+                [1e3 * each for each in ends] for ends in zip(*((each.low, each.high) for each in spreads), strict=True)
+            )
+            axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        most = max((each["traffic_bytes"], name) for name, each in cells[-1]["times"]["competitors"].items())[1]
+        least = [1e3 * compute_floor(cell["times"], most) for cell in cells]
+        floor = "floor of VSGD: its bytes at the measured bandwidth"
+        axes.plot([cell[count] for cell in cells], least, color=INK, linestyle="dashed", label=floor)
+        framework, _, _ = title.partition(",")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=f"{framework}: time of a step")
+        figure.legend(loc="outside lower center")
+    return Plot(f"{title}: time of a step against the number of {count}", path)
 
 
 def compute_floor(times: Mapping[str, Any], competitor: str) -> float:

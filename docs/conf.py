@@ -12,7 +12,7 @@ version = release = vsgd.__version__
 html_title = "vsgd"
 
 extensions = [
-    "myst_nb",  # includes MyST for the pages
+    "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -27,7 +27,6 @@ default_role = "code"  # docstrings use Markdown's single backticks
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-nb_execution_mode = "off"  # the notebooks store their outputs
 copybutton_prompt_text = ">>> "
 copybutton_copy_empty_lines = False
 linkcheck_retries = 3  # for `tox run -e docs-links`

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from experiments import datasets, paper, records
 from experiments.optimizers import OPTIMIZERS
 from reporting.pages import format_image, format_table, replace_section
+from reporting.plots import drawing, find_colour
 
 #: The file of the records, in the folder of results.
 FILE = "paper.jsonl"
@@ -105,24 +106,22 @@ def draw_curves(cells: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]
     names = [name for name, each in paper.EXPERIMENTS.items() if each.data == data and any(name == run for run, _ in cells)]
     if not names:
         return False
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
-
-    figure = Figure(figsize=(4 * len(names), 7), layout="constrained")
-    axes = figure.subplots(2, len(names), squeeze=False)
-    for column, name in enumerate(names):
-        axes[0, column].set(title=paper.MODELS[paper.EXPERIMENTS[name].model], yscale="log")
-        axes[1, column].set_xlabel("step")
-        for place, optimizer in enumerate(paper.COMPARED):
-            runs = list(cells.get((name, optimizer), {}).values())
-            if runs:
-                _draw_mean(axes[0, column], runs, "loss", f"C{place}", OPTIMIZERS[optimizer].title)
-                _draw_mean(axes[1, column], runs, "test_accuracy", f"C{place}", OPTIMIZERS[optimizer].title)
-    axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylabel("test accuracy")
-    axes[1, 0].legend(fontsize="small")
-    for each in axes.flat:
-        each.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    with drawing(path, height=1 + 2.8 * len(names)) as figure:
+        axes = figure.subplots(len(names), 2, sharex="row", squeeze=False)
+        for row, name in zip(axes, names, strict=True):
+            row[0].set(ylabel=paper.MODELS[paper.EXPERIMENTS[name].model], yscale="log")
+            for optimizer in paper.COMPARED:
+                runs = list(cells.get((name, optimizer), {}).values())
+                if runs:
+                    title = OPTIMIZERS[optimizer].title
+                    _draw_mean(row[0], runs, "loss", find_colour(title), title)
+                    _draw_mean(row[1], runs, "test_accuracy", find_colour(title), title)
+        axes[0, 0].set_title("training loss")
+        axes[0, 1].set_title("test accuracy")
+        for panel in axes[-1]:
+            panel.set_xlabel("step")
+        lines = {line.get_label(): line for panel in axes[:, 0] for line in panel.get_lines()}
+        figure.legend(lines.values(), lines.keys(), ncols=2, loc="outside lower center")
     return True
 
 
@@ -154,7 +153,7 @@ def write_page(results: Path, page: Path) -> None:
     for backend, cells in runs.items():
         parts += [f"On Keras' {backend} backend, {_describe_machines(cells)}:", *format_tables(cells)]
         for data, source in datasets.SOURCES.items():
-            path = results / f"paper-{data}-{backend}.png"
+            path = results / f"paper-{data}-{backend}.svg"
             if draw_curves(cells, data, path):
                 parts.append(format_image(f"{source.title}: training loss and test accuracy, {backend}", path, page))
     replace_section(page, "paper", parts)

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 def pytest_addoption(parser: pytest.Parser) -> None:
     packages = "packages, by commas, with markers, without which the run fails instead of skipping tests"
     parser.addoption("--require", default="", help=packages)
+    parser.addoption("--site", type=Path, help="folder of the built documentation, whose pages a browser then measures")
 
 
 def pytest_configure(config: pytest.Config) -> None:

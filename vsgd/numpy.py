@@ -325,7 +325,7 @@ class ConstantVSGD(_RuleOptimizer):
 def prior_strength_from(
     gradients: Iterable[Iterable[np.ndarray | None] | Mapping[Any, np.ndarray | None]], scale: float = 10.0
 ) -> float:
-    """Compute a `prior_strength` in the units of a model's gradients, before training: see `docs/tuning.md`.
+    """Compute a `prior_strength` in the units of a model's gradients, before training: see `docs/calibration.md`.
 
     The result is `5e-5 * scale` times the mean square of all gradient elements, over all parameters and mini-batches. Pass the
     gradients that the optimizer will see: those of the training loss, unscaled.

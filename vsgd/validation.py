@@ -78,7 +78,7 @@ _DESCRIPTIONS = {
     ),
     "prior_shape": (
         "the shape of the prior, a number without unit; None: `prior_strength`, as in the paper. With 0.0 a run can be "
-        "independent of the loss's scale: see `docs/tuning.md`."
+        "independent of the loss's scale: see `docs/calibration.md`."
     ),
     "forgetting_floor": (
         "the smallest learning rate of b, b_g and b_ghat, in [0, 1), used where t ** -kappa is below it. With 0.01 they "

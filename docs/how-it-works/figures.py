@@ -8,26 +8,21 @@ To run it:
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
 from numpy.typing import NDArray
 
+sys.path.append(str(Path(__file__).parents[2]))
+
 import vsgd.numpy
+from reporting.plots import CYCLE, INK, drawing, style_optimizers
 from vsgd import core
 
 Array = NDArray[np.float64]
-
-# Okabe and Ito's colours suit colour-blind readers.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 
 NOISES = (0.1, 1.0)  # standard deviation of each element's noise
 
@@ -98,49 +93,55 @@ def format_table(runs: dict[str, Filtered]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_filtering(runs: dict[str, Filtered]) -> Figure:
-    """Draw a row for each optimizer: both elements' hidden gradient, noisy gradients and posterior, and the gains."""
-    figure, axes = plt.subplots(len(runs), 3, figsize=(10, 6.5), sharex=True, layout="constrained")
-    for row, (title, run) in zip(axes, runs.items(), strict=True):
+def draw_filtering(figure: Any, runs: dict[str, Filtered]) -> None:
+    """Draw a row for each optimizer: both elements' hidden gradient, noisy gradients and posterior; and a row of the gains."""
+    axes = figure.subplots(len(runs) + 1, len(NOISES), sharex=True, sharey="row")
+    styles = style_optimizers(runs)
+    for row, (name, run) in zip(axes, runs.items(), strict=False):
         steps = np.arange(1, len(run.seen) + 1)
-        for place, (panel, noise) in enumerate(zip(row, NOISES, strict=False)):
+        colour = styles[name]["color"]
+        for place, panel in enumerate(row):
             mean, deviation = run.mean[:, place], run.deviation[:, place]
-            panel.plot(steps, run.seen[:, place], ".", color=GREY, markersize=2, label="mini-batch gradient")
-            panel.plot(steps, run.hidden[:, place], color="black", label="hidden gradient")
-            panel.fill_between(steps, mean - 2 * deviation, mean + 2 * deviation, color=BLUE, alpha=0.3, linewidth=0)
-            panel.plot(steps, mean, color=BLUE, label="mean ± 2 sd")
-            panel.set(title=f"{title}: noise {noise}", ylim=(-2.5, 2.5))
-            row[2].plot(steps, run.gain[:, place], color=(GREEN, ORANGE)[place], label=f"noise {noise}")
-        row[2].set(title=f"{title}: gain", yscale="log", ylim=(3e-4, 1))
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 2].legend(fontsize=8)
-    figure.supxlabel("step")
-    return figure
+            panel.plot(steps, run.seen[:, place], ".", color=INK, alpha=0.6, markersize=1.5)
+            panel.plot(steps, run.hidden[:, place], color=INK, linewidth=1)
+            panel.fill_between(steps, mean - 2 * deviation, mean + 2 * deviation, color=colour, alpha=0.3, linewidth=0)
+            panel.plot(steps, mean, color=colour)
+            panel.set_ylim(-4.5, 4.5)  # the first steps' deviations are larger
+            axes[-1, place].plot(steps, run.gain[:, place], label=name, **styles[name])
+        row[0].set_title(name, loc="left")
+    for panel, noise in zip(axes[-1], NOISES, strict=True):
+        panel.set(xlabel=f"step, noise {noise}", yscale="log")
+    axes[-1, 0].set_title("gain", loc="left")
+    handles, _ = axes[-1, 0].get_legend_handles_labels()
+    title = "grey: hidden gradient and mini-batch gradients\ncoloured: the posterior's mean ± 2 sd"
+    figure.legend(handles=handles, title=title, loc="outside lower center")
 
 
-def draw_model() -> Figure:
+def draw_model(figure: Any) -> None:
     """Draw the model as a graph: open circles are hidden, the filled one is observed, the dot is fixed, the frame repeats."""
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    radius = 0.33
+    from matplotlib.patches import Circle, Rectangle
+
+    axes = figure.subplots()
+    radius = 0.36
     fixed, drift, noise, hidden, seen = map(np.array, [(0.5, 1.0), (1.5, 2.4), (3.5, 2.4), (2.5, 1.0), (4.5, 1.0)])
     for start, end in [(fixed, hidden), (drift, hidden), (hidden, seen), (noise, seen)]:
-        tip = end - radius * (end - start) / np.linalg.norm(end - start)
-        axes.annotate("", tip, start, arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}, zorder=1)
+        way = radius * (end - start) / np.linalg.norm(end - start)
+        arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", end - way, start if start is fixed else start + way, arrowprops=arrow)
     for centre, name in [(drift, r"$\tau_g$"), (noise, r"$\tau_{\hat g}$"), (hidden, "$g_t$"), (seen, r"$\hat g_t$")]:
-        axes.add_patch(Circle(centre, radius, facecolor="#d9d9d9" if centre is seen else "white", edgecolor="black", zorder=2))
-        axes.text(*centre, name, ha="center", va="center", fontsize=14, zorder=3)
-    axes.add_patch(Circle(fixed, 0.07, color="black", zorder=2))
-    axes.text(0.5, 0.65, r"$u_t = \mu_{t-1}$", ha="center", va="center", fontsize=12)
-    axes.add_patch(Rectangle((-0.2, 0.3), 5.4, 1.3, fill=False, edgecolor=GREY))
-    axes.text(5.1, 0.4, "each step $t$", ha="right", fontsize=10, color="#555555")
-    axes.text(1.05, 2.4, "drift's precision", ha="right", va="center", fontsize=10)
-    axes.text(3.95, 2.4, "noise's precision", ha="left", va="center", fontsize=10)
-    axes.set(xlim=(-0.4, 5.6), ylim=(0.1, 2.9), aspect="equal")
+        axes.add_patch(Circle(centre, radius, facecolor=f"{INK}50" if centre is seen else "none", edgecolor=INK))
+        axes.text(*centre, name, ha="center", va="center", fontsize=16)
+    axes.add_patch(Circle(fixed, 0.07, color=INK))
+    axes.text(0.55, 0.6, r"$u_t = \mu_{t-1}$", ha="center", va="center", fontsize=14)
+    axes.add_patch(Rectangle((-0.3, 0.2), 5.6, 1.4, fill=False, edgecolor=INK))
+    axes.text(5.2, 0.3, "each step $t$", ha="right")
+    axes.text(1.02, 2.4, "precision\nof the drift", ha="right", va="center")
+    axes.text(3.98, 2.4, "precision\nof the noise", ha="left", va="center")
+    axes.set(xlim=(-0.4, 5.4), ylim=(0.1, 2.9), aspect="equal")
     axes.axis("off")
-    return figure
 
 
-def draw_direction() -> Figure:
+def draw_direction(figure: Any) -> None:
     """Draw the step divided by the learning rate as a function of the posterior mean divided by its standard deviation."""
     rule, hyper = core.VSGD, core.VSGD.hyperparameters(eps=0.0)
     ratio = np.linspace(-6, 6, 401)
@@ -149,13 +150,13 @@ def draw_direction() -> Figure:
     state = (ratio, np.full_like(ratio, gain / (1 - gain) * b_ghat), np.full_like(ratio, b_ghat))
     # A gradient equal to the mean leaves the mean unchanged.
     direction, _ = rule.make_update(np)(ratio, state, rule.coefficients(2, hyper))
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    axes.plot(ratio, ratio, color=GREY, linestyle=":", label=r"$\mu / \sigma$")
-    axes.plot(ratio, np.sign(ratio), color=GREY, linestyle="--", label=r"sign($\mu$)")
-    axes.plot(ratio, direction, color=BLUE, label=r"$\mu / \sqrt{\mu^2 + \sigma^2}$")
-    axes.set(xlabel=r"mean over standard deviation, $\mu / \sigma$", ylabel="step / learning rate", ylim=(-1.2, 1.2))
-    axes.legend(fontsize=9)
-    return figure
+    axes = figure.subplots()
+    near = np.abs(ratio) < 1.15
+    axes.plot(ratio[near], ratio[near], color=INK, linestyle="dotted", label=r"$\mu / \sigma$")
+    axes.plot(ratio, np.sign(ratio), color=INK, linestyle="dashed", label=r"sign($\mu$)")
+    axes.plot(ratio, direction, label=r"$\mu / \sqrt{\mu^2 + \sigma^2}$")
+    axes.set(xlabel=r"mean over standard deviation, $\mu / \sigma$", title="step / learning rate", ylim=(-1.25, 1.25))
+    axes.legend()
 
 
 def compute_weights(steps: int, kappa: float) -> Array:
@@ -165,35 +166,33 @@ def compute_weights(steps: int, kappa: float) -> Array:
     return rho * kept
 
 
-def draw_memory(steps: int) -> Figure:
+def draw_memory(figure: Any, steps: int) -> None:
     """Draw the memory of the two rates and the weight of each past step."""
     hyper = core.VSGD.hyperparameters()
-    kappas = {r"$b_g$, $\kappa_1$": (hyper.kappa1, GREEN), r"$b_{\hat g}$, $\kappa_2$": (hyper.kappa2, ORANGE)}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    kappas = {r"$b_g$, $\kappa_1$": hyper.kappa1, r"$b_{\hat g}$, $\kappa_2$": hyper.kappa2}
+    memory, weights = figure.subplots(2, 1)
     time = np.arange(1, steps + 1)
-    for name, (kappa, colour) in kappas.items():
-        axes[0].plot(time, time**kappa, color=colour, label=f"{name} = {kappa}")
-        axes[1].plot(time, compute_weights(steps, kappa), color=colour, label=f"{name} = {kappa}")
-    axes[0].plot(time, time, color=GREY, linestyle=":", label=r"$\kappa = 1$, a plain average")
-    axes[1].axhline(1 / steps, color=GREY, linestyle=":", label=r"$\kappa = 1$, a plain average")
-    axes[0].set(xscale="log", yscale="log", xlabel="step $t$", ylabel=r"memory $1 / \rho_t = t^\kappa$, steps")
-    axes[1].set(xlabel="past step $s$", ylabel=f"its weight at step {steps}", ylim=(0, None))
-    for panel in axes:
-        panel.legend(fontsize=8)
-    return figure
+    for (name, kappa), colour in zip(kappas.items(), CYCLE, strict=False):
+        memory.plot(time, time**kappa, color=colour, label=f"{name} = {kappa}")
+        weights.plot(time, compute_weights(steps, kappa), color=colour)
+    memory.plot(time, time, color=INK, linestyle="dotted", label=r"$\kappa = 1$, a plain average")
+    weights.axhline(1 / steps, color=INK, linestyle="dotted")
+    memory.set(xscale="log", yscale="log", xlabel="step $t$", title=r"memory $1 / \rho_t = t^\kappa$, in steps")
+    weights.set(xlabel="past step $s$", title=f"weight of step $s$ at step {steps}", ylim=(0, None))
+    memory.legend()
 
 
 def draw_all(runs: dict[str, Filtered], folder: Path) -> None:
-    """Draw all figures and save them as PNG."""
-    figures: dict[str, Figure] = {
-        "model": draw_model(),
-        "filtering": draw_filtering(runs),
-        "direction": draw_direction(),
-        "memory": draw_memory(steps=1000),
+    """Draw all figures and save them as SVG."""
+    figures: dict[str, tuple[float, Callable[[Any], None]]] = {
+        "model": (2.9, draw_model),
+        "filtering": (10.5, lambda figure: draw_filtering(figure, runs)),
+        "direction": (3.6, draw_direction),
+        "memory": (6.5, lambda figure: draw_memory(figure, steps=1000)),
     }
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=80, pil_kwargs={"optimize": True})
-        plt.close(figure)
+    for name, (height, draw) in figures.items():
+        with drawing(folder / f"{name}.svg", height) as figure:
+            draw(figure)
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Hyperparameters: the scripts behind `docs/tuning.md`."""
+"""Hyperparameters: the scripts behind `docs/calibration.md` and `docs/appendix.md`."""

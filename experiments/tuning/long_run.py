@@ -1,6 +1,6 @@
 """Show why VSGD's defaults diverge in a long run at a constant learning rate: follow the gains, and reset some of them.
 
-Trains the VAE of the comparison on small tasks, four times as long, and writes the table `long_run.txt` for `docs/tuning.md`:
+Trains the VAE of the comparison on small tasks, four times as long, and writes the table `long_run.txt` for `docs/appendix.md`:
 
     pip install '.[experiments]' jax
     KERAS_BACKEND=jax python -m experiments.tuning.long_run

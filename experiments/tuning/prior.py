@@ -1,7 +1,7 @@
 """Compare a prior in the gradients' own units with the default: scaled losses, a run-away, and the best learning rates.
 
 Trains MLPs on scikit-learn's digits and on MNIST-1D (Greydanus, 2020; made on the spot, no download), and noisy least squares.
-Writes the tables `prior_scale.txt`, `prior_run_away.txt` and `prior_rates.txt` for `docs/tuning.md`:
+Writes the tables `prior_scale.txt`, `prior_run_away.txt` and `prior_rates.txt` for `docs/calibration.md`:
 
     pip install '.[examples]'
     python -m experiments.tuning.prior

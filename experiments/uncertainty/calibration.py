@@ -1,6 +1,6 @@
 """Measure how often the posterior's intervals contain the true gradient, on noisy quadratics with known gradients.
 
-Draws `calibration.png` and writes the table `calibration.txt`, both for `docs/uncertainty.md`:
+Draws `calibration.svg` and writes the table `calibration.txt`, both for `docs/uncertainty.md`:
 
     python -m experiments.uncertainty.calibration
 """
@@ -14,11 +14,11 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 from numpy.typing import NDArray
 
 import vsgd.numpy
 from reporting.pages import format_table
+from reporting.plots import CYCLE, INK, drawing, find_colour
 
 Array = NDArray[np.float64]
 
@@ -97,34 +97,30 @@ def format_rows(tracks: Mapping[tuple[str, str], Track]) -> str:
     return format_table(["regime", "optimizer", *levels, *ratios, "median gain"], rows, left=2) + "\n"
 
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
-LEVEL_COLOURS = ("#0072B2", "#E69F00", "#CC79A7")
-OPTIMIZER_COLOURS = {"VSGD": "#000000", "Constant VSGD": "#009E73"}
-
-
 def draw_tracks(tracks: Mapping[tuple[str, str], Track], output: Path) -> None:
-    """Draw a column for each regime: the coverage of each optimizer, and the ratio of estimated to true noise."""
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    axes = figure.subplots(3, len(REGIMES), sharex=True, sharey="row")
-    for column, regime in zip(axes.T, REGIMES, strict=True):
-        column[0].set_title(regime)
-        for panel, name in zip(column, OPTIMIZERS, strict=False):
-            steps = np.arange(1, tracks[regime, name].gain.size + 1)
-            for level, covered, colour in zip(LEVELS, tracks[regime, name].coverage, LEVEL_COLOURS, strict=True):
-                panel.axhline(100 * level, color=colour, linestyle=":", linewidth=1)
-                panel.plot(steps, 100 * covered, color=colour, label=f"{level:.0%} interval")
-            column[2].plot(steps, tracks[regime, name].noise_ratio, color=OPTIMIZER_COLOURS[name], label=name)
-        column[2].axhline(1, color="grey", linestyle=":", linewidth=1)
-        column[2].set(xscale="log", yscale="log", xlabel="step", xlim=(1, steps[-1]))
-    for panel, name in zip(axes[:, 0], OPTIMIZERS, strict=False):
-        panel.set(ylabel=f"{name}:\ncoverage (% of elements)", ylim=(-2, 102))
-    axes[2, 0].set_ylabel("noise variance:\nestimate / truth")
-    axes[0, 1].legend(frameon=False, title="dotted: nominal", loc="center")
-    axes[2, 0].legend(frameon=False, title="dotted: truth")
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-    figure.savefig(output, dpi=120)
+    """Draw a row for each regime: the coverage of each optimizer, and the ratio of estimated to true noise."""
+    with drawing(output, height=10.5) as figure:
+        axes = figure.subplots(len(REGIMES), 3, sharex=True, sharey="col")
+        for row, regime in zip(axes, REGIMES, strict=True):
+            row[0].set_ylabel(regime)
+            for panel, name in zip(row, OPTIMIZERS, strict=False):
+                steps = np.arange(1, tracks[regime, name].gain.size + 1)
+                for level, covered, colour in zip(LEVELS, tracks[regime, name].coverage, CYCLE, strict=False):
+                    panel.axhline(100 * level, color=colour, linestyle="dotted", linewidth=1)
+                    panel.plot(steps, 100 * covered, color=colour, label=f"{level:.0%} interval")
+                panel.set_ylim(-2, 102)
+                row[2].plot(steps, tracks[regime, name].noise_ratio, color=find_colour(name), label=name)
+            row[2].axhline(1, color=INK, linestyle="dotted", linewidth=1)
+            row[2].set(xscale="log", yscale="log", xlim=(1, steps[-1]))
+            row[2].yaxis.tick_right()
+        for panel, title in zip(
+            axes[0], (*(f"{name}:\ncoverage, %" for name in OPTIMIZERS), "noise variance\n/ truth"), strict=True
+        ):
+            panel.set_title(title)
+        for panel in axes[-1]:
+            panel.set_xlabel("step")
+        handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[0, 2].get_legend_handles_labels()[0]]
+        figure.legend(handles=handles, title="dotted: what it should be", ncols=2, loc="outside lower center")
 
 
 def main() -> None:
@@ -139,7 +135,7 @@ def main() -> None:
         for title, regime in REGIMES.items()
         for name in OPTIMIZERS
     }
-    draw_tracks(tracks, arguments.output / "calibration.png")
+    draw_tracks(tracks, arguments.output / "calibration.svg")
     text = format_rows(tracks)
     (arguments.output / "calibration.txt").write_text(text, encoding="utf-8")
     print(text, end="")

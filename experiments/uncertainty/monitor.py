@@ -1,6 +1,6 @@
 """Draw the monitor's plots for a training on real data: a ConvMixer on digits.
 
-Draws `monitor.png`, `monitor_noise_scale.png` and `monitor_momenta.png` and writes the table `monitor.txt`, all for
+Draws `monitor.svg`, `monitor_noise_scale.svg` and `monitor_momenta.svg` and writes the table `monitor.txt`, all for
 `docs/uncertainty.md`:
 
     pip install '.[examples]'
@@ -17,13 +17,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.uncertainty.noise_scale import estimate_at_fixed_weights
 from reporting import digits
 from reporting.pages import format_table
+from reporting.plots import INK, drawing
 from vsgd.monitor import Look, Monitor
 from vsgd.monitor.plots import draw_heat_map, draw_momenta, draw_noise_scale
 from vsgd.torch import VSGD, ConstantVSGD
@@ -120,44 +120,48 @@ def format_rows(runs: Mapping[str, Run]) -> str:
 
 
 def draw_heat_maps(runs: Mapping[str, Run], output: Path) -> None:
-    """Draw gain and signal-to-noise ratio of each tensor, one row for each prior."""
+    """Draw gain and signal-to-noise ratio of each tensor, one row for each prior; labels name each layer's first tensor."""
     names = (DEFAULT, WEAK_PRIOR)
-    figure = Figure(figsize=(10, 13), layout="constrained")
-    axes = figure.subplots(len(names), 2, sharey=True)
-    for row, name in zip(axes, names, strict=True):
-        for panel, quantity in zip(row, ("gain", "snr_50"), strict=True):
-            draw_heat_map(panel, runs[name].looks, quantity)
-            panel.set_title(name)
-            panel.label_outer()
-    figure.savefig(output, dpi=120)
+    with drawing(output, height=11) as figure:
+        axes = figure.subplots(len(names), 2, sharey=True)
+        for row, name in zip(axes, names, strict=True):
+            for panel, quantity in zip(row, ("gain", "snr_50"), strict=True):
+                draw_heat_map(panel, runs[name].looks, quantity, bar_location="top")
+                panel.grid(visible=False)
+                panel.set_ylabel("")
+                panel.label_outer()
+            row[0].set_title(name, loc="left")
+            tensors = list(runs[name].looks[0].tensors)
+            firsts = [place for place, tensor in enumerate(tensors) if tensor.endswith(" weight") and ", norm" not in tensor]
+            row[0].set_yticks([place + 0.5 for place in firsts], [tensors[place].removesuffix(" weight") for place in firsts])
 
 
 def draw_noise_scales(runs: Mapping[str, Run], output: Path) -> None:
     """Draw the noise scale during trainings in micro-batches, and the measurements at fixed weights."""
     names = (DEFAULT, CONSTANT)
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True)
-    for panel, name in zip(axes, names, strict=True):
-        draw_noise_scale(panel, runs[name].looks, digits.BATCH_SIZE)
-        found = [(step, scale) for step, scale in runs[name].held if scale > 0]
-        label = f"weights held still: positive at {len(found)} of {len(runs[name].held)} steps"
-        panel.plot(*zip(*found, strict=True) if found else ([], []), "ko", label=label)
-        panel.set(title=name, xlim=(0, 1.02 * max(look.step + EVERY for look in runs[name].looks)))
-        panel.label_outer()
-        panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.15))
-    figure.savefig(output, dpi=120)
+    with drawing(output, height=9.5) as figure:
+        axes = figure.subplots(len(names), 1, sharex=True, sharey=True)
+        for panel, name in zip(axes, names, strict=True):
+            draw_noise_scale(panel, runs[name].looks, digits.BATCH_SIZE)
+            found = [(step, scale) for step, scale in runs[name].held if scale > 0]
+            if found:
+                label = f"weights held still: positive at {len(found)} of {len(runs[name].held)} steps"
+                panel.plot(*zip(*found, strict=True), "o", color=INK, label=label)
+            panel.set(title=name, xlim=(0, 1.02 * max(look.step + EVERY for look in runs[name].looks)))
+            panel.label_outer()
+            gaps = panel.get_legend().get_title().get_text()
+            panel.legend(title=gaps, loc="upper left", bbox_to_anchor=(0, -0.15))
 
 
 def draw_histograms(runs: Mapping[str, Run], output: Path) -> None:
     """Draw the momenta at the end, in the first layers and the last."""
     names = (DEFAULT, WEAK_PRIOR)
     layers = ("patches", "depthwise 1", "pointwise 3", "head")
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.subplots(1, len(names))
-    for panel, name in zip(axes, names, strict=True):
-        draw_momenta(panel, {layer: runs[name].gains[layer] for layer in layers}, bins=40)
-        panel.set_title(name)
-    figure.savefig(output, dpi=120)
+    with drawing(output, height=7.5) as figure:
+        axes = figure.subplots(len(names), 1)
+        for panel, name in zip(axes, names, strict=True):
+            draw_momenta(panel, {layer: runs[name].gains[layer] for layer in layers}, bins=40)
+            panel.set_title(name)
 
 
 def main() -> None:
@@ -171,9 +175,9 @@ def main() -> None:
     data = digits.load_data()
     runs = {name: train(name, data, arguments.epochs) for name in OPTIMIZERS}
     measured = {name: train(name, data, arguments.epochs, PARTS, arguments.probes) for name in (DEFAULT, CONSTANT)}
-    draw_heat_maps(runs, arguments.output / "monitor.png")
-    draw_noise_scales(measured, arguments.output / "monitor_noise_scale.png")
-    draw_histograms(runs, arguments.output / "monitor_momenta.png")
+    draw_heat_maps(runs, arguments.output / "monitor.svg")
+    draw_noise_scales(measured, arguments.output / "monitor_noise_scale.svg")
+    draw_histograms(runs, arguments.output / "monitor_momenta.svg")
     text = format_rows(runs)
     (arguments.output / "monitor.txt").write_text(text, encoding="utf-8")
     print(text, end="")

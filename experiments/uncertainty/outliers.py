@@ -1,6 +1,6 @@
 """Train on one corrupted batch, with and without `outlier_threshold`: surprise, noise estimate and loss, on real data.
 
-Trains an MLP on scikit-learn's digits, at one step with gradients 10,000 times as large. Draws `outliers.png` and writes the
+Trains an MLP on scikit-learn's digits, at one step with gradients 10,000 times as large. Draws `outliers.svg` and writes the
 table `outliers.txt`, both for `docs/uncertainty.md`:
 
     pip install '.[examples]'
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
 from torch.nn import functional
 
 from experiments.torch_mlp import BATCH_SIZE, draw_batches, load_digits, make_model
 from reporting.pages import format_table
+from reporting.plots import INK, OPTIMIZERS, drawing
 from vsgd.monitor import Look, Monitor
 from vsgd.torch import VSGD
 from vsgd.torch.monitor import watch
@@ -104,35 +104,31 @@ def format_rows(runs: Mapping[tuple[float, str], Run], later: Sequence[int]) -> 
     return format_table(["lr", "training", *heads], rows, left=2) + "\n"
 
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
 STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#BBBBBB", "linewidth": 4},
-    {"color": "#D55E00", "linewidth": 1},
-    {"color": "#0072B2", "linewidth": 1},
+    {"color": INK, "linewidth": 4, "alpha": 0.6},
+    {"color": OPTIMIZERS["VSGD"], "linewidth": 1, "linestyle": "dotted"},
+    {"color": OPTIMIZERS["VSGD"], "linewidth": 1},
 )
 
 
 def draw_runs(runs: Mapping[tuple[float, str], Run], output: Path) -> None:
     """Draw surprise, noise and loss over the steps, for the first arms at the first learning rate."""
     lr, _ = next(iter(runs))
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
-    for name, style in zip(ARMS, STYLES, strict=False):
-        run = runs[lr, name]
-        steps = [look.step for look in run.looks]
-        columns = ([look.overall.surprise for look in run.looks], [run.trace(step) for step in steps], run.losses[:-1])
-        for panel, values in zip(axes, columns, strict=True):
-            panel.plot(steps, values, label=name, **style)
-    axes[0].axhline(1, color="grey", linestyle=":", linewidth=1)
-    labels = ("surprise before the step\n(dotted: 1, where the model fits)", "noise estimate,\ntrace per example")
-    for panel, label in zip(axes, (*labels, "loss on all the data"), strict=True):
-        panel.set(yscale="log", ylabel=label, xlim=(0, steps[-1]))
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-    axes[0].set_title(f"VSGD on digits, lr {lr}, the batch of step {AT} corrupted")
-    axes[0].legend(frameon=False)
-    axes[-1].set_xlabel("step")
-    figure.savefig(output, dpi=120)
+    with drawing(output, height=9) as figure:
+        axes = figure.subplots(3, 1, sharex=True)
+        for name, style in zip(ARMS, STYLES, strict=False):
+            run = runs[lr, name]
+            steps = [look.step for look in run.looks]
+            columns = ([look.overall.surprise for look in run.looks], [run.trace(step) for step in steps], run.losses[:-1])
+            for panel, values in zip(axes, columns, strict=True):
+                panel.plot(steps, values, label=name, **style)
+        axes[0].axhline(1, color=INK, linestyle="dashed", linewidth=1)
+        titles = ("surprise before the step (dashed: expected)", "noise estimate, trace per example", "loss on all the data")
+        for panel, title in zip(axes, titles, strict=True):
+            panel.set(yscale="log", title=title, xlim=(0, steps[-1]))
+        axes[-1].set_xlabel("step")
+        title = f"VSGD on digits, lr {lr}, batch {AT} corrupted"
+        figure.legend(handles=axes[0].get_legend_handles_labels()[0], title=title, loc="outside lower center")
 
 
 def main() -> None:
@@ -144,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second thread gains nothing on so small a model
     runs = {(lr, name): train(arm, lr, AT + max(arguments.later)) for lr in arguments.rates for name, arm in ARMS.items()}
-    draw_runs(runs, arguments.output / "outliers.png")
+    draw_runs(runs, arguments.output / "outliers.svg")
     text = format_rows(runs, arguments.later)
     (arguments.output / "outliers.txt").write_text(text, encoding="utf-8")
     print(text, end="")

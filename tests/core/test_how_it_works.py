@@ -146,7 +146,9 @@ def test_the_table_is_what_the_script_makes(figures: ModuleType) -> None:
 
 
 def test_the_figure_of_the_direction_is_the_cores(figures: ModuleType) -> None:
-    *_, line = figures.draw_direction().axes[0].lines
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figures.draw_direction(figure)
+    *_, line = figure.axes[0].lines
     ratio, direction = line.get_data()
     np.testing.assert_allclose(direction, ratio / np.sqrt(1 + ratio**2), atol=1e-12)
 
@@ -155,6 +157,6 @@ def test_the_command_writes_its_table_and_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     printed = run(str(SCRIPT), "--steps", "20", "--output", str(tmp_path))
     assert (tmp_path / "filtering.txt").read_text(encoding="utf-8") == printed
-    figures = {each.name for each in tmp_path.glob("*.png")}
-    assert figures == {each.name for each in SCRIPT.parent.glob("*.png")}
-    assert figures == set(re.findall(r"how-it-works/(\w+\.png)", PAGE))
+    figures = {each.name for each in tmp_path.glob("*.svg")}
+    assert figures == {each.name for each in SCRIPT.parent.glob("*.svg")}
+    assert figures == set(re.findall(r"how-it-works/(\w+\.svg)", PAGE))

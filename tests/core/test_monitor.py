@@ -129,8 +129,9 @@ def test_the_plots_show_what_was_seen(panels: Any) -> None:
     assert [label.get_text() for label in heat.get_yticklabels()] == ["a/b"]
     plots.draw_noise_scale(scale, looks, batch_size=64)
     np.testing.assert_array_equal(scale.lines[0].get_ydata(), [2.0, np.nan, 4.0])
-    texts = ["noise scale, all tensors", "33% of the looks found no gradient in the noise", "batch size, 64"]
-    assert [text.get_text() for text in scale.get_legend().get_texts()] == texts
+    legend = scale.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["noise scale, all tensors", "batch size, 64"]
+    assert legend.get_title().get_text() == "33% of the looks found no gradient in the noise"
     for seen, quantity, message in ((looks, "loss", "quantity is 'loss'"), (looks, "surprise", "looks contain no surprise")):
         with pytest.raises(ValueError, match=message):
             plots.draw_heat_map(heat, seen, quantity)

@@ -18,7 +18,7 @@ from sybil import Example, Sybil
 from sybil.parsers.myst import ClearNamespaceParser, CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for folder in (".", "docs", "docs/reference") for page in sorted((ROOT / folder).glob("*.md"))]
 
 
 def run_both_sides(example: Example) -> None:

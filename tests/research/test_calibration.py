@@ -120,4 +120,4 @@ def test_the_command_writes_its_table_and_figure(tmp_path: Path) -> None:
     printed = run("-m", "experiments.uncertainty.calibration", *given)
     assert (tmp_path / "calibration.txt").read_text(encoding="utf-8") == printed
     assert len(printed.splitlines()) == 2 + 10
-    assert (tmp_path / "calibration.png").stat().st_size > 10_000
+    assert (tmp_path / "calibration.svg").stat().st_size > 10_000

@@ -86,14 +86,12 @@ def draw_noise_scale(axes: Any, looks: Sequence[Look], batch_size: float | None 
         # A band cannot reach zero on a logarithmic axis.
         low, high = np.maximum(scales - errors, scales / 10), scales + errors
         axes.fill_between(steps, low, high, where=found & np.isfinite(errors), alpha=0.25, label="± standard error")
-    if not found.all():
-        share = 1 - found.mean()
-        axes.plot([], [], " ", label=f"{share:.0%} of the looks found no gradient in the noise")
     if batch_size is not None:
         axes.axhline(batch_size, color="C1", linestyle="--", label=f"batch size, {batch_size:g}")
     axes.set(yscale="log", xlabel="step", ylabel="noise scale, examples", xlim=(0, steps[-1]))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    note = None if found.all() else f"{1 - found.mean():.0%} of the looks found no gradient in the noise"
+    axes.legend(frameon=False, title=note)
 
 
 def draw_loss(axes: Any, looks: Sequence[Look]) -> None:

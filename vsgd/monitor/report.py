@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from vsgd.monitor.plots import choose_ticks, draw_heat_map, draw_loss, draw_noise_scale, draw_surprise
 from vsgd.monitor.progress import format_number
 from vsgd.monitor.summaries import Look, Summary
@@ -251,7 +249,6 @@ def _draw_svg(figure: _Figure, alt: str) -> str:
         import matplotlib.style
         from matplotlib.collections import QuadMesh
         from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
-        from matplotlib.lines import Line2D
         from matplotlib.ticker import EngFormatter, MaxNLocator
     except ImportError as error:
         raise ImportError("a report needs matplotlib: run pip install matplotlib") from error
@@ -279,10 +276,8 @@ def _draw_svg(figure: _Figure, alt: str) -> str:
         if axes.get_yscale() == "log":
             _set_plain_ticks(axes.yaxis)
         if axes.get_legend():
-            # Without the note on gaps, a line of no points, which the caption has.
-            handles, _ = axes.get_legend_handles_labels()
-            handles = [each for each in handles if not isinstance(each, Line2D) or np.size(each.get_xdata())]
-            axes.legend(handles=handles, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+            # Without the note on gaps, which the caption has.
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         for part in (part for each in drawing.axes for part in each.collections):
             part.set_rasterized(isinstance(part, QuadMesh))  # one image for thousands of cells
         file = io.StringIO()

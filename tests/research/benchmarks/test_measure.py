@@ -139,7 +139,7 @@ def test_the_accuracy_of_compact_state_is_reported(tmp_path: Path) -> None:
         pytest.importorskip(package)
     page = tmp_path / "page.md"
     run("-m", "benchmarks.compact", "--seeds", "2", "--epochs", "1", "--page", str(page))
-    assert (tmp_path / "page" / "compact-state.png").stat().st_size > 10_000
+    assert (tmp_path / "page" / "compact-state.svg").stat().st_size > 10_000
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
     means = [[float(cell.split("±")[0]) for cell in row.split("|")[2:-1]] for row in rows]
     for wide, compact, difference in zip(*means, strict=True):

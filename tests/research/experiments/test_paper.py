@@ -183,8 +183,8 @@ def test_cells_are_means_over_seeds_of_the_last_accuracy_and_curves_are_drawn(tm
     assert page.index("62.00 ± 2.00 (3 seeds)") < page.index("On Keras' torch backend") < page.index("70.00 (1 seed)")
     # The sample standard deviation of 60, 62 and 64 is 2.
     assert page.count("62.00 ± 2.00 (3 seeds)") == len(every)
-    images = [f"paper-{data}-jax.png" for data in datasets.SOURCES]
-    assert [f"]({path.name})" in page for path in sorted(tmp_path.glob("*-jax.png"))] == [True] * len(images)
+    images = [f"paper-{data}-jax.svg" for data in datasets.SOURCES]
+    assert [f"]({path.name})" in page for path in sorted(tmp_path.glob("*-jax.svg"))] == [True] * len(images)
 
 
 def test_no_cell_is_filled_from_other_settings_or_other_data(tmp_path: Path) -> None:
