@@ -10,28 +10,27 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison import ENTRANTS, WIDEST, Comparison
+from reporting.plots import INK, drawing, style_optimizers
+
+_STYLES = dict(zip(ENTRANTS, style_optimizers(each.title for each in ENTRANTS.values()).values(), strict=True))
 
 
-def _draw_panels(found: Sequence[Comparison], path: Path, title: str, draw: Callable[[Any, Comparison], bool]) -> None:
+def _draw_panels(found: Sequence[Comparison], path: Path, draw: Callable[[Any, Comparison], bool]) -> None:
     """Draw a panel for each task; a panel without data gets the text "not run yet"."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses the process's backend
-
-    rows = math.ceil(len(found) / 3)
-    figure = Figure(figsize=(13, 3.8 * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False)
-    for axes, comparison in zip(grid.flat, found, strict=False):
-        task = comparison.task
-        axes.set(title=task.title, ylabel=f"validation {'accuracy, %' if task.metric == 'accuracy' else f'loss, {task.unit}'}")
-        axes.grid(alpha=0.3)
-        if not draw(axes, comparison):
-            axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center")
-    for axes in grid.flat[len(found) :]:
-        axes.axis("off")
-    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines() if line.get_label()[0] != "_"}
-    if lines:
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    rows = math.ceil(len(found) / 2)
+    with drawing(path, height=2.6 * rows + 1.7) as figure:
+        grid = figure.subplots(rows, 2, squeeze=False)
+        for axes, comparison in zip(grid.flat, found, strict=False):
+            task = comparison.task
+            unit = "accuracy, %" if task.metric == "accuracy" else f"loss, {task.unit}"
+            axes.set_title(f"{task.title.partition(', 4 times')[0]}:\n{unit}")
+            if not draw(axes, comparison):
+                axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center")
+        for axes in grid.flat[len(found) :]:
+            axes.axis("off")
+        lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines() if line.get_label()[0] != "_"}
+        if lines:
+            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
 
 
 def _choose_scale(comparison: Comparison) -> float:
@@ -52,7 +51,7 @@ def _limit_axis(axes: Any, comparison: Comparison, shown: Sequence[float]) -> No
 
 def _draw_task_curves(axes: Any, comparison: Comparison) -> bool:
     ends = []
-    for number, (name, entrant) in enumerate(ENTRANTS.items()):
+    for name, style in _STYLES.items():
         trial = comparison.choose_trial(name, WIDEST)
         records = None if trial is None else comparison.find_results(name, trial)
         if records is None:
@@ -60,12 +59,12 @@ def _draw_task_curves(axes: Any, comparison: Comparison) -> bool:
         curves = _choose_scale(comparison) * np.array([record["curve"] for record in records], dtype=np.float64)
         low, middle, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
         steps = comparison.task.every * np.arange(len(middle))
-        axes.plot(steps, middle, color=f"C{number}", label=entrant.title)
-        axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        axes.plot(steps, middle, label=ENTRANTS[name].title, **style)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
         ends.append(float(middle[-1]))
     target = comparison.compute_target()
     if target is not None:
-        axes.axhline(_choose_scale(comparison) * target, color="black", linestyle=":", label="target")
+        axes.axhline(_choose_scale(comparison) * target, color=INK, linestyle=":", label="target")
     axes.set(xlabel="step")
     _limit_axis(axes, comparison, ends)
     return bool(ends)
@@ -78,18 +77,18 @@ def draw_curves(found: Sequence[Comparison], path: Path) -> None:
         found: the comparisons; each gets a panel.
         path: of the image file.
     """
-    _draw_panels(found, path, "Tuned by 20 trials: median and quartiles of 10 fresh seeds", _draw_task_curves)
+    _draw_panels(found, path, _draw_task_curves)
 
 
 def _draw_task_rates(axes: Any, comparison: Comparison) -> bool:
     best = []
-    for number, (name, entrant) in enumerate(ENTRANTS.items()):
+    for name, style in _STYLES.items():
         tried = comparison.list_tried(name)
         if tried is None:
             continue
         rates, values = tried
         heights = _choose_scale(comparison) * comparison.task.sign * np.array(values)
-        axes.plot(rates, heights, color=f"C{number}", marker="o", markersize=3, label=entrant.title)
+        axes.plot(rates, heights, marker="o", label=ENTRANTS[name].title, **style)
         best += sorted(heights, key=lambda height: comparison.task.sign * height)[:3]
     axes.set(xlabel="learning rate", xscale="log")
     _limit_axis(axes, comparison, best)
@@ -103,4 +102,4 @@ def draw_rates(found: Sequence[Comparison], path: Path) -> None:
         found: the comparisons; each gets a panel.
         path: of the image file.
     """
-    _draw_panels(found, path, "Metric at each learning rate: mean of 3 tuning seeds", _draw_task_rates)
+    _draw_panels(found, path, _draw_task_rates)

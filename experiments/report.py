@@ -288,15 +288,19 @@ def write_page(results: Path, page: Path, backend: str = "jax") -> None:
 
 
 def _write_group(group: str, found: Sequence[Comparison], results: Path, page: Path) -> None:
-    curves, rates = results / f"{group}-curves.png", results / f"{group}-learning-rates.png"
+    curves, rates = results / f"{group}-curves.svg", results / f"{group}-learning-rates.svg"
     figures.draw_curves(found, curves)
     figures.draw_rates(found, rates)
     sections = {
         "summary": [format_summary(arm, found) for arm in ARMS],
-        "curves": [format_image("Validation metric over the steps, everyone tuned by 20 trials, task by task", curves, page)],
+        "curves": [
+            format_image(
+                "Validation metric over the steps, tuned by 20 trials: medians and quartiles of ten seeds", curves, page
+            )
+        ],
         "sensitivity": [
             format_sensitivity(found),
-            format_image("Validation metric at the end over the learning rate, task by task", rates, page),
+            format_image("Validation metric at the end over the learning rate: means of three seeds", rates, page),
         ],
         "tables": list(map(format_task_section, found)),
     }

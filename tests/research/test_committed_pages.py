@@ -68,7 +68,7 @@ def test_without_records_every_cell_says_so(tmp_path: Path) -> None:
     cells_of_a_task = arms * (entrants - 1) + entrants + 1 + 7 * arms * entrants
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# Appendix\n")
-    assert "](../../results/small-curves.png)" in text
+    assert "](../../results/small-curves.svg)" in text
     assert text.count(paper_report.MISSING) == len(tasks.TASKS) * cells_of_a_task
     assert text.count("0-0-0 / 0-0-0") == arms * (entrants - 1)
     assert len(re.findall(r"0 of 420 +\| 0 of 70", text)) == len(tasks.TASKS)
