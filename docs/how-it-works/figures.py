@@ -102,7 +102,7 @@ def draw_filtering(figure: Any, runs: dict[str, Filtered]) -> None:
         colour = styles[name]["color"]
         for place, panel in enumerate(row):
             mean, deviation = run.mean[:, place], run.deviation[:, place]
-            panel.plot(steps, run.seen[:, place], ".", color=INK, alpha=0.6, markersize=1.5)
+            panel.plot(steps, run.seen[:, place], ".", color=INK, alpha=0.6, markersize=1.5, rasterized=True)
             panel.plot(steps, run.hidden[:, place], color=INK, linewidth=1)
             panel.fill_between(steps, mean - 2 * deviation, mean + 2 * deviation, color=colour, alpha=0.3, linewidth=0)
             panel.plot(steps, mean, color=colour)

@@ -101,21 +101,22 @@ def draw_tracks(tracks: Mapping[tuple[str, str], Track], output: Path) -> None:
     """Draw a row for each regime: the coverage of each optimizer, and the ratio of estimated to true noise."""
     with drawing(output, height=10.5) as figure:
         axes = figure.subplots(len(REGIMES), 3, sharex=True, sharey="col")
+        count = next(iter(tracks.values())).gain.size
+        steps = np.unique(np.geomspace(1, count, 400).astype(int))  # equally dense on the logarithmic axis
         for row, regime in zip(axes, REGIMES, strict=True):
             row[0].set_ylabel(regime)
             for panel, name in zip(row, OPTIMIZERS, strict=False):
-                steps = np.arange(1, tracks[regime, name].gain.size + 1)
-                for level, covered, colour in zip(LEVELS, tracks[regime, name].coverage, CYCLE, strict=False):
+                track = tracks[regime, name]
+                for level, covered, colour in zip(LEVELS, track.coverage[:, steps - 1], CYCLE, strict=False):
                     panel.axhline(100 * level, color=colour, linestyle="dotted", linewidth=1)
                     panel.plot(steps, 100 * covered, color=colour, label=f"{level:.0%} interval")
                 panel.set_ylim(-2, 102)
-                row[2].plot(steps, tracks[regime, name].noise_ratio, color=find_colour(name), label=name)
+                row[2].plot(steps, track.noise_ratio[steps - 1], color=find_colour(name), label=name)
             row[2].axhline(1, color=INK, linestyle="dotted", linewidth=1)
-            row[2].set(xscale="log", yscale="log", xlim=(1, steps[-1]))
+            row[2].set(xscale="log", yscale="log", xlim=(1, count))
             row[2].yaxis.tick_right()
-        for panel, title in zip(
-            axes[0], (*(f"{name}:\ncoverage, %" for name in OPTIMIZERS), "noise variance\n/ truth"), strict=True
-        ):
+        titles = (*(f"{name}:\ncoverage, %" for name in OPTIMIZERS), "noise variance\n/ truth")
+        for panel, title in zip(axes[0], titles, strict=True):
             panel.set_title(title)
         for panel in axes[-1]:
             panel.set_xlabel("step")
