@@ -30,7 +30,7 @@ def _draw_panels(found: Sequence[Comparison], path: Path, draw: Callable[[Any, C
             axes.axis("off")
         lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines() if line.get_label()[0] != "_"}
         if lines:
-            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
+            figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, handlelength=1.4, columnspacing=1)
 
 
 def _choose_scale(comparison: Comparison) -> float:
