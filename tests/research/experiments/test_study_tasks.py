@@ -124,7 +124,7 @@ def test_the_ngram_interpolates_as_witten_and_bell_do() -> None:
 
 def test_pairs_of_words_are_counted_up_to_a_distance() -> None:
     # Of the text 0 1 9 0 1 with 9 outside the vocabulary, at distances 1 and 2.
-    found = data.count_pairs([0, 1, 9, 0, 1], size=2, near=2)
+    found = data.count_pairs(np.array([0, 1, 9, 0, 1]), size=2, near=2)
     np.testing.assert_array_equal(found, [[0, 2], [1, 0]])
 
 
