@@ -86,10 +86,8 @@ def test_a_step_of_descent_changes_each_trainable_variable_and_lowers_the_loss_o
     run = bench_of(name)
     batches = run.start(0)
     before = values_of(run.model.trainable_variables)
-    first = run.evaluate("validation")
-    assert np.isfinite(list(first.values())).all()
     losses = [run.train([1e-3], iter([batch])) for batch in [next(batches)] * 3]
-    assert losses[2] < losses[0]
+    assert np.inf > losses[0] > losses[2]
     after = values_of(run.model.trainable_variables)
     pairs = zip(run.model.trainable_variables, before, after, strict=True)
     assert [variable.path for variable, old, new in pairs if np.array_equal(old, new)] == []
