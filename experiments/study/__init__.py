@@ -1,0 +1,1 @@
+"""Compare optimizers on tasks that no earlier choice used."""
