@@ -41,10 +41,15 @@ def make_initial_values(task: Task, seed: int) -> list[NDArray[Any]]:
         The values, which must not be changed.
     """
     keras.utils.set_random_seed(seed)
-    return _read_values(task.make_network().variables)
+    return read_values(task.make_network().variables)
 
 
-def _read_values(variables: Sequence[Any]) -> list[NDArray[Any]]:
+def read_values(variables: Sequence[Any]) -> list[NDArray[Any]]:
+    """Return copies of the values of Keras variables.
+
+    Args:
+        variables: the variables.
+    """
     return [np.array(keras.ops.convert_to_numpy(each)) for each in variables]
 
 
@@ -69,7 +74,7 @@ class Bench:
         metrics = ["accuracy"] if task.metric == "accuracy" else None
         self.model.compile(optimizer=optimizer, loss=task.make_loss(), metrics=metrics)
         optimizer.build(self.model.trainable_variables)
-        self._fresh = _read_values(optimizer.variables)
+        self._fresh = read_values(optimizer.variables)
 
     def run(self, seed: int, rates: Sequence[float]) -> Outcome:
         """Train from the seed's weights on the seed's batches; both are the same for every optimizer.

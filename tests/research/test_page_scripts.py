@@ -1,4 +1,4 @@
-"""The scripts that make figures and tables of `docs/uncertainty.md`, `docs/calibration.md` and `docs/appendix.md`, run in small settings."""
+"""The scripts behind the pages on uncertainty and calibration and behind the appendix, run in small settings."""
 
 from __future__ import annotations
 

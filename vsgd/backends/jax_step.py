@@ -77,16 +77,15 @@ def step_leaves(
     for (_, stored, alone), places in groups.items():
         dtype = jnp.promote_types(stored, jnp.float32)
         coefficients = compute_coefficients(dtype)
+        members = [leaves[place] for place in places]
+        found: Sequence[Sequence[Any]]
         if alone is None and len(places) < FEWEST:
-            found = [
-                _update(rule, coefficients, leaf.key, leaf.grad, leaf.state, grad_scale)
-                for leaf in map(leaves.__getitem__, places)
-            ]
+            found = [_update(rule, coefficients, leaf.key, leaf.grad, leaf.state, grad_scale) for leaf in members]
         else:
             factor = 1.0 if grad_scale is None else grad_scale
             numbers = jnp.stack([jnp.asarray(number, dtype) for number in (*coefficients, factor)])
-            keys = jnp.stack([jnp.zeros([], jnp.int32) if leaves[place].key is None else leaves[place].key for place in places])
-            arrays = (array for place in places for array in (leaves[place].grad, *leaves[place].state))
+            keys = jnp.stack([jnp.asarray(0 if leaf.key is None else leaf.key, jnp.int32) for leaf in members])
+            arrays = (array for leaf in members for array in (leaf.grad, *leaf.state))
             turn, *results = _step.bind(numbers, keys, turn, *arrays, rule=rule)
             found = _split_by_leaf(rule, results)
         stepped.update(zip(places, ((direction, new) for direction, *new in found), strict=True))

@@ -1,0 +1,126 @@
+"""Train a task with an entrant of the study, by one compiled step for all settings."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+from numpy.typing import NDArray
+from optax import contrib
+
+from experiments.bench import Outcome, read_values
+from experiments.study.entrants import Entrant, Setting
+from experiments.tasks import Split, Task
+
+
+class _Carry(NamedTuple):
+    weights: list[jax.Array]
+    state: Any
+    statistics: list[jax.Array]  # of batch normalization
+
+
+class Bench:
+    """A task's model with an entrant, compiled in the first run.
+
+    Args:
+        task: the task.
+        entrant: the optimizer.
+    """
+
+    def __init__(self, task: Task, entrant: Entrant) -> None:
+        self.task = task
+        self.data = task.load_data()  # before seeding, because making data may seed the global generators
+        self._entrant = entrant
+        self._model = task.make_network()
+        self._loss = task.make_loss()
+        self._matrices = find_hidden_matrices(self._model)
+        # Not a scan over steps: XLA runs convolutions inside a loop on a CPU many times slower.
+        self._step = jax.jit(self._take_step, donate_argnums=0)
+        self._measure = jax.jit(self._compute_metrics)
+
+    def run(self, setting: Setting, seed: int) -> Outcome:
+        """Train from the seed's weights on the seed's batches; both are the same for every entrant.
+
+        Args:
+            setting: the hyperparameters.
+            seed: of weights and batches.
+        """
+        batches = self.data.batches(np.random.default_rng(seed))
+        weights, statistics = (list(map(jnp.asarray, each)) for each in make_initial_values(self.task, seed))
+        optimizer = self._entrant.make(setting.learning_rate, setting.beta1, setting.weight_decay, self._matrices)
+        carry = _Carry(weights, optimizer.init(weights), statistics)
+        curve: list[float | None] = [self._evaluate(carry, "validation")[self.task.metric]]
+        losses: list[float | None] = []
+        rates = np.array(setting.list_rates(self.task.steps), np.float32)
+        looks = range(0, len(rates), self.task.every)
+        for start in looks:
+            found = []
+            for rate, batch in zip(rates[start : start + self.task.every], batches, strict=False):
+                carry, loss = self._step(carry, batch, rate, setting.beta1, setting.weight_decay)
+                found.append(loss)
+            mean = float(jnp.mean(jnp.stack(found)))
+            if not math.isfinite(mean):
+                break
+            losses.append(mean)
+            curve.append(self._evaluate(carry, "validation")[self.task.metric])
+        final = {name: self._evaluate(carry, name) for name in self.data.splits}
+        if len(losses) == len(looks) and all(math.isfinite(each["loss"]) for each in final.values()):
+            return Outcome(curve, losses, final)
+        return Outcome(curve + [None] * (len(looks) + 1 - len(curve)), losses + [None] * (len(looks) - len(losses)), None)
+
+    def _take_step(self, carry: _Carry, batch: Split, rate: Any, beta1: Any, weight_decay: Any) -> tuple[_Carry, Any]:
+        def compute_loss(weights: Any) -> tuple[Any, Any]:
+            output, statistics = self._model.stateless_call(weights, carry.statistics, _get_inputs(batch), training=True)
+            return jnp.mean(self._loss(batch.y, output)), statistics
+
+        (loss, statistics), gradients = jax.value_and_grad(compute_loss, has_aux=True)(carry.weights)
+        # Its numbers are traced, so that one compiled step serves all settings.
+        optimizer = self._entrant.make(rate, beta1, weight_decay, self._matrices)
+        updates, state = optimizer.update(gradients, carry.state, carry.weights)
+        return _Carry(optax.apply_updates(carry.weights, updates), state, statistics), loss
+
+    def _compute_metrics(self, carry: _Carry, split: Split) -> dict[str, Any]:
+        averaged = isinstance(carry.state, contrib.ScheduleFreeState)
+        weights = contrib.schedule_free_eval_params(carry.state, carry.weights) if averaged else carry.weights
+        output, _ = self._model.stateless_call(weights, carry.statistics, _get_inputs(split), training=False)
+        found = {"loss": jnp.mean(self._loss(split.y, output))}
+        if self.task.metric == "accuracy":
+            found["accuracy"] = jnp.mean(jnp.argmax(output, axis=-1) == split.y)
+        return found
+
+    def _evaluate(self, carry: _Carry, split: str) -> dict[str, float]:
+        return {name: float(value) for name, value in self._measure(carry, self.data.splits[split]).items()}
+
+
+def _get_inputs(split: Split) -> Any:
+    return list(split.x) if isinstance(split.x, tuple) else split.x
+
+
+def find_hidden_matrices(model: keras.Model) -> list[bool]:
+    """Find the trainable arrays that Muon steps: matrices, except embeddings and those of the last layer with a matrix.
+
+    Args:
+        model: with variables.
+    """
+    names = [each.path if len(each.shape) == 2 and "embedding" not in each.path else "" for each in model.trainable_variables]
+    last = next((name for name in reversed(names) if name), "").rpartition("/")[0]
+    return [bool(name) and name.rpartition("/")[0] != last for name in names]
+
+
+@functools.lru_cache(maxsize=64)
+def make_initial_values(task: Task, seed: int) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Return the initial values of a model's trainable and other variables; they must not be changed.
+
+    Args:
+        task: the task.
+        seed: of the weights.
+    """
+    keras.utils.set_random_seed(seed)
+    model = task.make_network()
+    return read_values(model.trainable_variables), read_values(model.non_trainable_variables)

@@ -1,0 +1,168 @@
+"""Define the protocol of the study: its seeds, its runs, and the rule that chooses each optimizer's one setting."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import tasks
+from experiments.study.entrants import ENTRANTS, Setting
+from experiments.study.tasks import NEW_TASKS
+
+#: Each optimizer's one setting is the best of its grid on these tasks and this seed.
+SELECTION_TASKS = tuple(tasks.TASKS)
+SELECTION_SEED = 300
+#: The new tasks run with these seeds, whose weights and batches no choice has seen.
+TEST_SEEDS = tuple(range(400, 410))
+#: How many times as long as a task's own length.
+LENGTHS = (1, 4)
+#: Budgets are for the smaller batches, which come first.
+BUDGET_TASKS = tuple(NEW_TASKS)[::2]
+#: How many settings random search draws for each optimizer and task, and the seed of the first one.
+TRIALS = 40
+TRIAL_SEED = 500
+
+
+class Run(NamedTuple):
+    """A run of the study.
+
+    Attributes:
+        task: the name of the task, with "@4" if it is four times as long.
+        entrant: a key of `ENTRANTS`.
+        setting: the hyperparameters.
+        seed: of weights and batches.
+    """
+
+    task: str
+    entrant: str
+    setting: Setting
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The key of the run's record."""
+        task = tasks.find_task(self.task)
+        return {
+            "task": task.name,
+            "edition": task.compute_edition(),
+            "steps": task.steps,
+            "entrant": self.entrant,
+            **self.setting._asdict(),
+            "seed": self.seed,
+        }
+
+
+Find = Callable[[Run], Mapping[str, Any] | None]
+
+
+def list_selection_runs() -> Iterator[Run]:
+    """Yield the runs that choose each optimizer's one setting."""
+    for task in SELECTION_TASKS:
+        for name, entrant in ENTRANTS.items():
+            for schedule in entrant.schedules:
+                for setting in entrant.list_grid(schedule):
+                    yield Run(task, name, setting, SELECTION_SEED)
+
+
+def list_one_setting_runs(entrant: str, settings: Mapping[str, Setting]) -> Iterator[Run]:
+    """Yield an optimizer's runs on the new tasks, each schedule with its one setting.
+
+    Args:
+        entrant: a key of `ENTRANTS`.
+        settings: by schedule.
+    """
+    for task in NEW_TASKS:
+        for length in LENGTHS:
+            name = task if length == 1 else f"{task}@{length}"
+            for schedule in ENTRANTS[entrant].schedules:
+                yield from (Run(name, entrant, settings[schedule], seed) for seed in TEST_SEEDS)
+
+
+def list_budget_runs(entrant: str) -> Iterator[Run]:
+    """Yield an optimizer's random trials. All optimizers' trials come from the same random numbers.
+
+    Args:
+        entrant: a key of `ENTRANTS`.
+    """
+    for place, task in enumerate(BUDGET_TASKS):
+        generator = np.random.default_rng((TRIAL_SEED, place))
+        for trial in range(TRIALS):
+            yield Run(task, entrant, ENTRANTS[entrant].draw_setting(generator), TRIAL_SEED + trial)
+
+
+def get_metric(task: tasks.Task, record: Mapping[str, Any], split: str) -> float:
+    """Return the metric at the end of a run, negated where a high one is better; infinite if the run diverged.
+
+    Args:
+        task: the task.
+        record: of the run.
+        split: "train", "validation" or "test".
+    """
+    return math.inf if record["final"] is None else task.sign * record["final"][split][task.metric]
+
+
+def compute_gap(value: float, untrained: float, best: float) -> float:
+    """Compute the share of the way from the untrained model to the best result that a result misses.
+
+    Args:
+        value: the metric, where low is better; infinite if the run diverged.
+        untrained: the metric before training.
+        best: the best mean metric of any optimizer under the same conditions.
+
+    Returns:
+        0 for the best, 1 for a result that is no better than no training.
+    """
+    return min(1.0, (value - best) / (untrained - best))
+
+
+def compute_grid_gaps(find: Find) -> dict[tuple[str, Setting], list[float]]:
+    """Compute the gaps of the selection's runs, in validation metrics; a task's best is that of all optimizers and settings.
+
+    Args:
+        find: returns the record of a run.
+
+    Returns:
+        The gap of each task, by entrant and setting.
+
+    Raises:
+        ValueError: a run of the selection is missing.
+    """
+    gaps: dict[tuple[str, Setting], list[float]] = {}
+    for name in SELECTION_TASKS:
+        task = tasks.find_task(name)
+        records = {(run.entrant, run.setting): find(run) for run in list_selection_runs() if run.task == name}
+        found = {choice: record for choice, record in records.items() if record is not None}
+        if len(found) < len(records):
+            raise ValueError("records of the selection are missing: run python -m experiments.study selection")
+        untrained = statistics.fmean(task.sign * each["curve"][0] for each in found.values())
+        ends = {choice: get_metric(task, each, "validation") for choice, each in found.items()}
+        best = min(ends.values())
+        for choice, end in ends.items():
+            gaps.setdefault(choice, []).append(compute_gap(end, untrained, best))
+    return gaps
+
+
+def choose_settings(find: Find) -> dict[str, dict[str, Setting]]:
+    """Choose each optimizer's one setting for each schedule: the one of its grid with the least mean gap over the tasks.
+
+    Args:
+        find: returns the record of a run.
+
+    Returns:
+        The settings by entrant and schedule.
+
+    Raises:
+        ValueError: a run of the selection is missing.
+    """
+    gaps = compute_grid_gaps(find)
+    return {
+        name: {
+            schedule: min(entrant.list_grid(schedule), key=lambda setting, name=name: statistics.fmean(gaps[name, setting]))
+            for schedule in entrant.schedules
+        }
+        for name, entrant in ENTRANTS.items()
+    }
