@@ -23,7 +23,7 @@ from torch.nn import functional
 from experiments.uncertainty.noise_scale import estimate_at_fixed_weights
 from reporting import digits
 from reporting.pages import format_table
-from reporting.plots import INK, drawing
+from reporting.plots import INK, drawing, find_colour
 from vsgd.monitor import Look, Monitor
 from vsgd.monitor.plots import draw_heat_map, draw_momenta, draw_noise_scale
 from vsgd.torch import VSGD, ConstantVSGD
@@ -121,12 +121,15 @@ def format_rows(runs: Mapping[str, Run]) -> str:
 
 def draw_heat_maps(runs: Mapping[str, Run], output: Path) -> None:
     """Draw gain and signal-to-noise ratio of each tensor, one row for each prior; labels name each layer's first tensor."""
-    names = (DEFAULT, WEAK_PRIOR)
+    names, quantities = (DEFAULT, WEAK_PRIOR), {"gain": "median gain", "snr_50": r"median $\mu^2 / \sigma^2$"}
     with drawing(output, height=11) as figure:
         axes = figure.subplots(len(names), 2, sharey=True)
         for row, name in zip(axes, names, strict=True):
-            for panel, quantity in zip(row, ("gain", "snr_50"), strict=True):
+            for panel, (quantity, label) in zip(row, quantities.items(), strict=True):
                 draw_heat_map(panel, runs[name].looks, quantity, bar_location="top")
+                (mesh,) = panel.collections
+                mesh.set_rasterized(True)  # one image for thousands of cells
+                mesh.colorbar.set_label(label)
                 panel.grid(visible=False)
                 panel.set_ylabel("")
                 panel.label_outer()
@@ -142,6 +145,7 @@ def draw_noise_scales(runs: Mapping[str, Run], output: Path) -> None:
     with drawing(output, height=9.5) as figure:
         axes = figure.subplots(len(names), 1, sharex=True, sharey=True)
         for panel, name in zip(axes, names, strict=True):
+            panel.set_prop_cycle(color=[find_colour(name)])
             draw_noise_scale(panel, runs[name].looks, digits.BATCH_SIZE)
             found = [(step, scale) for step, scale in runs[name].held if scale > 0]
             if found:

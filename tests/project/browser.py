@@ -14,6 +14,7 @@ from typing import Any
 _FIND_CUT_OFF = """
 (() => {
   const edge = document.documentElement.clientWidth;
+  const text = document.querySelector("article") ?? document.body;
   const found = [];
   document.querySelectorAll(".sd-tab-content").forEach((each) => (each.style.display = "block"));
   document.querySelectorAll("details").forEach((each) => (each.open = true));
@@ -24,7 +25,8 @@ _FIND_CUT_OFF = """
     for (let outer = element.parentElement; outer; outer = outer.parentElement) {
       if (getComputedStyle(outer).overflowX === "visible") continue;
       const box = outer.getBoundingClientRect();
-      if (scrolls(outer)) ({ left, right } = box);
+      // What makes the theme scroll the whole text is cut off, too.
+      if (text.contains(outer) && scrolls(outer)) ({ left, right } = box);
       else if (left < box.left - 1 || right > box.right + 1) return true;
     }
     return left < -1 || right > edge + 1;
@@ -33,8 +35,9 @@ _FIND_CUT_OFF = """
     if (!element.checkVisibility() || element.closest(".sidebar-drawer, .toc-drawer, header")) continue;
     if (isCutOff(element)) found.push(`${element.tagName.toLowerCase()}: ${element.textContent.trim().slice(0, 60)}`);
   }
-  const page = document.documentElement.scrollWidth;
-  if (page > edge + 1) found.push(`the page is ${page} pixels wide`);
+  for (const outer of [document.documentElement, document.querySelector(".content")]) {
+    if (outer?.scrollWidth > outer?.clientWidth + 1) found.push(`the page is ${outer.scrollWidth} pixels wide`);
+  }
   return found;
 })()
 """

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 need("sklearn", "matplotlib", "tqdm")
 
 from experiments import torch_mlp  # noqa: E402
-from experiments.uncertainty import forgetting, guards, noise_scale, noise_scale_training, observer  # noqa: E402
+from experiments.uncertainty import choose_batch_size, forgetting, guards, noise_scale, noise_scale_training, observer  # noqa: E402
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -23,13 +23,13 @@ def run_script(script: str, output: Path, *arguments: str) -> list[list[str]]:
     """Run a script, and return the cells of the table that it prints and writes."""
     printed = run("-m", f"experiments.uncertainty.{script}", *arguments, "--output", str(output))
     assert (output / f"{script}.txt").read_text(encoding="utf-8") == printed
-    assert all(figure.stat().st_size > 10_000 for figure in output.glob("*.png"))
+    assert all(figure.stat().st_size > 10_000 for figure in output.glob("*.svg"))
     return cells_of(printed)
 
 
 def test_the_monitors_plots(tmp_path: Path) -> None:
     rows = run_script("monitor", tmp_path, "--epochs", "1", "--probes", "0")
-    assert {each.name for each in tmp_path.glob("*.png")} == {f"monitor{part}.png" for part in ("", "_noise_scale", "_momenta")}
+    assert {each.name for each in tmp_path.glob("*.svg")} == {f"monitor{part}.svg" for part in ("", "_noise_scale", "_momenta")}
     gains = {row[0]: [float(cell) for cell in row[3:5]] for row in rows}
     # The prior's start is above nearly all squared gradients here, or far below.
     first = float(rows[0][2])
@@ -42,12 +42,40 @@ def test_the_monitors_plots(tmp_path: Path) -> None:
 
 def test_outliers(tmp_path: Path) -> None:
     rows = run_script("outliers", tmp_path, "--rates", "0.001", "--later", "1", "5")
-    assert [each.name for each in tmp_path.glob("*.png")] == ["outliers.png"]
+    assert [each.name for each in tmp_path.glob("*.svg")] == ["outliers.svg"]
     noise = {row[1]: float(row[3]) for row in rows}
     assert noise["undisturbed"] == 1
     assert noise["one batch x 10,000"] > 1e4
     assert noise["one batch x 10,000, threshold 5"] < 2
     assert noise["undisturbed, threshold 5"] == pytest.approx(1, abs=0.05)
+
+
+def test_costs_of_batch_sizes(tmp_path: Path) -> None:
+    small = ["--sizes", "16", "256", "--rates", "0.004", "0.016", "--seeds", "1", "--target", "1.0", "--output", str(tmp_path)]
+    lines = run("-m", "experiments.uncertainty.choose_batch_size", *small).splitlines()
+    _, *rows, critical = lines[:4]
+    (_, _, steps, samples), (_, _, few_steps, many_samples) = counts = [list(map(float, row.split())) for row in rows]
+    assert [size for size, *_ in counts] == [16, 256]
+    assert (samples, many_samples) == (16 * steps, 256 * few_steps)
+    assert steps > few_steps  # a small batch takes more steps
+    assert samples < many_samples  # and fewer samples
+    assert critical == f"fewest samples over fewest steps: {samples / few_steps:.0f} examples"
+    assert (tmp_path / "choose_batch_size.svg").stat().st_size > 10_000
+
+
+def test_the_noise_scale_on_the_way_is_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = choose_batch_size.load_data()
+    grads = noise_scale.compute_example_gradients(choose_batch_size.make_model(seed=0), *data)
+    truth = noise_scale.compute_noise_scale(grads).scale.item()
+    monkeypatch.setattr(choose_batch_size, "MOST_STEPS", 100)
+    # At a learning rate of 0 the truth stays, and no goal is reached.
+    for _, noise in choose_batch_size.track_noise_scale(0.0, 0, data, target=1.0):
+        assert noise.steps == 100
+        assert noise.error < 0.2 * truth
+        assert abs(noise.scale - truth) < 3 * noise.error
+    # What is not reached costs infinity.
+    monkeypatch.setattr(choose_batch_size, "MOST_STEPS", 2)
+    assert choose_batch_size.count_steps(16, 0.001, 0, data, target=0.1) == math.inf
 
 
 def test_the_noise_scale_of_gradients_that_are_known() -> None:
