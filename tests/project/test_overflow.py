@@ -17,7 +17,16 @@ WIDE = "<div style='width: 900px'>wide</div>"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def site(pytestconfig: pytest.Config) -> Path:
+    found: Path | None = pytestconfig.getoption("--site")
+    if found is None:
+        pytest.skip("no built documentation: --site names its folder")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    # Only where there is a site, so that one environment starts a browser.
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip("no Chromium or Chrome, which measures the pages")
@@ -26,10 +35,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("width", [400, 1440])
-def test_nothing_on_the_site_is_cut_off(width: int, browser: Browser, pytestconfig: pytest.Config) -> None:
-    site = pytestconfig.getoption("--site")
-    if site is None:
-        pytest.skip("no built documentation: --site names its folder")
+def test_nothing_on_the_site_is_cut_off(width: int, browser: Browser, site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert site / "index.html" in pages
     cut_off = {}
