@@ -52,7 +52,7 @@ class Entrant:
     Attributes:
         title: its name in tables and plots.
         make: makes the optax transformation of a learning rate, `beta1`, a weight decay, and which arrays are hidden matrices.
-        center: the middle of the learning rates to try, and the typical rate of the optimizer's users.
+        center: the middle of the learning rates to try.
         beta1: the default.
         weight_decay: the default.
         warm_ups: the parts of a run to try.
@@ -144,14 +144,14 @@ ENTRANTS: dict[str, Entrant] = {
     "schedule-free-calibrated": Entrant(
         "Constant VSGD, self-calibrating, schedule-free",
         lambda rate, beta1, decay, _: contrib.schedule_free(_make_calibrated(rate, 0.75, decay, _), rate, b1=beta1),
-        center=0.008,
+        center=0.016,
         decay_span=_VSGD_DECAY,
         schedules=("constant",),
     ),
     "adamw-warm": Entrant(
         "AdamW, 20% warm-up, betas 0.75 and 0.99",
         lambda rate, beta1, decay, _: optax.adamw(rate, b1=beta1, b2=0.99, weight_decay=decay),
-        center=0.004,
+        center=0.008,
         beta1=0.75,
         weight_decay=0.01,
         warm_ups=(0.2,),
@@ -159,20 +159,20 @@ ENTRANTS: dict[str, Entrant] = {
     "adamw": Entrant(
         "AdamW",
         lambda rate, beta1, decay, _: optax.adamw(rate, b1=beta1, weight_decay=decay),
-        center=0.002,
+        center=0.004,
         weight_decay=0.01,
     ),
     "schedule-free-adamw": Entrant(
         "AdamW, schedule-free",
         lambda rate, beta1, decay, _: contrib.schedule_free(optax.adamw(rate, b1=0.0, weight_decay=decay), rate, b1=beta1),
-        center=0.004,
+        center=0.008,
         weight_decay=0.01,
         schedules=("constant",),
     ),
     "adam": Entrant(
         "Adam",
         lambda rate, beta1, decay, _: optax.chain(optax.add_decayed_weights(decay), optax.adam(rate, b1=beta1)),
-        center=0.002,
+        center=0.004,
         decay_span=_COUPLED_DECAY,
     ),
     "adabelief": Entrant(
@@ -180,9 +180,9 @@ ENTRANTS: dict[str, Entrant] = {
         lambda rate, beta1, decay, _: optax.chain(
             optax.scale_by_belief(b1=beta1), optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)
         ),
-        center=0.002,
+        center=0.004,
     ),
-    "muon": Entrant("Muon with AdamW", _make_muon, center=0.004, beta1=0.95, weight_decay=0.01),
+    "muon": Entrant("Muon with AdamW", _make_muon, center=0.008, beta1=0.95, weight_decay=0.01),
     "sgd": Entrant(
         "SGD with momentum",
         lambda rate, beta1, decay, _: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=beta1)),
