@@ -113,7 +113,7 @@ def observe_gradients(
 
         structure: Any
         grads, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda leaf: leaf is None)
-        trees = [structure.flatten_up_to(tree) for tree in (state.elements, *get_arrays(state))]
+        trees = [structure.flatten_up_to(tree) for tree in (state.elements, *get_filter_arrays(state))]
         new = [observe(path, grad, *of_leaf) for (path, grad), *of_leaf in zip(grads, *trees, strict=True)]
         arrays = {name: structure.unflatten([getattr(each, name) for each in new]) for name in State._fields}
         return updates, state._replace(count=count, **arrays)
@@ -121,7 +121,7 @@ def observe_gradients(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def get_arrays(state: ObserveGradientsState) -> tuple[optax.Updates, ...]:
+def get_filter_arrays(state: ObserveGradientsState) -> tuple[optax.Updates, ...]:
     """Return the trees of a state's arrays, in the order of `State`."""
     return tuple(getattr(state, name) for name in State._fields)
 

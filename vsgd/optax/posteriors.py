@@ -15,7 +15,7 @@ import optax
 from vsgd import observer
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, join_complex, split_complex
 from vsgd.optax.observer import ObserveGradientsState, select_watched
-from vsgd.optax.observer import get_arrays as get_watched_arrays
+from vsgd.optax.observer import get_filter_arrays
 from vsgd.optax.state import RULES, get_arrays
 from vsgd.posterior import (
     NoiseScale,
@@ -208,7 +208,7 @@ def map_observed(opt_state: Any, function: Callable[[Watched], Any]) -> Any:
             return _Result(function(Watched(elements, numbers, observer.State(*arrays))))
 
         structure: Any = jax.tree.structure(state.mean)
-        trees = [structure.flatten_up_to(tree) for tree in (state.elements, state.numbers, *get_watched_arrays(state))]
+        trees = [structure.flatten_up_to(tree) for tree in (state.elements, state.numbers, *get_filter_arrays(state))]
         return structure.unflatten([apply(*of_leaf) for of_leaf in zip(*trees, strict=True)])
 
     return _merge([map_state(state) for state in find_observers(opt_state)])
