@@ -14,8 +14,7 @@ import optax
 
 from vsgd import observer
 from vsgd.optax.numerics import check_gradient, choose_arithmetic_dtype, join_complex, split_complex
-from vsgd.optax.observer import ObserveGradientsState, select_watched
-from vsgd.optax.observer import get_filter_arrays
+from vsgd.optax.observer import ObserveGradientsState, get_filter_arrays, select_watched
 from vsgd.optax.state import RULES, get_arrays
 from vsgd.posterior import (
     NoiseScale,
