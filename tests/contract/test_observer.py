@@ -92,7 +92,7 @@ def test_surprise_is_squared_innovations_over_their_variances(door: str) -> None
         grads = draw(seed)
         grads[2][:2] = 0.0  # elements that never had a gradient surprise nobody
         made.step(grads)
-    before, grads = made.posterior(), [3 * grad for grad in draw(11)]
+    before, grads = made.posterior(), [np.asarray(3 * grad, grad.dtype) for grad in draw(11)]  # NumPy 1 widens a scalar
     grads[2][0] = 0.0
     chosen = [slice(None) if each is None else each for each in made.elements()]
     flat = [grad.ravel()[each] for grad, each in zip(grads, chosen, strict=True)]
