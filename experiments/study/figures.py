@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting.plots import INK, drawing, find_colour, style_optimizers
 
 from experiments.statistics import Difference
 from experiments.study.analysis import Budget, compute_profile
 from experiments.study.entrants import ENTRANTS
+from reporting.plots import INK, drawing, find_colour, style_optimizers
 
 #: The gaps at which profiles are drawn, in percent.
 TOLERANCES = tuple(np.geomspace(0.1, 100, 200).tolist())
