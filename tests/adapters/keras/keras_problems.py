@@ -22,6 +22,7 @@ BACKEND = keras.backend.backend()
 def floatx(dtype: str) -> Iterator[None]:
     """Keras' default float dtype, with 64 bits allowed to JAX where it is float64."""
     before = keras.config.floatx()
+    keras.config.dtype_policy()  # Keras makes it when it is first asked for, and never again
     keras.config.set_floatx(dtype)
     try:
         with allow_float64() if dtype == "float64" else contextlib.nullcontext():
