@@ -125,7 +125,7 @@ class Bench:
         total = 0.0
         for rate, batch in zip(rates, islice(batches, len(rates)), strict=True):
             self.optimizer.learning_rate = rate
-            found = self.model.train_on_batch(*_split_inputs(batch))
+            found = self.model.train_on_batch(*split_inputs(batch))
             loss = float(found[0] if isinstance(found, (list, tuple)) else found)  # a list where there are metrics
             if not math.isfinite(loss):
                 return None
@@ -145,9 +145,14 @@ class Bench:
         Returns:
             The values by name.
         """
-        found = self.model.test_on_batch(*_split_inputs(self.data.splits[split]), return_dict=True)
+        found = self.model.test_on_batch(*split_inputs(self.data.splits[split]), return_dict=True)
         return {name: float(value) for name, value in found.items()}
 
 
-def _split_inputs(split: Split) -> tuple[Any, Any]:
+def split_inputs(split: Split) -> tuple[Any, Any]:
+    """Return what a Keras model takes: its input, or a list of them, and the targets.
+
+    Args:
+        split: the examples.
+    """
     return (list(split.x) if isinstance(split.x, tuple) else split.x), split.y

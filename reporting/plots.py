@@ -12,6 +12,8 @@ INK = "#7a7a7a"
 
 #: Each optimizer's colour, with a contrast above 3.8 with white and black. A name that contains another one comes first.
 OPTIMIZERS = {
+    "Muon": "#0f8a99",
+    "AdaBelief": "#b0609b",
     "Constant VSGD": "#00916a",
     "VSGD": "#1f7fc4",
     "AdamW": "#d55e00",

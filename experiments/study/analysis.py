@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from experiments import tasks
 from experiments.statistics import count_steps_to_target
 from experiments.study.entrants import ENTRANTS, SCHEDULES, Setting
-from experiments.study.protocol import LENGTHS, TEST_SEEDS, Find, Run, compute_gap, get_metric, list_budget_runs
-from experiments.study.tasks import NEW_TASKS
+from experiments.study.protocol import TEST_SEEDS, TEST_TASKS, Find, Run, compute_gap, get_metric, list_budget_runs
 
 #: The target is this part of the way from AdamW's first validation metric to its last, the median over the seeds.
 TARGET_PART = 0.95
@@ -47,8 +46,7 @@ class Condition(NamedTuple):
 
 def list_conditions() -> list[Condition]:
     """List the conditions: each new task, length and schedule."""
-    names = [name if length == 1 else f"{name}@{length}" for name in NEW_TASKS for length in LENGTHS]
-    return [Condition(name, schedule) for name in names for schedule in SCHEDULES]
+    return [Condition(name, schedule) for name in TEST_TASKS for schedule in SCHEDULES]
 
 
 class Results:

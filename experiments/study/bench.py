@@ -14,7 +14,7 @@ import optax
 from numpy.typing import NDArray
 from optax import contrib
 
-from experiments.bench import Outcome, read_values
+from experiments.bench import Outcome, read_values, split_inputs
 from experiments.study.entrants import Entrant, Setting
 from experiments.tasks import Split, Task
 
@@ -75,9 +75,11 @@ class Bench:
         return Outcome(curve + [None] * (len(looks) + 1 - len(curve)), losses + [None] * (len(looks) - len(losses)), None)
 
     def _take_step(self, carry: _Carry, batch: Split, rate: Any, beta1: Any, weight_decay: Any) -> tuple[_Carry, Any]:
+        x, y = split_inputs(batch)
+
         def compute_loss(weights: Any) -> tuple[Any, Any]:
-            output, statistics = self._model.stateless_call(weights, carry.statistics, _get_inputs(batch), training=True)
-            return jnp.mean(self._loss(batch.y, output)), statistics
+            output, statistics = self._model.stateless_call(weights, carry.statistics, x, training=True)
+            return jnp.mean(self._loss(y, output)), statistics
 
         (loss, statistics), gradients = jax.value_and_grad(compute_loss, has_aux=True)(carry.weights)
         # Its numbers are traced, so that one compiled step serves all settings.
@@ -88,18 +90,15 @@ class Bench:
     def _compute_metrics(self, carry: _Carry, split: Split) -> dict[str, Any]:
         averaged = isinstance(carry.state, contrib.ScheduleFreeState)
         weights = contrib.schedule_free_eval_params(carry.state, carry.weights) if averaged else carry.weights
-        output, _ = self._model.stateless_call(weights, carry.statistics, _get_inputs(split), training=False)
-        found = {"loss": jnp.mean(self._loss(split.y, output))}
+        x, y = split_inputs(split)
+        output, _ = self._model.stateless_call(weights, carry.statistics, x, training=False)
+        found = {"loss": jnp.mean(self._loss(y, output))}
         if self.task.metric == "accuracy":
-            found["accuracy"] = jnp.mean(jnp.argmax(output, axis=-1) == split.y)
+            found["accuracy"] = jnp.mean(jnp.argmax(output, axis=-1) == y)
         return found
 
     def _evaluate(self, carry: _Carry, split: str) -> dict[str, float]:
         return {name: float(value) for name, value in self._measure(carry, self.data.splits[split]).items()}
-
-
-def _get_inputs(split: Split) -> Any:
-    return list(split.x) if isinstance(split.x, tuple) else split.x
 
 
 def find_hidden_matrices(model: keras.Model) -> list[bool]:

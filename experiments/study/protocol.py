@@ -20,6 +20,8 @@ SELECTION_SEED = 300
 TEST_SEEDS = tuple(range(400, 410))
 #: How many times as long as a task's own length.
 LENGTHS = (1, 4)
+#: The tasks of the one setting.
+TEST_TASKS = tuple(name if length == 1 else f"{name}@{length}" for name in NEW_TASKS for length in LENGTHS)
 #: Budgets are for the smaller batches, which come first.
 BUDGET_TASKS = tuple(NEW_TASKS)[::2]
 #: How many settings random search draws for each optimizer and task, and the seed of the first one.
@@ -75,11 +77,9 @@ def list_one_setting_runs(entrant: str, settings: Mapping[str, Setting]) -> Iter
         entrant: a key of `ENTRANTS`.
         settings: by schedule.
     """
-    for task in NEW_TASKS:
-        for length in LENGTHS:
-            name = task if length == 1 else f"{task}@{length}"
-            for schedule in ENTRANTS[entrant].schedules:
-                yield from (Run(name, entrant, settings[schedule], seed) for seed in TEST_SEEDS)
+    for task in TEST_TASKS:
+        for schedule in ENTRANTS[entrant].schedules:
+            yield from (Run(task, entrant, settings[schedule], seed) for seed in TEST_SEEDS)
 
 
 def list_budget_runs(entrant: str) -> Iterator[Run]:

@@ -65,7 +65,7 @@ def format_one_setting_table(every: list[Results], settings: Settings) -> str:
                 format_percent(statistics.median(gaps)),
                 f"{format_percent(gaps[worst])} ({where.task}, {where.schedule})",
                 f"{lost} of {sum(len(results.values[name]) for results in every)}",
-                f"{statistics.geometric_mean(ratios):.2f} ({reached} of {len(steps)})",
+                f"{statistics.geometric_mean(ratios) if ratios else math.nan:.2f} ({reached} of {len(steps)})",
             ]
         )
     rows.sort(key=lambda row: float(row[3]))

@@ -37,12 +37,13 @@ def test_an_optimizer_has_one_colour_under_all_its_names() -> None:
     for optimizer, names in {
         "VSGD": ("VSGD(fused=True), bfloat16 state", "vsgd", "VSGD, kappas 0.6 and 0.7"),
         "Constant VSGD": ("ConstantVSGD(fused=True)", "constant_vsgd", "Constant VSGD, auto"),
+        "Muon": ("Muon with AdamW",),
         "AdamW": ("optax.adamw", "AdamW, warm-up, beta2 0.99"),
         "SGD": ("SGD with momentum", "optax.sgd(momentum=0.9)"),
     }.items():
         assert {plots.find_colour(name) for name in names} == {plots.OPTIMIZERS[optimizer]}
-    with pytest.raises(ValueError, match="name is 'Muon', but must contain one of Constant VSGD"):
-        plots.find_colour("Muon")
+    with pytest.raises(ValueError, match="name is 'SOAP', but must contain one of Muon"):
+        plots.find_colour("SOAP")
     styles = plots.style_optimizers(ENTRANTS).values()
     assert len({(style["color"], style["linestyle"]) for style in styles}) == len(ENTRANTS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from scipy import stats  # noqa: E402
 import vsgd.keras  # noqa: E402
 from experiments import bench as keras_bench  # noqa: E402
 from experiments import records, spread, tasks  # noqa: E402
-from experiments.study import analysis, protocol, runs  # noqa: E402
+from experiments.study import analysis, protocol, report, runs  # noqa: E402
 from experiments.study.bench import Bench, find_hidden_matrices  # noqa: E402
 from experiments.study.entrants import ENTRANTS, Setting  # noqa: E402
 from experiments.study.tasks import NEW_TASKS  # noqa: E402
 
 STEPS = 50
+SPLITS = ("train", "validation", "test")
 
 
 def shorten(name: str) -> tasks.Task:
@@ -234,3 +236,31 @@ def test_gaps_profiles_and_targets() -> None:
     assert (steps["vsgd"], steps["adamw"], steps["muon"]) == (every, 2 * every, math.inf)
     with pytest.raises(ValueError, match="is missing, but the analysis needs all runs"):
         analysis.Results(analysis.Condition(name, "cosine"), settings, lambda run: None)
+
+
+def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ends = dict(zip(ENTRANTS, np.linspace(0.1, 0.6, len(ENTRANTS)), strict=True))
+
+    def find(run: protocol.Run) -> dict[str, Any]:
+        task = tasks.find_task(run.task)
+        # A high accuracy is good. Runs differ by at most 0.001, and the rates of a grid by their distance from the center.
+        distance = abs(math.log2(run.setting.learning_rate / ENTRANTS[run.entrant].center)) if run.seed == 300 else 0
+        noise = (7 * len(run.task) + 5 * run.seed + 3 * list(ENTRANTS).index(run.entrant)) % 11 - 5
+        end = ends[run.entrant] + 0.0002 * noise + 0.01 * distance
+        scale = task.sign
+        return {"curve": [scale * 1.0, scale * end], "final": {split: {task.metric: scale * end} for split in SPLITS}}
+
+    settings = protocol.choose_settings(find)
+    pages = tmp_path / "results.md", tmp_path / "appendix.md"
+    finds = dict.fromkeys(("selection", "one-setting", "budget"), find)
+    report.write_pages(finds, settings, *pages, tmp_path)
+    results, appendix = (page.read_text(encoding="utf-8") for page in pages)
+    # The first entrant is the best; the way from no training, 1, to it is 0.9.
+    titles = [line.split("|")[1].strip() for line in results.splitlines() if re.search(r"\| 0 of \d+ +\|", line)]
+    assert titles == [entrant.title for entrant in ENTRANTS.values()]
+    difference = 100 * (ends["calibrated"] - ends["adamw"]) / 0.9
+    (row,) = (line for line in appendix.splitlines() if re.match(r"\| all tasks +\| AdamW +\|", line))
+    # The noise moves each mean by at most 0.001 of the way's 0.9, so a difference by at most 0.23%.
+    assert float(row.split("|")[3].split()[0]) == pytest.approx(difference, abs=0.23)
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {"forest", "budgets", "sensitivity", "profiles"}
