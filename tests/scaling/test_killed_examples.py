@@ -37,7 +37,8 @@ for path, array in jax.tree.leaves_with_path(ocp.StandardCheckpointer().restore(
 def said(name: str, folder: Path, *options: str, killed: bool = False, gpus: bool = False) -> list[str]:
     """What an example says, killed between two checkpoints and started again, or not; torchrun restarts by itself."""
     command = [f"examples/{name}.py", "--checkpoints", str(folder), *options]
-    environment = {"OMP_NUM_THREADS": "1", **(GPUS if gpus else CPU)}
+    # Unbuffered: a killed process loses the lines that it has not flushed.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(GPUS if gpus else CPU)}
     if name == "torch_distributed":
         processes = ranks.count_gpus("torch") if gpus else 2
         # Three, for a restart may itself fail, of a connection.
