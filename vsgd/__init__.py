@@ -10,7 +10,7 @@ The package imports no framework. Import the adapter that you need:
 - `vsgd.core`: the update, written once for all array libraries.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:
