@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -53,9 +53,48 @@ def read_values(variables: Sequence[Any]) -> list[NDArray[Any]]:
     return [np.array(keras.ops.convert_to_numpy(each)) for each in variables]
 
 
+def assign_initial_values(model: keras.Model, task: Task, seed: int) -> None:
+    """Give a task's model the weights of a seed.
+
+    Args:
+        model: made by the task.
+        task: the task.
+        seed: of the weights.
+    """
+    _assign_values(model.variables, make_initial_values(task, seed))
+
+
 def _assign_values(variables: Sequence[Any], values: Sequence[NDArray[Any]]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def perform_run(
+    task: Task, steps: int, train: Callable[[slice], float | None], evaluate: Callable[[str], dict[str, float]]
+) -> Outcome:
+    """Train and look at the validation metric in turn, until the end or the first loss that is not finite.
+
+    Args:
+        task: the task.
+        steps: of the run.
+        train: takes a slice of the run's steps, and returns their mean loss; None, or not finite, if a loss is not finite.
+        evaluate: returns the loss, and the accuracy if it is the metric, of the current model on a split.
+    """
+    looks = range(0, steps, task.every)
+    curve: list[float | None] = [evaluate("validation")[task.metric]]
+    losses: list[float | None] = []
+    for start in looks:
+        loss = train(slice(start, start + task.every))
+        if loss is None or not math.isfinite(loss):
+            break
+        losses.append(loss)
+        curve.append(evaluate("validation")[task.metric])
+    if len(losses) == len(looks):
+        final = {name: evaluate(name) for name in task.load_data().splits}
+        if all(math.isfinite(each["loss"]) for each in final.values()):
+            return Outcome(curve, losses, final)
+        curve.pop()
+    return Outcome(curve + [None] * (len(looks) + 1 - len(curve)), losses + [None] * (len(looks) - len(losses)), None)
 
 
 class Bench:
@@ -84,20 +123,7 @@ class Bench:
             rates: the learning rate of each step.
         """
         batches = self.start(seed)
-        curve: list[float | None] = [self.evaluate("validation")[self.task.metric]]
-        losses: list[float | None] = []
-        every = self.task.every
-        for start in range(0, len(rates), every):
-            part = rates[start : start + every]
-            loss = self.train(part, batches)
-            if loss is None:
-                return self._end_diverged(curve, losses, len(rates))
-            losses.append(loss)
-            curve.append(self.evaluate("validation")[self.task.metric])
-        final = {name: self.evaluate(name) for name in self.data.splits}
-        if not all(math.isfinite(each["loss"]) for each in final.values()):
-            return self._end_diverged(curve[:-1], losses, len(rates))
-        return Outcome(curve, losses, final)
+        return perform_run(self.task, len(rates), lambda part: self.train(rates[part], batches), self.evaluate)
 
     def start(self, seed: int) -> Iterator[Split]:
         """Reset model and optimizer to the beginning of a run.
@@ -108,7 +134,7 @@ class Bench:
         Returns:
             The run's batches, endless.
         """
-        _assign_values(self.model.variables, make_initial_values(self.task, seed))
+        assign_initial_values(self.model, self.task, seed)
         _assign_values(self.optimizer.variables, self._fresh)
         return self.data.batches(np.random.default_rng(seed))
 
@@ -131,10 +157,6 @@ class Bench:
                 return None
             total += loss
         return total / len(rates)
-
-    def _end_diverged(self, curve: list[float | None], losses: list[float | None], steps: int) -> Outcome:
-        looks = math.ceil(steps / self.task.every)
-        return Outcome(curve + [None] * (looks + 1 - len(curve)), losses + [None] * (looks - len(losses)), None)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Compute the loss, and the accuracy if it is the metric, of the current model on a split.

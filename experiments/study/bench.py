@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +9,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import optax
-from numpy.typing import NDArray
 from optax import contrib
 
-from experiments.bench import Outcome, read_values, split_inputs
+from experiments.bench import Outcome, assign_initial_values, perform_run, read_values, split_inputs
 from experiments.study.entrants import Entrant, Setting
 from experiments.tasks import Split, Task
 
@@ -52,27 +49,24 @@ class Bench:
             seed: of weights and batches.
         """
         batches = self.data.batches(np.random.default_rng(seed))
-        weights, statistics = (list(map(jnp.asarray, each)) for each in make_initial_values(self.task, seed))
+        assign_initial_values(self._model, self.task, seed)
+        weights, statistics = (
+            list(map(jnp.asarray, read_values(each)))
+            for each in (self._model.trainable_variables, self._model.non_trainable_variables)
+        )
         optimizer = self._entrant.make(setting.learning_rate, setting.beta1, setting.weight_decay, self._matrices)
         carry = _Carry(weights, optimizer.init(weights), statistics)
-        curve: list[float | None] = [self._evaluate(carry, "validation")[self.task.metric]]
-        losses: list[float | None] = []
         rates = np.array(setting.list_rates(self.task.steps), np.float32)
-        looks = range(0, len(rates), self.task.every)
-        for start in looks:
-            found = []
-            for rate, batch in zip(rates[start : start + self.task.every], batches, strict=False):
+
+        def train(part: slice) -> float:
+            nonlocal carry
+            losses = []
+            for rate, batch in zip(rates[part], batches, strict=False):
                 carry, loss = self._step(carry, batch, rate, setting.beta1, setting.weight_decay)
-                found.append(loss)
-            mean = float(jnp.mean(jnp.stack(found)))
-            if not math.isfinite(mean):
-                break
-            losses.append(mean)
-            curve.append(self._evaluate(carry, "validation")[self.task.metric])
-        final = {name: self._evaluate(carry, name) for name in self.data.splits}
-        if len(losses) == len(looks) and all(math.isfinite(each["loss"]) for each in final.values()):
-            return Outcome(curve, losses, final)
-        return Outcome(curve + [None] * (len(looks) + 1 - len(curve)), losses + [None] * (len(looks) - len(losses)), None)
+                losses.append(loss)
+            return float(jnp.mean(jnp.stack(losses)))
+
+        return perform_run(self.task, len(rates), train, lambda split: self._evaluate(carry, split))
 
     def _take_step(self, carry: _Carry, batch: Split, rate: Any, beta1: Any, weight_decay: Any) -> tuple[_Carry, Any]:
         x, y = split_inputs(batch)
@@ -110,16 +104,3 @@ def find_hidden_matrices(model: keras.Model) -> list[bool]:
     names = [each.path if len(each.shape) == 2 and "embedding" not in each.path else "" for each in model.trainable_variables]
     last = next((name for name in reversed(names) if name), "").rpartition("/")[0]
     return [bool(name) and name.rpartition("/")[0] != last for name in names]
-
-
-@functools.lru_cache(maxsize=64)
-def make_initial_values(task: Task, seed: int) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-    """Return the initial values of a model's trainable and other variables; they must not be changed.
-
-    Args:
-        task: the task.
-        seed: of the weights.
-    """
-    keras.utils.set_random_seed(seed)
-    model = task.make_network()
-    return read_values(model.trainable_variables), read_values(model.non_trainable_variables)

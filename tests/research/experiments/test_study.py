@@ -97,7 +97,7 @@ def test_a_schedule_free_run_is_evaluated_at_its_average() -> None:
     """Defazio et al. (2024): the gradient is taken between the point z that is stepped and the average x, here half-way."""
     task = dataclasses.replace(tasks.TASKS["quadratic"], steps=2)
     found = Bench(task, ENTRANTS["schedule-free-adamw"]).run(Setting(0.1, "constant", 0.0, 0.5, 0.0), seed=5)
-    ((point,), _) = ([each.astype(np.float64) for each in group] for group in make_values(task))
+    (point,) = (each.astype(np.float64) for each in keras_bench.make_initial_values(task, 5))
     noises = itertools.islice(task.load_data().batches(np.random.default_rng(5)), 2)
     second, visited, average = 0.0, point.copy(), point.copy()
     for step, batch in enumerate(noises, 1):
@@ -107,12 +107,6 @@ def test_a_schedule_free_run_is_evaluated_at_its_average() -> None:
         average += (visited - average) / step
     assert found.final is not None
     assert found.final["test"]["loss"] == pytest.approx(0.5 * np.sum(tasks.CURVATURES * average**2), rel=1e-4)
-
-
-def make_values(task: tasks.Task) -> Any:
-    from experiments.study.bench import make_initial_values
-
-    return make_initial_values(task, 5)
 
 
 def test_muon_steps_hidden_matrices() -> None:
