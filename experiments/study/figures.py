@@ -1,4 +1,4 @@
-"""Draw the study: paired differences, budgets, learning rates, and performance profiles."""
+"""Draw the study: paired differences, performance profiles, budgets, and learning rates."""
 
 from __future__ import annotations
 
@@ -47,68 +47,55 @@ def draw_forest(rows: Mapping[str, Mapping[str, Difference]], path: Path) -> Non
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"gap of {ENTRANTS['calibrated'].title}\nminus the other's, % of the way (left: better)")
-        figure.legend(loc="outside upper center", ncols=1)
+        axes.set_xlabel("difference of the gaps, %\n(left: better)")
+        figure.legend(loc="outside upper center", ncols=1, title=f"gap of {ENTRANTS['calibrated'].title}")
 
 
-def draw_budgets(budgets: Mapping[str, Budget], path: Path) -> None:
-    """Draw the expected gap over the number of random trials, with the intervals of two optimizers.
+def draw_curves(
+    budgets: Mapping[str, Budget],
+    sensitivity: Mapping[str, Mapping[float, float]],
+    profiles: Mapping[str, Sequence[float]],
+    path: Path,
+) -> None:
+    """Draw three panels with one legend: profiles of the one setting, budgets of random trials, and learning rates.
 
     Args:
-        budgets: by entrant.
+        budgets: by entrant; the interval of two of them is shaded.
+        sensitivity: by entrant, the mean gap of each learning rate relative to the chosen one.
+        profiles: by entrant, the gap of each condition.
         path: of the image.
     """
-    with drawing(path, height=4.2) as figure:
-        axes = figure.subplots()
+    with drawing(path, height=10.5) as figure:
+        profile, budget, rates = figure.subplots(3)
         for name, style in _style(SHOWN).items():
+            shares = compute_profile(profiles[name], [each / 100 for each in TOLERANCES])
+            profile.plot(TOLERANCES, [100 * share for share in shares], label=ENTRANTS[name].title, **style)
             trials = range(1, len(budgets[name].mean) + 1)
-            axes.plot(trials, 100 * np.asarray(budgets[name].mean), label=ENTRANTS[name].title, **style)
+            budget.plot(trials, 100 * np.asarray(budgets[name].mean), **style)
             if name in ("calibrated", "adamw"):
                 low, high = (100 * np.asarray(each) for each in (budgets[name].low, budgets[name].high))
-                axes.fill_between(trials, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set_yscale("log")
-        axes.set_xlabel("random trials")
-        axes.set_ylabel("expected test gap, % of the way")
-        figure.legend(loc="outside lower center", ncols=1)
-
-
-def draw_sensitivity(gaps: Mapping[str, Mapping[float, float]], path: Path) -> None:
-    """Draw the mean gap over the learning rate, relative to the chosen one.
-
-    Args:
-        gaps: by entrant, the mean gap of each learning rate relative to the chosen rate.
-        path: of the image.
-    """
-    with drawing(path, height=4.2) as figure:
-        axes = figure.subplots()
-        for name, style in _style([each for each in SHOWN if each in gaps]).items():
-            places = sorted(gaps[name])
-            axes.plot(places, [100 * gaps[name][each] for each in places], label=ENTRANTS[name].title, marker="o", **style)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("learning rate / the chosen one")
-        axes.set_ylabel("mean validation gap, % of the way")
-        figure.legend(loc="outside lower center", ncols=1)
-
-
-def draw_profiles(gaps: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw performance profiles: the share of the conditions in which an optimizer's gap is within a tolerance.
-
-    Args:
-        gaps: by entrant, the gap of each condition.
-        path: of the image.
-    """
-    with drawing(path, height=4.6) as figure:
-        axes = figure.subplots()
-        for name, style in _style(SHOWN).items():
-            shares = compute_profile(gaps[name], [each / 100 for each in TOLERANCES])
-            axes.plot(TOLERANCES, [100 * share for share in shares], label=ENTRANTS[name].title, **style)
-        axes.set_xscale("log")
-        axes.set_xlim(TOLERANCES[0], TOLERANCES[-1])
-        axes.set_ylim(0, 101)
-        axes.set_xlabel("gap to the best optimizer, % of the way")
-        axes.set_ylabel("conditions within that gap, %")
-        figure.legend(loc="outside lower center", ncols=1)
+                budget.fill_between(trials, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            places = sorted(sensitivity[name])
+            rates.plot(places, [100 * sensitivity[name][each] for each in places], marker="o", **style)
+        profile.set_title("One setting for all tasks")
+        profile.set_xscale("log")
+        profile.set_xlim(TOLERANCES[0], TOLERANCES[-1])
+        profile.set_ylim(0, 101)
+        profile.set_xlabel("gap to the best optimizer, %")
+        profile.set_ylabel("conditions, %")
+        budget.set_title("Random search on each task")
+        budget.set_xlabel("trials")
+        budget.set_xticks((1, 5, 10, 15, 20))
+        budget.set_ylabel("mean test gap, %")
+        rates.set_title("Learning rate")
+        rates.set_xscale("log", base=2)
+        rates.set_xlabel("rate / chosen rate")
+        rates.set_ylabel("mean gap, %")
+        for axes in (budget, rates):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        figure.legend(loc="outside lower left", ncols=1)
 
 
 def format_percent(part: float) -> str:

@@ -65,7 +65,7 @@ def format_one_setting_table(every: list[Results], settings: Settings) -> str:
                 format_percent(statistics.median(gaps)),
                 f"{format_percent(gaps[worst])} ({where.task}, {where.schedule})",
                 f"{lost} of {sum(len(results.values[name]) for results in every)}",
-                f"{statistics.geometric_mean(ratios) if ratios else math.nan:.2f} ({reached} of {len(steps)})",
+                f"{f'{statistics.geometric_mean(ratios):.2f}' if ratios else 'none'} ({reached} of {len(steps)})",
             ]
         )
     rows.sort(key=lambda row: float(row[3]))
@@ -180,17 +180,14 @@ def write_pages(finds: Mapping[str, Find], settings: Settings, results_page: Pat
     forest = compute_forest(every)
     budgets = compute_budgets(finds["budget"])
     profiles = {name: [results.compute_mean_gap(name) for results in every] for name in ENTRANTS}
+    sensitivity = compute_sensitivity(finds["selection"], settings)
     drawn = {
         "forest": lambda path: figures.draw_forest(forest, path),
-        "budgets": lambda path: figures.draw_budgets(budgets, path),
-        "sensitivity": lambda path: figures.draw_sensitivity(compute_sensitivity(finds["selection"], settings), path),
-        "profiles": lambda path: figures.draw_profiles(profiles, path),
+        "curves": lambda path: figures.draw_curves(budgets, sensitivity, profiles, path),
     }
     titles = {
         "forest": "Differences of the gap on each task, with 95% intervals",
-        "budgets": "Expected gap over the number of random trials",
-        "sensitivity": "Gap over the learning rate",
-        "profiles": "Performance profiles: conditions within a gap",
+        "curves": "Conditions within a gap, with one setting; gap over the number of random trials; gap over the learning rate",
     }
     for name, draw in drawn.items():
         draw(folder / f"{name}.svg")
