@@ -14,8 +14,8 @@ from experiments import spread, tasks
 from experiments.study.entrants import ENTRANTS
 from experiments.study.protocol import Run
 
-#: Runs that a process does at once, so that few runs are lost when it is killed and few processes compile the same model.
-_GROUP = 16
+#: Runs that a process does at once: compiling a model takes as long as many runs, and a process that is killed loses its group.
+_GROUP = 40
 
 
 @functools.lru_cache(maxsize=1)
