@@ -26,11 +26,12 @@ def absent(script: str) -> list[str]:
     """
     lines = script.replace("\\\n", " ").splitlines()
     commands = [shlex.split(command, comments=True) for line in lines for command in line.split("&&")]
-    return [name for words in commands if words for name in _absent(itertools.dropwhile(_is_variable, words))]
+    run = [list(itertools.dropwhile(_sets_variables, words)) for words in commands]
+    return [name for words in run if words for name in _absent(words)]
 
 
-def _is_variable(word: str) -> bool:
-    return re.match(r"[A-Z_]+=", word) is not None
+def _sets_variables(word: str) -> bool:
+    return re.match(r"export$|[A-Z_]+=", word) is not None
 
 
 def _absent(words: Iterable[str]) -> Iterator[str]:
