@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vsgd.torch import VSGD
+from vsgd.torch import ConstantVSGD
 from vsgd.torch.noise_scale import NoiseScaleMeter
 
 BATCH_SIZE, PARTS = 64, 4  # micro-batches of 16
@@ -35,7 +35,7 @@ def main() -> None:
     x, y = torch.tensor(pixels / 8 - 1, dtype=torch.float32), torch.tensor(digits)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
-    optimizer = VSGD(model.parameters(), lr=0.008)  # any optimizer of torch works
+    optimizer = ConstantVSGD(model.parameters(), lr=0.008)  # any optimizer of torch works
 
     with NoiseScaleMeter(optimizer, micro_batch_size=BATCH_SIZE // PARTS, window=every) as meter:
         for step in tqdm(range(1, steps + 1), unit="step"):

@@ -19,11 +19,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from vsgd.optax import vsgd
+from vsgd.optax import constant_vsgd
 
 STEPS, EVERY = 200, 40  # mini-batches in all, and between two checkpoints
 AXES = {"in": ("data", "model"), "out": ("model", "data")}
-solver, cross_entropy = vsgd(0.008), optax.softmax_cross_entropy_with_integer_labels
+solver, cross_entropy = constant_vsgd(0.008), optax.softmax_cross_entropy_with_integer_labels
 
 
 def init_training() -> tuple:

@@ -17,14 +17,14 @@ import optax
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from vsgd.optax import vsgd
+from vsgd.optax import constant_vsgd
 
 BATCH_SIZE, TEST, SEEDS = 64, 389, 5  # the other 1408 images are 22 batches
 WIDTHS = (64, 128, 128, 10)
 
 pixels, digits = load_digits(return_X_y=True)
 images, labels = jnp.asarray(pixels / 8 - 1, jnp.float32), jnp.asarray(digits)
-solver = vsgd(0.008)
+solver = constant_vsgd(0.008)
 
 
 def init_params(key: jax.Array) -> list[dict[str, jax.Array]]:

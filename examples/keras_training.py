@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from vsgd.keras import VSGD
+from vsgd.keras import ConstantVSGD
 
 
 def make_model() -> keras.Model:
@@ -45,7 +45,7 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     model = make_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=VSGD(0.008), loss=loss, metrics=["accuracy"])
+    model.compile(optimizer=ConstantVSGD(0.008), loss=loss, metrics=["accuracy"])
     with tqdm(total=epochs, unit="epoch") as bar:
         progress = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: bar.update())
         model.fit(train_x, train_y, batch_size=64, epochs=epochs, callbacks=[progress], verbose=0)

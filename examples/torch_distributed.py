@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from vsgd.torch import VSGD
+from vsgd.torch import ConstantVSGD
 
 STEPS, EVERY = 200, 40  # mini-batches in all, and between two checkpoints
 
@@ -61,7 +61,7 @@ if device == "cuda":
 pixels, digits = load_digits(return_X_y=True)
 images, labels = torch.tensor(pixels / 8 - 1, dtype=torch.float32, device=device), torch.tensor(digits, device=device)
 model = make_sharded_network(device)
-optimizer = VSGD(model.parameters(), lr=0.008)
+optimizer = ConstantVSGD(model.parameters(), lr=0.008)
 first = resume(model, optimizer, arguments.checkpoints)
 for step in tqdm(range(first, STEPS), initial=first, total=STEPS, unit="step", disable=rank > 0):
     if step == arguments.die_at and rank == ranks - 1 and restarts == "0":
