@@ -32,7 +32,7 @@ class _Transformer(nn.Module):
 
 
 def _make_training(tokens: torch.Tensor, max_elements: int | None) -> tuple[Callable[[int], None], GradientObserver | None]:
-    """Return a function that takes `count` steps of AdamW, and the observer of at most `max_elements`; 0 is none."""
+    """Return a function that takes `count` steps of AdamW, and the observer of at most `max_elements`; 0: none."""
     torch.manual_seed(0)
     model = _Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

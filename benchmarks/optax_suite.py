@@ -61,7 +61,7 @@ def take_gradients(params: list[jax.Array], grads: list[jax.Array]) -> list[jax.
 def compute_gradients(params: list[jax.Array], grads: list[jax.Array]) -> list[jax.Array]:
     """Return gradients of the parameters that, as a backward pass leaves them, are arrays in memory."""
     scale = grads[0].ravel()[0]
-    # XLA would fuse a product into the update; a loop's result has a buffer of its own. The loop runs once.
+    # XLA would fuse a product into the update; a loop's result has its own buffer. The loop runs once.
     turns = 1 + (jnp.abs(scale) > 1e9).astype(jnp.int32)
     return jax.lax.fori_loop(0, turns, lambda _, found: [0.5 * each for each in found], [scale * each for each in params])
 

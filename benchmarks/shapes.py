@@ -52,7 +52,7 @@ def parse(text: str) -> list[Shape]:
             with about 1000 elements in total, "tensors=30" for 30 vectors of 64.
 
     Raises:
-        ValueError: the word is none of these.
+        ValueError: the word is not one of these.
     """
     if text in NAMED:
         return [NAMED[text]]

@@ -41,7 +41,7 @@ def make_shardings(mesh: Mesh) -> tuple:
 
 
 def resume(manager: ocp.CheckpointManager, init: jax.stages.Wrapped) -> tuple[tuple, int]:
-    """Load the last complete checkpoint or start anew, sharded as the jitted `init` says; return the training and its step."""
+    """Load the last complete checkpoint or start anew, sharded like `init`'s results; return the training and its step."""
     if (last := manager.latest_step()) is None:
         return init(), 0
     return manager.restore(last, args=ocp.args.StandardRestore(init.eval_shape())), last

@@ -190,7 +190,7 @@ def find_archive(name: str, data_dir: Path | None = None) -> Archive:
         The archive.
 
     Raises:
-        ValueError: the archive is missing; the message says which file to place where.
+        ValueError: the archive is missing; the message names the file and the folder to place it in.
     """
     source = SOURCES[name]
     path = _download_archive(source) if data_dir is None else data_dir / source.file

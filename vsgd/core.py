@@ -118,7 +118,7 @@ class Hyperparameters(NamedTuple):
         kappa2: how fast `b_ghat` forgets: its learning rate at step t is `t ** -kappa2`.
         eps: a number added to the root of the second moment, in units of the gradient.
         prior_shape: the shape of the prior on both precisions, without unit; None: `prior_strength`, as in the paper.
-        forgetting_floor: the smallest learning rate of `b_g` and `b_ghat`; 0 is none, as in the paper.
+        forgetting_floor: the smallest learning rate of `b_g` and `b_ghat`; 0: no floor, as in the paper.
     """
 
     variance_ratio: float = 30.0
@@ -217,7 +217,7 @@ class ConstantHyperparameters(NamedTuple):
         kappa: how fast `b` forgets: its learning rate at step t is `t ** -kappa`.
         eps: a number added to the root of the second moment, in units of the gradient.
         prior_shape: the shape of the prior on the precision, without unit; None: `prior_strength`, as in the paper.
-        forgetting_floor: the smallest learning rate of `b`; 0 is none, as in the paper.
+        forgetting_floor: the smallest learning rate of `b`; 0: no floor, as in the paper.
     """
 
     variance_ratio: float = 3.0

@@ -120,7 +120,7 @@ def _make_robust(
             allowed = zero + c.allowed
             innovation = grad - mu_g
             excess = (xp.maximum(innovation * innovation / variance, allowed) - allowed) * c.inverse_allowed
-            # Both rates widen alike: an outlier says nothing about their ratio, the gain.
+            # Both rates widen alike: an outlier carries no information about their ratio, the gain.
             widening = xp.minimum(excess, zero + c.widest)
             first, last = first + first * widening, last + last * widening
             limit = xp.sqrt((allowed + allowed * widening) * variance)

@@ -132,7 +132,7 @@ def make_rows(steps: int, looks: Sequence[int], seeds: Sequence[int]) -> Iterato
 
 
 def main() -> None:
-    """Write the table as the command line says."""
+    """Run the command line: write the table."""
     parser = argparse.ArgumentParser(description="Follow VSGD's gains in a long run.")
     parser.add_argument("--steps", type=int, default=8000, help="of each run (default: %(default)s)")
     parser.add_argument("--looks", type=int, nargs="+", default=[1000, 2000, 4000, 8000], help="steps to report")

@@ -228,7 +228,7 @@ def format_rates_table(data: Mapping[str, tuple[Tensor, Tensor]], rates: Sequenc
 
 
 def main() -> None:
-    """Write the tables as the command line says."""
+    """Run the command line: write the tables."""
     parser = argparse.ArgumentParser(description="Compare a prior in the gradients' own units with the default.")
     parser.add_argument("--steps", type=int, default=1000, help="steps of each training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="trainings to take the median of (default: %(default)s)")

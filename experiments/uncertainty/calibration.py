@@ -125,7 +125,7 @@ def draw_tracks(tracks: Mapping[tuple[str, str], Track], output: Path) -> None:
 
 
 def main() -> None:
-    """Write the figure and the table as the command line says."""
+    """Run the command line: write the figure and the table."""
     parser = argparse.ArgumentParser(description="Measure the coverage of the gradient's posterior on noisy quadratics.")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of each run (default: %(default)s)")
     parser.add_argument("--elements", type=int, default=1000, help="elements of the parameter (default: %(default)s)")

@@ -57,7 +57,7 @@ FILTERS: dict[str, Callable[..., VSGD | ConstantVSGD]] = {
 
 
 class Look(NamedTuple):
-    """What a filter says after a step, beside the truth.
+    """The estimates of a filter after a step, next to the truth.
 
     Attributes:
         step: the step.
@@ -131,7 +131,7 @@ def format_looks(found: Mapping[str, Mapping[str, Sequence[Look]]], settled: int
 
 
 def main() -> None:
-    """Write the table as the command line says."""
+    """Run the command line: write the table."""
     parser = argparse.ArgumentParser(description="Compare filters that forget in different ways, over trainings.")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training (default: %(default)s)")
     parser.add_argument("--settled", type=int, default=SETTLED, help="leave out looks up to this step (default: %(default)s)")

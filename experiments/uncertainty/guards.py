@@ -564,7 +564,7 @@ def format_surprises(found: Mapping[str, Sequence[Surprises]]) -> str:
 
 
 def main() -> None:
-    """Write the tables as the command line says."""
+    """Run the command line: write the tables."""
     parser = argparse.ArgumentParser(description="Compare guards against gradient spikes.")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds, at least 2 (default: %(default)s)")
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES), help="(default: both)")

@@ -169,7 +169,7 @@ def draw_histograms(runs: Mapping[str, Run], output: Path) -> None:
 
 
 def main() -> None:
-    """Write the figures and the table as the command line says."""
+    """Run the command line: write the figures and the table."""
     parser = argparse.ArgumentParser(description="Draw the monitor's plots for a training on digits.")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training data (default: %(default)s)")
     parser.add_argument("--probes", type=int, default=8, help="how often to measure at fixed weights (default: %(default)s)")

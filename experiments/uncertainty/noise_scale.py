@@ -136,7 +136,7 @@ def format_rows(found: Mapping[tuple[str, str], Sequence[Row]]) -> str:
 
 
 def main() -> None:
-    """Write the table as the command line says."""
+    """Run the command line: write the table."""
     parser = argparse.ArgumentParser(description="Compare the noise scale in the optimizer's state with the truth.")
     parser.add_argument(
         "--probes", type=int, nargs="+", default=PROBES, help="steps at which to compare the estimates (default: %(default)s)"

@@ -203,7 +203,7 @@ def format_windows(found: Mapping[str, Mapping[int, Sequence[Look]]]) -> str:
 
 
 def main() -> None:
-    """Write the tables as the command line says."""
+    """Run the command line: write the tables."""
     parser = argparse.ArgumentParser(description="Compare the noise scale that is measured during training with the truth.")
     parser.add_argument("--steps", type=int, help="of each training (default: 2400 of the MLP, 1200 of the transformer)")
     parser.add_argument(

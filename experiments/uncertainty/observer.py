@@ -283,7 +283,7 @@ def format_looks(found: Mapping[tuple[str, str, bool], Sequence[Look]]) -> str:
 
 
 def main() -> None:
-    """Write the tables as the command line says."""
+    """Run the command line: write the tables."""
     parser = argparse.ArgumentParser(description="Compare the gradient observer with the truth.")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training (default: %(default)s)")
     parser.add_argument("--stream-steps", type=int, default=STREAM_STEPS, help="of the streams (default: %(default)s)")

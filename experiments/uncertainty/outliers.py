@@ -132,7 +132,7 @@ def draw_runs(runs: Mapping[tuple[float, str], Run], output: Path) -> None:
 
 
 def main() -> None:
-    """Write the figure and the table as the command line says."""
+    """Run the command line: write the figure and the table."""
     parser = argparse.ArgumentParser(description="Train on one corrupted batch, with and without outlier_threshold.")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates (default: %(default)s)")
     parser.add_argument("--later", type=int, nargs="+", default=LATER, help="steps after it (default: %(default)s)")

@@ -182,7 +182,7 @@ class RuleOptimizer(PosteriorMixin, keras.optimizers.Optimizer):
         return grads_and_vars if self._gradient_unit is not None else super()._all_reduce_sum_gradients(grads_and_vars)
 
     def _calibrate(self, grads: Sequence[Any], variables: Sequence[Any]) -> Any:
-        """Return the unit of gradients, measured if there is none yet; 0 if there can be none."""
+        """Return the unit of gradients, measured if it is missing; 0 if it cannot be measured."""
         old = ops.convert_to_tensor(self._gradient_unit)
         unit = ops.cond(old > 0, lambda: old, lambda: ops.cast(backend.measure_unit(grads, variables), old.dtype))
         self._gradient_unit.assign(unit)

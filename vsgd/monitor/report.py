@@ -131,7 +131,7 @@ def make_report(looks: Sequence[Look], *, title: str = "A monitored training", b
 
 
 def _list_facts(looks: Sequence[Look], batch_size: float | None) -> list[tuple[str, str]]:
-    """Return what the summary says, as names and values."""
+    """Return the names and values of the summary."""
     last = looks[-1]
     facts = [
         ("Steps", f"{last.step:,} ({len(looks):,} looks)"),

@@ -300,7 +300,7 @@ class RuleOptimizer(PosteriorMixin, Optimizer):
             if param.grad is None:
                 continue
             state = self.state[param]
-            if "step" not in state:  # a wrapper may keep something of its own there
+            if "step" not in state:  # a wrapper may keep its own values there
                 state.update(self._make_state(group, param))  # at once: an error leaves none of it
             params.append(param)
             grads.append(param.grad)

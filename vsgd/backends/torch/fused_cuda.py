@@ -238,7 +238,7 @@ def _copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cpu":  # in Triton's interpreter
         return host
     if _is_capturing(device):
-        _captured.append(host)  # not pinned: the allocator of pinned memory asks for events, which a capture forbids
+        _captured.append(host)  # not pinned: the allocator of pinned memory records events, which a capture forbids
     else:
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
