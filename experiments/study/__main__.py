@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments.study PART`, where a part is selection, one-setting, budget or report."""
+"""The command line: `python -m experiments.study PART`, where a part is selection, one-setting, budget, rates or report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import spread
-from experiments.study import protocol, report, runs
+from experiments.study import protocol, rates, report, runs
 from experiments.study.entrants import ENTRANTS
 
-PARTS = ("selection", "one-setting", "budget")
+PARTS = ("selection", "one-setting", "budget", "rates")
 _PAGES = Path("docs/results.md"), Path("docs/appendix.md")
 
 
@@ -38,7 +38,8 @@ def main(command: Sequence[str] | None = None) -> None:
             settings = protocol.choose_settings(stores["selection"].find)
             chosen = (run for name in arguments.entrants for run in protocol.list_one_setting_runs(name, settings[name]))
         else:
-            chosen = (run for name in arguments.entrants for run in protocol.list_budget_runs(name))
+            list_runs = {"budget": protocol.list_budget_runs, "rates": rates.list_rate_runs}[arguments.part]
+            chosen = (run for name in arguments.entrants for run in list_runs(name))
         wanted = (run for run in chosen if run.entrant in arguments.entrants)
         runs.perform_missing(wanted, stores[arguments.part], arguments.workers, arguments.part)
     except ValueError as error:

@@ -22,6 +22,7 @@ from experiments.study.analysis import (
 from experiments.study.entrants import ENTRANTS, SCHEDULES, Setting
 from experiments.study.figures import format_percent
 from experiments.study.protocol import Find, compute_grid_gaps
+from experiments.study.rates import format_rates_table
 from reporting.pages import format_image, format_table, replace_section
 
 #: The optimizer and the baselines of the primary comparison.
@@ -196,6 +197,7 @@ def write_pages(finds: Mapping[str, Find], settings: Settings, results_page: Pat
     replace_section(appendix, "study-forest", [format_forest_table(forest)])
     replace_section(appendix, "study-budgets", [_format_budget_table(budgets)])
     replace_section(appendix, "study-metrics", format_metric_tables(every))
+    replace_section(appendix, "study-rates", [format_rates_table(finds["rates"])])
 
 
 def _format_budget_table(budgets: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from scipy import stats  # noqa: E402
 import vsgd.keras  # noqa: E402
 from experiments import bench as keras_bench  # noqa: E402
 from experiments import records, spread, tasks  # noqa: E402
-from experiments.study import analysis, protocol, report, runs  # noqa: E402
+from experiments.study import analysis, protocol, rates, report, runs  # noqa: E402
 from experiments.study.bench import Bench, find_hidden_matrices  # noqa: E402
 from experiments.study.entrants import ENTRANTS, Setting  # noqa: E402
 from experiments.study.tasks import NEW_TASKS  # noqa: E402
@@ -133,7 +133,8 @@ def test_the_choice_sees_neither_the_new_tasks_nor_the_tests_seeds() -> None:
         for run in protocol.list_one_setting_runs(name, {each: entrant.list_grid(each)[0] for each in entrant.schedules})
     ]
     budgets = [run for name in ENTRANTS for run in protocol.list_budget_runs(name)]
-    seeds = [{run.seed for run in part} for part in (selection, tests, budgets)]
+    sweep = [run for name in ENTRANTS for run in rates.list_rate_runs(name)]
+    seeds = [{run.seed for run in part} for part in (selection, tests, budgets, sweep)]
     assert all(first.isdisjoint(second) for first, second in itertools.combinations(seeds, 2))
     assert {run.task.partition("@")[0] for run in (*tests, *budgets)}.isdisjoint(run.task for run in selection)
     assert {run.task for run in budgets} == set(protocol.BUDGET_TASKS) <= set(NEW_TASKS)
@@ -232,6 +233,29 @@ def test_gaps_profiles_and_targets() -> None:
         analysis.Results(analysis.Condition(name, "cosine"), settings, lambda run: None)
 
 
+def test_the_table_of_rates_has_the_best_ones_and_what_the_others_lose() -> None:
+    goals = {"calibrated": 0.008, "constant-vsgd": 0.016, "adamw": 0.002}
+
+    def find(run: protocol.Run) -> dict[str, Any]:
+        task = tasks.find_task(run.task)
+        # Each factor of two from the best rate costs a tenth of the way from 1 to 0.1; large batches double the best rate.
+        goal = goals[run.entrant] * (2 if run.task.partition("@")[0] in list(NEW_TASKS)[1::2] else 1)
+        end = 0.1 + 0.09 * abs(math.log2(run.setting.learning_rate / goal))
+        return {"curve": [task.sign * 1.0], "final": {"validation": {task.metric: task.sign * end}}}
+
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in rates.format_rates_table(find).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        [f"{batches}, {length}x", way] for batches in ("small", "large") for length in (1, 4) for way in ("cosine", "constant")
+    ]
+    for row in rows:
+        scale = 1 if row[0].startswith("small") else 2
+        assert [float(cell.split()[0]) for cell in row[2:6]] == [scale * 0.008, scale * 0.016, scale * 0.002, 4]
+        lost = [10 * abs(math.log2(rate / (scale * 0.008))) for rate in rates.SHOWN]
+        assert [float(cell.split()[0]) for cell in row[6:]] == pytest.approx(lost, abs=0.01)
+    with pytest.raises(ValueError, match="records of the learning rates are missing"):
+        rates.format_rates_table(lambda run: None)
+
+
 def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     ends = dict(zip(ENTRANTS, np.linspace(0.1, 0.6, len(ENTRANTS)), strict=True))
@@ -247,7 +271,7 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
 
     settings = protocol.choose_settings(find)
     pages = tmp_path / "results.md", tmp_path / "appendix.md"
-    finds = dict.fromkeys(("selection", "one-setting", "budget"), find)
+    finds = dict.fromkeys(("selection", "one-setting", "budget", "rates"), find)
     report.write_pages(finds, settings, *pages, tmp_path)
     results, appendix = (page.read_text(encoding="utf-8") for page in pages)
     # The first entrant is the best; the way from no training, 1, to it is 0.9.
