@@ -140,7 +140,7 @@ def test_a_decay_that_bfloat16_cannot_hold_is_not_lost(driver: str) -> None:
             made.step([np.zeros_like(start)])  # the gradient moves nothing
         ends.append((made.read()[0]["param"].astype(float) / start).mean())
     assert ends[0] == 1  # rounding to the nearest undoes each decay
-    # The mean of 4096 elements, each off by at most 100 roundings of 2**-7, has an error of about 0.03.
+    # Each of the 4096 averaged elements is off by about 0.03, from at most 100 roundings of 2**-7.
     assert ends[1] == pytest.approx((1 - 1e-4) ** 100, abs=0.002)
 
 

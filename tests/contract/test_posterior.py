@@ -185,7 +185,7 @@ def test_the_core_of_it_works_on_any_arrays() -> None:
     doubled = compute_posterior(state, scales._replace(unit=2.0))
     assert doubled == Posterior(4.0, 3.0, 12.0, 4.0, 0.25, 4 / 0.75)
     assert compute_surprise(10.0, state, scales._replace(unit=2.0)) == 9 / 4.75
-    # Innovations vary by 4, and w / 2 = 1/8 of it is the mean's own error.
+    # Innovations have a variance of 4, of which w / 2 = 1/8 is the mean's own error.
     assert estimate_noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
 
 
