@@ -29,7 +29,7 @@ BETA1 = pytest.mark.parametrize("beta1", [0.5, 0.9, 0.99])
 
 
 class Run(NamedTuple):
-    """The core's results for a sequence of gradients, time first; `sigma2` is the predictive variance that each step divides by."""
+    """The core's results for a sequence of gradients, time first; `sigma2` is the variance before each step."""
 
     direction: Any
     mu: Any
@@ -103,7 +103,7 @@ def ema(values: Any, beta: float, start: Any = 0.0) -> Any:
 
 
 def adabelief_v(grads: Any, beta1: float, beta2: float, eps: float = 0.0) -> Any:
-    """Return AdaBelief's second moment (Zhuang et al., 2020), with the error from the mean after the step and an accumulated eps."""
+    """Return AdaBelief's second moment (Zhuang et al., 2020): the error is from the mean after the step, and eps accumulates."""
     mean = ema(grads, beta1)
     return ema((grads - mean) ** 2 + eps / (1 - beta2), beta2)
 

@@ -19,7 +19,7 @@ SIZE = 8
 
 
 class Network(nn.Module):
-    """A network with a shared weight, a possibly complex one, a scalar, a rarely used one, and ones without elements or gradient."""
+    """A network with a shared, a possibly complex, a scalar and a rarely used weight, and ones without elements or gradient."""
 
     def __init__(self, dtype: torch.dtype = torch.complex64) -> None:
         super().__init__()
