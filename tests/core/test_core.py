@@ -1,4 +1,4 @@
-"""Test the core, which imports no framework, contains no literal and has one function for every namespace; and all imports."""
+"""Test that the core has no framework, no literals and one function for every namespace, and what each module imports."""
 
 from __future__ import annotations
 

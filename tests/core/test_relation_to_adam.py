@@ -103,7 +103,7 @@ def ema(values: Any, beta: float, start: Any = 0.0) -> Any:
 
 
 def adabelief_v(grads: Any, beta1: float, beta2: float, eps: float = 0.0) -> Any:
-    """Return AdaBelief's second moment (Zhuang et al., 2020): the error is from the mean after the step, and eps accumulates."""
+    """Return AdaBelief's second moment (Zhuang et al., 2020): the error is from the mean after the step; eps accumulates."""
     mean = ema(grads, beta1)
     return ema((grads - mean) ** 2 + eps / (1 - beta2), beta2)
 
