@@ -22,7 +22,7 @@ SPREAD = {**HALVED, "rows": P("data", "model"), "mix": P("model", None, "data"),
 
 
 def trained(case: problem.Case) -> float:
-    """Return a training's deviation; assert that eager, compiled and injected state and updates have the parameters' sharding."""
+    """Return a training's deviation; assert that eager, compiled and injected state and updates lie like the parameters."""
     layout = problem.layout_of(types=case.types)
     with layout.entered():
         now = problem.fresh(case, layout)
