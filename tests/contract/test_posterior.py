@@ -89,7 +89,7 @@ def test_the_noise_scale_of_a_quadratic_is_within_a_tenth_of_the_truth(kind: str
 
 @kinds
 def test_pure_noise_has_no_squared_norm(kind: str) -> None:
-    # The true mean is 0, so once the filter's own error is subtracted, its square is 0 on average and hence in the sum.
+    # The true mean is 0, so once the filter's own error is subtracted, the square is 0 on average and hence in the sum.
     rng, n = np.random.default_rng(3), 20_000
     optimizer = getattr(vsgd.numpy, kind)([np.zeros(n)], lr=0.0)
     for _ in range(1000):

@@ -29,7 +29,7 @@ BETA1 = pytest.mark.parametrize("beta1", [0.5, 0.9, 0.99])
 
 
 class Run(NamedTuple):
-    """The core's results for a sequence of gradients, time first; `sigma2` is the variance before each step."""
+    """The core's results for a sequence of gradients, time first; `sigma2` is the variance that each step used."""
 
     direction: Any
     mu: Any

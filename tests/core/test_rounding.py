@@ -60,8 +60,7 @@ def test_noise_is_uniform(slot: int, where: dict[str, int]) -> None:
     counts = np.bincount((noise(slot, **where) * 256).astype(int), minlength=256)
     expected = COUNT / 256
     chi2 = ((counts - expected) ** 2 / expected).sum()
-    # With 255 degrees of freedom: mean 255, standard deviation 22.6. The noise is neither lumpy nor, like a permutation, too
-    # even.
+    # 255 degrees of freedom: mean 255, standard deviation 22.6. The noise is neither lumpy nor, like a permutation, too even.
     assert 255 - 6 * 22.6 < chi2 < 255 + 6 * 22.6
 
 

@@ -20,8 +20,7 @@ from drivers.precision import x64
 from drivers.rules import RULES
 from vsgd.posterior import NoiseScale, Posterior
 
-#: BY_HANDLER makes the installed handler step all arrays, those with fewer than 8 elements in one call; BY_XLA makes it step
-#: none.
+#: BY_HANDLER makes the installed handler step all arrays, those with fewer than 8 elements in one call; BY_XLA, none.
 BY_HANDLER, BY_XLA = (
     mock.patch.multiple("vsgd.backends.jax_step", SMALLEST=size, FEWEST=count) for size, count in ((8, 1), (2**62, 2**62))
 )

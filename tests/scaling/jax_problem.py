@@ -25,8 +25,7 @@ SHAPES = {"rows": (8, 12), "bias": (12,), "mix": (12, 3, 8), "out": (8, 6), "shi
 SPECS = {"rows": P("data", "model"), "bias": P("model"), "mix": P("model", None, "data"), "out": P(("data", "model"))}
 SPECS |= {"shift": P()}
 
-#: Ten times the deviation of two runs on one device, in one of which each gradient is the next larger number; by
-#: `Case.gradients`.
+#: By `Case.gradients`: ten times the deviation of two runs on one device, one of them with each gradient's next larger number.
 BOUND = {
     "given": {"float32": 5e-6, "float64": 1e-14},
     "summed": {"float32": 1.5e-5, "float64": 2e-14},

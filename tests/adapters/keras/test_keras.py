@@ -1,8 +1,8 @@
 """Test what no driver covers in the Keras adapter, and what Keras' base class does around the update.
 
 The base class does clipping, decay, averages, accumulation, `stateless_apply`, and variables that are not stepped. All tests
-run on the backend of this process. `test_keras_backends.py` runs this file and the contract on the other backends, and
-`matrix/` has the adapter's trajectories.
+run on the backend of this process. `test_keras_backends.py` runs this file on the other backends, and `matrix/` tests the
+adapter's trajectories.
 """
 
 from __future__ import annotations

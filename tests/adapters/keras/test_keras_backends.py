@@ -33,7 +33,7 @@ def pass_tests(backend: str, *chosen: str) -> None:
 def test_the_adapter_passes_its_tests_on(backend: str) -> None:
     if os.environ.get("KERAS_BACKEND") == backend:
         pytest.skip("this process runs them")
-    # The contract runs here on this process's backend, and in `pass_tests` on each backend in a separate environment.
+    # This process runs the contract on its own backend; separate environments run it on the others.
     pass_tests(backend, *FILES, "vsgd/keras", "vsgd/backends/keras.py")
 
 

@@ -1,4 +1,4 @@
-"""Scripts that steps by numba's handler must survive, each run in a separate process."""
+"""Scripts in which steps by numba's handler must not fail, each run in a separate process."""
 
 from __future__ import annotations
 

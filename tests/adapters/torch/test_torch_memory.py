@@ -35,6 +35,5 @@ MEASURE = """
 @engines
 def test_a_step_needs_at_most_64_mb(engine: dict[str, bool]) -> None:
     (peak,) = run_script(MEASURE, repr(engine))
-    # The parameters take 192 MiB, and 5% of that is 10 MiB, so the larger bound applies. One temporary of a parameter's size
-    # exceeds it.
+    # The parameters take 192 MiB, 5% of which is 10 MiB: the larger bound applies. One temporary of a parameter exceeds it.
     assert int(peak) <= 64e6

@@ -126,8 +126,7 @@ def test_compiled_it_moves_what_it_must_and_rounds_exactly(
     assert instructions[f"mul.rn.f{size}"]
     if tl.bfloat16 in (param, stored):
         assert [name for name in instructions if name.startswith("cvt.rn.bf16")]
-    # In 32 bits: two of the hash for each element, and one for each rounded array except the first of the state, whose factor
-    # is 1.
+    # In 32 bits: the hash's two per element, and one per rounded array except the state's first, whose factor is 1.
     factors = (len(RULES[kind].state_names) - 1) * (stored is tl.bfloat16) + (param is tl.bfloat16)
     assert instructions["mul.lo.s32"] == 2 * elements * (2 + factors) * rounds
 

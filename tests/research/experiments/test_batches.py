@@ -15,7 +15,7 @@ LABELS = np.arange(10, dtype=np.int32)
 
 
 def views(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
-    """Return all views that augmentation may make of an image, and how: shifted by up to 4 pixels, black outside, and mirrored."""
+    """Return all views that augmentation may make, and how: shifted by up to 4 pixels, black outside, and mirrored."""
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     found = {}
     for down in range(9):

@@ -39,8 +39,7 @@ def to_numpy(tensor: Any) -> np.ndarray:
 def test_the_quadratics_noise_has_the_curvatures_for_variances() -> None:
     batches = islice(tasks.TASKS["quadratic"].load_data().batches(np.random.default_rng(0)), 2000)
     noise = np.stack([batch.x[0] for batch in batches])
-    # Tolerances are five deviations: 2000 normal numbers give a mean to 1 / sqrt(2000) and a variance to sqrt(2 / 2000),
-    # relatively.
+    # Five relative deviations: 1 / sqrt(2000) for a mean of 2000 normal numbers, and sqrt(2 / 2000) for a variance.
     np.testing.assert_allclose(noise.mean(axis=0) / np.sqrt(tasks.CURVATURES), 0, atol=0.112)
     np.testing.assert_allclose(noise.var(axis=0) / tasks.CURVATURES, 1, atol=0.158)
 
