@@ -1,4 +1,4 @@
-"""What the tests need: packages, a C++ compiler, a GPU, and the research packages, which are not installed."""
+"""Check what tests need (packages, a C++ compiler, a GPU), and make the uninstalled research packages importable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from drivers import list_gaps
 from packaging.requirements import Requirement
 
-# Last, so that an installed vsgd comes before the checkout's.
+# Append, so that an installed vsgd takes precedence over the checkout's.
 sys.path.append(str(Path(__file__).parents[1]))
 
 
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in here if find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"--require: not installed: {', '.join(missing)}")
-    # Processes share what XLA compiles, in a run and in the next ones; numba and inductor do so by themselves.
+    # Share XLA's compiled code between processes and runs; numba and inductor do so by themselves.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and config.pluginmanager.hasplugin("cacheprovider"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("xla"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -44,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write what each driver lacks, after a run of the contract."""
+    """After a run of the contract, write what each driver lacks."""
     reports = (report for some in terminalreporter.stats.values() for report in some)
     if any(getattr(report, "nodeid", "").startswith("tests/contract") for report in reports):
         terminalreporter.section("drivers")
@@ -54,5 +54,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def without_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing pyplot fails: what draws leaves neither a backend nor a figure to the process."""
+    """Make importing pyplot fail, which shows that drawing leaves neither a backend nor a figure in the process."""
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)

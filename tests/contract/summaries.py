@@ -1,4 +1,4 @@
-"""What the tests of the monitor ask of a summary on each adapter."""
+"""Checks of the monitor's summary, shared by the tests of all adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vsgd.monitor import Summary
 
 
 def check(found: Summary, posteriors: list[Any], scale: Any, surprise: float | None) -> None:
-    """Against what the adapter's doors say."""
+    """Assert that a summary agrees with the adapter's posterior, noise scale and surprise."""
     gains, snrs = (np.concatenate([np.ravel(getattr(each, field)) for each in posteriors]) for field in ("gain", "snr"))
     if np.iscomplexobj(gains):
         gains, snrs = (each.view(each.real.dtype) for each in (gains, snrs))

@@ -1,4 +1,4 @@
-"""State and parameters in bfloat16, rounded stochastically, in every adapter that has them."""
+"""Test state and parameters in bfloat16, rounded stochastically, in every adapter that supports them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ COMPACT: dict[str, Any] = {"state_dtype": "bfloat16", "stochastic_rounding": Tru
 
 
 def draw(seed: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[np.ndarray]:
-    """Arrays of numbers that bfloat16 holds, so that all dtypes start from the same ones."""
+    """Return random arrays whose values bfloat16 represents, so that all dtypes start from the same values."""
     rng = np.random.default_rng(seed)
     return [round_to_nearest(np.asarray(rng.standard_normal(shape), np.float32)) for shape in shapes]
 
 
 def share_rounded_otherwise(driver: str, kind: str, dtype: str, seed: int) -> float:
-    """How many of the rounded values are not those of the definition."""
-    # A decay so strong that a rounding of its own would show.
+    """Return the share of the rounded values that differ from the definition."""
+    # The decay is so strong that rounding it separately would show.
     rule, lr, decay = RULES[kind], 0.0625, 3.1
     made = make_driver(driver, kind, draw(0), dtype, promise="bfloat16", lr=lr, weight_decay=decay, seed=seed, **COMPACT)
     initial = [round_to_nearest(np.float32(value)) for value in rule.initial_state(rule.hyperparameters())]
@@ -39,7 +39,7 @@ def share_rounded_otherwise(driver: str, kind: str, dtype: str, seed: int) -> fl
         grads = draw(step)
         made.step(grads)
         after = made.read()
-        # Each step from what was there, so that a difference does not grow.
+        # Each step starts from the driver's own values, so that a difference does not grow.
         for number, (grad, old, new) in enumerate(zip(grads, before, after, strict=True)):
             word = words(seed, number, step, grad.shape)
             given = [np.asarray(old[name], np.float32) for name in rule.state_names]
@@ -56,7 +56,7 @@ def share_rounded_otherwise(driver: str, kind: str, dtype: str, seed: int) -> fl
                 np.testing.assert_allclose(new["param"].astype(np.float32), param, rtol=rtol, atol=atol)
             for ours, theirs in pairs:
                 apart = steps_apart(np.ascontiguousarray(ours, np.float32), np.asarray(theirs, np.float32))
-                # Of a value near zero the last digits are the subtraction's.
+                # The last digits of a value near zero come from the subtraction.
                 assert not np.any((apart > 1) & (np.abs(theirs) > 1e-4))
                 differ, total = differ + np.count_nonzero(apart), total + apart.size
         before = after
@@ -70,7 +70,7 @@ def share_rounded_otherwise(driver: str, kind: str, dtype: str, seed: int) -> fl
 @kinds
 @drivers
 def test_each_step_rounds_as_the_definition_says(driver: str, kind: str, dtype: str, seed: int) -> None:
-    # A last digit of float32, which compilers round in other ways, decides in one of some ten thousand roundings.
+    # Compilers round the last digit of float32 differently, which decides about one of ten thousand roundings.
     assert share_rounded_otherwise(driver, kind, dtype, seed) < 1e-3
 
 
@@ -99,7 +99,7 @@ def test_bytes_of_state(driver: str, kind: str, size: int) -> None:
     assert sum(each.nbytes for each in made.list_state()) == 100 * size
 
 
-# Forgetting as 1 / t, rounding to the nearest would keep a rate from step 512 on.
+# Forgetting is 1 / t here, so rounding to the nearest would keep a rate unchanged from step 512 on.
 DROP, STEPS = 600, 1800
 
 
@@ -137,10 +137,10 @@ def test_a_decay_that_bfloat16_cannot_hold_is_not_lost(driver: str) -> None:
             driver, "VSGD", [start], "bfloat16", promise="bfloat16", lr=0.01, weight_decay=0.01, stochastic_rounding=rounds
         )
         for _ in range(100):
-            made.step([np.zeros_like(start)])  # no step of its own
+            made.step([np.zeros_like(start)])  # the gradient moves nothing
         ends.append((made.read()[0]["param"].astype(float) / start).mean())
-    assert ends[0] == 1  # to the nearest, each decay is undone
-    # The mean of 4096 elements; each strays by at most 100 roundings of 2**-7, some 0.03 in all.
+    assert ends[0] == 1  # rounding to the nearest undoes each decay
+    # Each of the 4096 averaged elements is off by about 0.03, from at most 100 roundings of 2**-7.
     assert ends[1] == pytest.approx((1 - 1e-4) ** 100, abs=0.002)
 
 

@@ -1,4 +1,4 @@
-"""Gradients at the ends of float32: the state stays finite and positive, and what is not finite shows where it is."""
+"""Test gradients at the limits of float32: the state stays finite and positive, and non-finite values show where they occur."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_state_stays_finite_and_positive_in_float32(engine: str, kind: str, grad
 
 @pytest.mark.parametrize("engine", DRIVERS)
 def test_a_slow_ramp_keeps_the_rates_positive(engine: str) -> None:
-    # By 4e-4 a step, from 1 to 403: in float32 the authors' expanded square makes b_ghat negative at step 10,595.
+    # It grows by 4e-4 a step, from 1 to 403: in float32 the authors' expanded square makes b_ghat negative at step 10,595.
     options = {"variance_ratio": 1.0, "kappa1": 0.6, "kappa2": 0.7}
     driver = make_driver(engine, "VSGD", [np.ones(4, np.float32)], promise="many steps", **options)
     for t in range(15_000):

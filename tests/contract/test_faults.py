@@ -1,4 +1,4 @@
-"""Bad arguments and damaged state, for all adapters: a sentence, and nothing changed."""
+"""Test that every adapter rejects bad arguments and damaged state with a clear message and changes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from drivers import DRIVERS, HAS_KERAS, HAS_MLX, HAS_OPTAX, HAS_TORCH, make_driver
 
-#: A driver of each adapter that can run here.
+#: For each adapter, one driver that can run here.
 ADAPTERS = {name: next(driver for driver in DRIVERS if driver.startswith(name)) for name in drivers.ADAPTERS}
 
 
@@ -39,14 +39,14 @@ ARGUMENTS = {
     "ConstantVSGD": [*COMMON, "kappa"],
 }
 KERAS_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
-#: Numbers, of which some are out of a range, and what is no number.
+#: Numbers, some of them out of range; JUNK holds values that are not numbers.
 NUMBERS: list[Any] = [-1, 0, 1, 2**70, 10**400, True, -0.5, 0.5, 0.6, 1e-300, 1e15, -1e300, float("nan"), float("inf")]
 JUNK: list[Any] = ["text", b"bytes", [], [0.5], {}, (), {"a": 1}, object(), len, 0.5j, Fraction(3, 5), Decimal("0.6")]
 TYPES = ["float16", "float32", "float64", "int8", "int64", "uint8", "bool", "complex64"]
 
 
 def list_values() -> list[Any]:
-    """Return values of every type that a user may pass, those of the installed frameworks among them."""
+    """Return values of every type that a user may pass, including those of the installed frameworks."""
     values = [*NUMBERS, *JUNK, *(np.array(each) for each in ("x", None)), np.str_("x"), np.ones(2), np.ones((0,))]
     makers = [lambda value, dtype: np.asarray(value, dtype)[()], np.asarray]
     if HAS_TORCH:
@@ -64,9 +64,9 @@ def list_values() -> list[Any]:
 
 
 def find_number(value: Any) -> float | None:
-    """Return the real number that a value is, or None."""
+    """Return a value as a real number, or None if it is not one."""
     with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError):
-        # `optax.inject_hyperparams` makes all numbers complex if a parameter is.
+        # `optax.inject_hyperparams` makes all numbers complex if one parameter is complex.
         is_number = isinstance(value, int | float) or hasattr(value, "dtype")
         number = complex(getattr(value, "item", lambda: value)()) if is_number else 1j
         return None if number.imag else number.real
@@ -93,7 +93,7 @@ def test_a_value_of_any_type_acts_as_its_number_or_is_refused_by_name(adapter: s
         names, expected = (name, KERAS_NAMES.get(name, name)), {}
         for value in list_values():
             if name in ("lr", "weight_decay") and (callable(value) or (adapter == "optax" and is_complex(value))):
-                continue  # a schedule, or a number that optax' own chain takes
+                continue  # a schedule, or a number that optax' own chain accepts
             number, where = find_number(value), f"{adapter} {name}={value!r} of {type(value)}"
             try:
                 after = run(adapter, kind, {name: value})
@@ -113,7 +113,7 @@ def test_a_value_of_any_type_acts_as_its_number_or_is_refused_by_name(adapter: s
             assert np.isfinite(after).all() or (number or 0) > 1e14, where
 
 
-# --- Keras: what is saved by number. ---
+# --- Keras: variables are saved by number. ---
 
 
 def keras_optimizer(kind: str = "VSGD") -> tuple[Any, list[Any]]:
@@ -134,7 +134,7 @@ def values_of(optimizer: Any) -> list[np.ndarray]:
 
 
 class Unreadable(dict[str, Any]):
-    """A store whose last array cannot be read, as in a file that is cut off."""
+    """A store whose last array cannot be read, like a file that is cut off."""
 
     def __getitem__(self, name: str) -> Any:
         if name == list(self)[-1]:
@@ -142,7 +142,7 @@ class Unreadable(dict[str, Any]):
         return super().__getitem__(name)
 
 
-#: By the arrays that replace those of a store, what is said.
+#: Arrays that replace those of a store, and the expected message.
 BAD_ARRAYS: list[tuple[dict[str, np.ndarray], str]] = [
     ({"7": np.ones(9, np.float32)}, r"\[7\] has shape \(9,\), but .* has \(4,\)"),
     ({"7": np.array(["a", "b", "c", "d"])}, r"\[7\] is of <U1, but must be of numbers"),
@@ -184,7 +184,7 @@ def test_keras_gradients_of_other_shapes_change_nothing() -> None:
     optimizer = make("VSGD", weight_decay=0.1)
     optimizer.build(variables)
     before = [to_numpy(each) for each in (*variables, *optimizer.variables)]
-    for last in ((3,), (1, 3)):  # they would broadcast
+    for last in ((3,), (1, 3)):  # these shapes would broadcast
         grads = tensors([np.ones(3, np.float32), np.ones(last, np.float32)])
         said = re.escape(f"p1 has shape {last}, but must have (2, 3)")
         for refuse in (optimizer.apply, optimizer.surprise):
@@ -207,7 +207,7 @@ def test_keras_says_that_nothing_is_known_before_it_is_built() -> None:
             ask()
 
 
-# --- Optax: state is a tree of the user's. ---
+# --- Optax: the user holds the state, a tree. ---
 
 
 @pytest.mark.skipif(not HAS_OPTAX, reason="optax is not installed")
@@ -220,7 +220,7 @@ def test_optax_state_of_other_shapes_is_refused(kind: str) -> None:
     scale = {"VSGD": vsgd.optax.scale_by_vsgd, "ConstantVSGD": vsgd.optax.scale_by_constant_vsgd}[kind]()
     grads = {"w": jnp.ones((2, 3))}
     state = scale.init(grads)
-    # These would broadcast, and the state would change its shape in silence.
+    # These shapes would broadcast, and silently change the state's shape.
     for shape in ((3,), (1, 3), ()):
         with pytest.raises(ValueError, match=r"state has arrays of shapes .* at \['w'\], but updates has \(2, 3\)"):
             scale.update(grads, state._replace(mu_g={"w": jnp.zeros(shape)}))
@@ -239,7 +239,7 @@ def test_optax_refuses_another_rules_state_and_integer_parameters() -> None:
         vsgd(0.1).init(jnp.ones(3, jnp.int32))
 
 
-# --- MLX: state is a dict of the user's. ---
+# --- MLX: the user holds the state, a dict. ---
 
 
 @pytest.mark.skipif(not HAS_MLX, reason="MLX is not installed")

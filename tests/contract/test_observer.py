@@ -1,4 +1,4 @@
-"""The gradient observer, in every adapter that has one."""
+"""Test the gradient observer in every adapter that has one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def draw(seed: int, dtype: str = "float32") -> list[np.ndarray]:
 
 
 def list_numbers(array: np.ndarray) -> np.ndarray:
-    """The real numbers of an array, a complex one's along a last axis."""
+    """Return an array's real numbers; for a complex array, real and imaginary parts along a last axis."""
     return np.stack([array.real, array.imag], -1) if np.iscomplexobj(array) else array
 
 
 def filter_by_numpy(runs: list[list[np.ndarray | None]], counts_apart: bool) -> list[Posterior]:
-    """The posterior of each parameter's gradients, by the core on NumPy in float64."""
+    """Return the posterior of each parameter's gradients, computed by the core on NumPy in float64."""
     update = observer.make_update(np)
     posteriors = []
     for grads in zip(*runs, strict=True):
@@ -90,7 +90,7 @@ def test_surprise_is_squared_innovations_over_their_variances(door: str) -> None
     made = open_door(door, draw(0), **OPTIONS, max_elements=7)
     for seed in range(1, 11):
         grads = draw(seed)
-        grads[2][:2] = 0.0  # elements that never had a gradient surprise nobody
+        grads[2][:2] = 0.0  # elements that never had a gradient have no surprise
         made.step(grads)
     before, grads = made.posterior(), [np.asarray(3 * grad, grad.dtype) for grad in draw(11)]  # NumPy 1 widens a scalar
     grads[2][0] = 0.0

@@ -1,4 +1,4 @@
-"""Gradients beyond what the state predicts are cut, and believed if they last."""
+"""Test that gradients beyond the state's prediction are cut, and accepted if they persist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(engine: str, kind: str, grads: list[np.ndarray], **hyper: Any) -> dict[s
 def test_without_outliers_nothing_changes(engine: str, kind: str) -> None:
     plain = run(engine, kind, gradients(30))
     guarded = run(engine, kind, gradients(30), outlier_threshold=1e6)
-    # XLA contracts other products in another program.
+    # XLA contracts different products in another program.
     ulps = 4 if engine.endswith("jit") else 0
     for name, values in plain.items():
         tolerance = ulps * np.finfo(np.float32).eps * np.abs(values).max()
@@ -52,7 +52,7 @@ def test_one_corrupted_batch_ruins_the_noise_estimate_without_it_and_not_with_it
     after = gradients(600, corrupted)
     ruined = run(engine, "VSGD", after)["b_ghat"]
     kept = run(engine, "VSGD", after, outlier_threshold=5.0)["b_ghat"]
-    # At the end of the run the estimate is still a thousand times too high.
+    # At the end of the run the unguarded estimate is still a thousand times too high.
     assert np.median(ruined / clean) > 1e3
     assert np.median(kept / clean) == pytest.approx(1.0, abs=0.12)
 
@@ -94,7 +94,7 @@ def test_gradients_that_grow_tenfold_for_good_are_believed_within_50_steps(engin
         grad *= 10
     plain, guarded = run(engine, kind, grads, promise="many steps"), run(engine, kind, grads, outlier_threshold=5.0)
     noise = RULES[kind].state_names[-1]
-    # Of a noise a hundred times as large.
+    # Both runs estimate a noise variance a hundred times as large as before.
     assert 0.9 < np.median(guarded[noise] / plain[noise]) < 2
     assert guarded["mu_g"].mean() > 0.9 * plain["mu_g"].mean()
 

@@ -1,4 +1,4 @@
-"""Parameters of all dtypes, and those that have a gradient now and then."""
+"""Test parameters of all dtypes, and parameters that only sometimes have a gradient."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_complex_parameter_is_two_real_ones(driver: str, kind: str, dtype: str
     re, im = run(driver, kind, list(param), list(map(list, grads)), **decay)
     for name, value in ours.items():
         assert value.dtype == dtype
-        # XLA may contract a product and a sum in one of them and not in the other.
+        # XLA may contract a product and a sum in one of the runs and not in the other.
         rtol = 0 if driver.startswith(("numpy", "torch")) else 4 * np.finfo(real).eps
         np.testing.assert_allclose(value.real, re[name], rtol=rtol, err_msg=name)
         np.testing.assert_allclose(value.imag, im[name], rtol=rtol, err_msg=name)
@@ -58,7 +58,7 @@ def test_half_precision_is_float32_rounded_after_each_step(driver: str, kind: st
     optimizer = getattr(vsgd.numpy, kind)(reference, lr=0.125)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        # Small, so that the rates are less than float16 can hold.
+        # Small gradients, so that the rates are too small for float16.
         grad = to_half(1e-4 * rng.standard_normal(9).astype(np.float32))
         half.step([grad])
         optimizer.step([grad])

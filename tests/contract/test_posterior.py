@@ -1,4 +1,4 @@
-"""The posterior, the noise scale and the surprise: closed forms, and equal answers from every adapter."""
+"""Test the posterior, the noise scale and the surprise against closed forms, and that all adapters give equal answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from vsgd.posterior import (
 kinds = pytest.mark.parametrize("kind", RULES)
 
 
-#: With a shape of its own, which the variances follow.
+#: With a separate shape, which the variances depend on.
 HYPER = {"prior_strength": 1e-3, "variance_ratio": 4.0, "prior_shape": 0.7}
 
 
 def stepped(kind: str, dtype: str = "float64", steps: int = 7) -> tuple[Any, list[np.ndarray]]:
-    """A NumPy optimizer after some steps, and the gradients of the next."""
+    """Return a NumPy optimizer after some steps, and the gradients of the next step."""
     rng = np.random.default_rng(0)
     complex_part = 1j if dtype.startswith("complex") else 0
     shapes = [(5, 3), (4,), ()]
@@ -45,7 +45,7 @@ def stepped(kind: str, dtype: str = "float64", steps: int = 7) -> tuple[Any, lis
 
 @kinds
 def test_the_variance_is_the_next_steps(kind: str) -> None:
-    # The direction of a step is mu / (sqrt(mu^2 + sigma^2) + eps), which gives sigma^2 away.
+    # A step's direction is mu / (sqrt(mu^2 + sigma^2) + eps), so sigma^2 follows from it.
     optimizer, grads = stepped(kind)
     optimizer.hyper = optimizer.hyper._replace(eps=0.0)
     optimizer.lr = 1.0
@@ -53,7 +53,7 @@ def test_the_variance_is_the_next_steps(kind: str) -> None:
     optimizer.step(grads)
     direction, mean = params - optimizer.params[0], optimizer.state[0]["mu_g"]
     np.testing.assert_allclose(before.variance, (mean / direction) ** 2 - mean**2, rtol=1e-6)
-    # And its gain is the share of the innovation that the mean takes.
+    # The gain is the share of the innovation that the mean takes up.
     np.testing.assert_allclose(before.mean + before.gain * (grads[0] - before.mean), mean, rtol=1e-12)
 
 
@@ -72,8 +72,8 @@ def test_what_is_told_is_a_copy(driver: str) -> None:
 
 @pytest.mark.parametrize(("kind", "lr"), [("VSGD", 1e-5), ("ConstantVSGD", 1e-4)])
 def test_the_noise_scale_of_a_quadratic_is_within_a_tenth_of_the_truth(kind: str, lr: float) -> None:
-    # Loss 0.5 sum h x^2, whose gradient is seen with noise of variance s^2 / batch. The steps are so small that the gradient
-    # moves little within the filter's memory, 1 / gain steps, of which there are several.
+    # The loss is 0.5 sum h x^2, and its gradient has noise of variance s^2 / batch. The steps are so small that the gradient
+    # hardly moves within the filter's memory of 1 / gain steps, and the run is several such memories long.
     rng, n, batch, deviation = np.random.default_rng(2), 2000, 16, 4.0
     curvature, x = np.geomspace(0.1, 1.0, n), np.ones(n)
     optimizer = getattr(vsgd.numpy, kind)([x], lr=lr)
@@ -89,7 +89,7 @@ def test_the_noise_scale_of_a_quadratic_is_within_a_tenth_of_the_truth(kind: str
 
 @kinds
 def test_pure_noise_has_no_squared_norm(kind: str) -> None:
-    # Of the mean's square nothing is left once the filter's own error is taken off: on average, and so in the sum, 0.
+    # The true mean is 0, so once the filter's own error is subtracted, the square is 0 on average and hence in the sum.
     rng, n = np.random.default_rng(3), 20_000
     optimizer = getattr(vsgd.numpy, kind)([np.zeros(n)], lr=0.0)
     for _ in range(1000):
@@ -131,7 +131,7 @@ def test_optax_states_in_parts_are_put_together() -> None:
     optax = pytest.importorskip("optax")
     import vsgd.optax
 
-    # With masks, one within a chain: the parameters' tree is put together again.
+    # With masks, one of them within a chain, the parameters' tree is reassembled.
     params = [jnp.ones(3), jnp.ones(2), jnp.ones(4)]
     make = vsgd.optax.scale_by_constant_vsgd
     solver = optax.multi_transform({"a": optax.chain(optax.identity(), make()), "b": make(9.0)}, ["a", "b", "a"])
@@ -153,7 +153,7 @@ def test_torch_says_what_it_has_no_posterior_of() -> None:
     with pytest.raises(ValueError, match="the optimizer has no state yet"):
         optimizer.noise_scale(batch_size=1)
     assert optimizer.surprise() == {}
-    assert not optimizer.state  # looking makes none
+    assert not optimizer.state  # reading does not create state
 
 
 def test_torch_keys_by_index_where_names_repeat_or_lack() -> None:
@@ -169,23 +169,23 @@ def test_torch_keys_by_index_where_names_repeat_or_lack() -> None:
     scales = optimizer.noise_scale(batch_size=8)
     assert list(scales.tensors) == list(optimizer.surprise()) == [0, 1, 2, 3]
     assert scales.overall.trace.item() == pytest.approx(sum(each.trace.item() for each in scales.tensors.values()))
-    optimizer.param_groups[1]["params"].pop()  # as a user may do
+    optimizer.param_groups[1]["params"].pop()  # users may do this
     assert list(optimizer.surprise()) == [0, 1, 2]
 
 
 def test_the_core_of_it_works_on_any_arrays() -> None:
-    # Of scalars: by hand. a = 1, so the rates are the variances.
+    # Scalars, computed by hand. a = 1, so the rates are the variances.
     state, scales = (2.0, 1.0, 3.0), Scales(1.0, 1.0)
     known = compute_posterior(state, scales)
     assert known == Posterior(2.0, 0.75, 3.0, 1.0, 0.25, 4 / 0.75)
     assert known.momentum == 0.75
     assert predict_variance(state, scales) == 4.75
     assert compute_surprise(5.0, state, scales) == 9 / 4.75
-    # In another unit the state describes another gradient, as unexpected as before.
+    # In another unit the state describes a rescaled gradient, which is as unexpected as before.
     doubled = compute_posterior(state, scales._replace(unit=2.0))
     assert doubled == Posterior(4.0, 3.0, 12.0, 4.0, 0.25, 4 / 0.75)
     assert compute_surprise(10.0, state, scales._replace(unit=2.0)) == 9 / 4.75
-    # Innovations vary by 4, of which w / 2 = 1/8 is the mean's own error.
+    # Innovations have a variance of 4, of which w / 2 = 1/8 is the mean's own error.
     assert estimate_noise_scale(known, 10, lambda value: value) == NoiseScale(35.0, 3.5)
 
 
@@ -207,7 +207,7 @@ def test_of_state_in_bfloat16_the_posterior_is_float32() -> None:
 
 
 def test_variances_beyond_the_root_of_the_largest_number_are_predicted() -> None:
-    # Their product would overflow, and so would that of the smallest ones vanish.
+    # The product of the largest states would overflow, and that of the smallest would vanish.
     for size in (1e-22, 1e25):
         state = tuple(np.full(3, value, np.float32) for value in (0.0, size, 3 * size))
         np.testing.assert_allclose(predict_variance(state, (1.0, 1.0)), 4.75 * size, rtol=1e-6)
@@ -261,7 +261,7 @@ def test_optax_states_under_vmap_have_the_posterior_of_each_member() -> None:
     import vsgd.optax
     from vsgd.optax.monitor import summarize
 
-    # As many members as elements, where scales in a wrong shape would broadcast.
+    # There are as many members as elements, so scales of a wrong shape would broadcast.
     grads = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 4)), jnp.float32)
     ratios = jnp.array([1.0, 3.0, 10.0, 100.0])
 

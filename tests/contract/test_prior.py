@@ -1,4 +1,4 @@
-"""A prior in the gradients' own units: the number that each adapter's door makes of gradients."""
+"""Test `prior_strength_from`, which computes a prior in the gradients' own units, in each adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ doors = pytest.mark.parametrize("door", ADAPTERS)
 
 
 def opened(door: str) -> tuple[Callable[..., float], Callable[..., Any]]:
-    """The door, and what makes an array of its library, of another dtype if one is given."""
+    """Return the adapter's `prior_strength_from`, and a function that makes an array of its library, with an optional dtype."""
     library = import_module(
         {"torch": "torch", "optax": "jax.numpy", "keras": "keras.ops", "mlx": "mlx.core"}.get(door, "numpy")
     )
@@ -41,7 +41,7 @@ def opened(door: str) -> tuple[Callable[..., float], Callable[..., Any]]:
 
 
 def draw(dtype: Any, size: float = 1.0, batches: int = 3) -> list[list[np.ndarray]]:
-    """Gradients of some mini-batches, of unlike sizes, for parameters of unlike shapes."""
+    """Return gradients of some mini-batches of different sizes, for parameters of different shapes."""
     rng = np.random.default_rng(0)
     shapes = [(5, 3), (), (0, 2), (40,)]
 
@@ -53,7 +53,7 @@ def draw(dtype: Any, size: float = 1.0, batches: int = 3) -> list[list[np.ndarra
 
 
 def mean_square(batches: list[list[np.ndarray]]) -> float:
-    """In float64, a complex number as two."""
+    """Return the mean square in float64; a complex number counts as two."""
     grads = np.concatenate([grad.ravel() for batch in batches for grad in batch])
     parts = np.concatenate([grads.real, grads.imag] if np.iscomplexobj(grads) else [grads])
     return float(np.mean(parts.astype(np.float64) ** 2))
@@ -75,11 +75,11 @@ def test_it_is_the_mean_square_of_all_elements(door: str, dtype: str, size: floa
     prior_strength_from, to = opened(door)
     made = draw("float32" if dtype == "bfloat16" else dtype, size)
     with x64() if door in ("optax", "keras") and HAS_JAX else nullcontext():
-        # None where there is no gradient.
+        # None marks a parameter without a gradient.
         found = prior_strength_from([[None, *(to(grad, dtype) for grad in batch)] for batch in made], scale)
     assert type(found) is float
     rounded = [[round_to_nearest(grad) if dtype == "bfloat16" else grad for grad in batch] for batch in made]
-    # Sums of 60 numbers in float32.
+    # The sums of 60 numbers are in float32.
     assert found == pytest.approx(5e-5 * scale * mean_square(rounded), rel=2e-6)
 
 
@@ -89,7 +89,7 @@ def test_it_has_the_unit_of_a_squared_gradient_to_the_bit(door: str) -> None:
     plain = prior_strength_from([list(map(to, batch)) for batch in draw(np.float32)], scale=10.0)
     for power in (0, -13, 13, 40):
         batches = [list(map(to, batch)) for batch in draw(np.float32, 2.0**power)]
-        assert prior_strength_from(batches) == 4.0**power * plain  # and the default scale is ten
+        assert prior_strength_from(batches) == 4.0**power * plain  # the default scale is ten
 
 
 @doors
@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[Any, float, str]] = {
 def test_what_is_no_gradient_is_named(door: str, mistake: str) -> None:
     prior_strength_from, to = opened(door)
     gradients, scale, text = MISTAKES[mistake]
-    if door == "mlx":  # names a place in a tree by its path, which is text
+    if door == "mlx":  # MLX names a place in a tree by its path, which is text
         text = re.sub(r"\\\]\\\[(\d)", r"\\]\\['\1'", text)
     if isinstance(gradients, list):
         gradients = [[to(grad) if isinstance(grad, np.ndarray) else grad for grad in batch] for batch in gradients]
@@ -180,7 +180,7 @@ def test_gradients_of_keras_may_be_variables_arrays_of_numpy_or_rows() -> None:
         import tensorflow as tf
 
         slices = tf.IndexedSlices(tf.constant([[3.0, 4.0], [1.0, 1.0]]), tf.constant([1, 1]), tf.constant([4, 2]))
-        # A row that stands twice is the sum of both, and one that is left out is zero.
+        # A row that occurs twice is the sum of both, and a row that is left out is zero.
         assert prior_strength_from([[slices]]) == pytest.approx(5e-4 * (16 + 25) / 8)
 
 

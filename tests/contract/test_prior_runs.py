@@ -1,4 +1,4 @@
-"""Runs with a prior in the gradients' own units: free of the loss's scale where its shape is its own, and no run-away."""
+"""Test runs with a prior in the gradients' own units: with a separate shape they ignore the loss's scale, and none diverges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ rates = pytest.mark.parametrize("lr", [0.1, 0.3])
 
 
 def draw(size: float, batches: int = 12) -> list[list[np.ndarray]]:
-    """Gradients of some mini-batches, of unlike sizes, for parameters of unlike shapes."""
+    """Return gradients of some mini-batches of different sizes, for parameters of different shapes."""
     rng = np.random.default_rng(0)
     sizes = np.geomspace(size, size / 10, batches)
     return [[size * rng.standard_normal((5, 3)), size * rng.standard_normal(40)] for size in sizes]
@@ -35,8 +35,8 @@ def test_the_first_variance_is_scale_times_the_mean_square(kind: str) -> None:
 
 
 def trajectory(engine: str, kind: str, dtype: Any, s: float, **options: Any) -> list[dict[str, np.ndarray]]:
-    """Parameters and states over the steps, gradients times s, with the prior that fits them and a shape of 0."""
-    # Rounded before and after, that powers of two change no bit of them.
+    """Return parameters and states over the steps, for gradients times s, a prior that fits the gradients, and a shape of 0."""
+    # Round before and after scaling, so that powers of two change no bit of the gradients.
     grads = [[(s * grad.astype(dtype).astype(np.float64)).astype(dtype) for grad in batch] for batch in draw(1e-3)]
     hyper = {"lr": 0.1, "prior_shape": 0.0, "prior_strength": vsgd.numpy.prior_strength_from(grads[:10]), **options}
     step, read = start(engine, kind, [np.ones_like(grad) for grad in grads[0]], **hyper)
@@ -56,7 +56,7 @@ def in_units(run: list[dict[str, np.ndarray]], s: float) -> list[dict[str, np.nd
 @kinds
 @pytest.mark.parametrize("engine", DRIVERS)
 def test_a_loss_times_a_power_of_two_changes_no_bit(engine: str, kind: str, dtype: Any) -> None:
-    # eps is to be scaled like the gradients, or to be 0.
+    # eps must be scaled like the gradients, or be 0.
     for power, eps in ((13, 1e-5), (-13, 0.0)):
         s = 2.0**power
         plain, scaled = trajectory(engine, kind, dtype, 1.0, eps=eps), trajectory(engine, kind, dtype, s, eps=s * eps)
@@ -67,9 +67,9 @@ def test_a_loss_times_a_power_of_two_changes_no_bit(engine: str, kind: str, dtyp
 
 
 @kinds
-@pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "optax-eager"])  # which is the jitted one's function
+@pytest.mark.parametrize("engine", [name for name in AVAILABLE if name != "optax-eager"])  # the same function as optax-jit
 def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> None:
-    # The weakest prior: what keeps the variance above 0 is its part of each rate.
+    # With the weakest prior, only the prior's part of each rate keeps the variance above 0.
     options = {"prior_strength": 1e-30, "prior_shape": 0.0, "eps": 0.0}
     (ended,) = run(engine, kind, [np.ones(3, np.float32)], [[np.zeros(3, np.float32)]] * 500, **options)
     np.testing.assert_array_equal(ended["param"], 1)
@@ -80,11 +80,11 @@ def test_with_eps_0_gradients_of_zero_move_nothing(engine: str, kind: str) -> No
 @pytest.mark.parametrize(
     ("s", "options", "least", "most"),
     [
-        # Ten times what the roundings of 12 steps come to.
+        # The bound is ten times the roundings of 12 steps.
         (1e-4, {"eps": 0.0}, 0.0, 7e-15),
         (1e4, {"eps": 0.0}, 0.0, 7e-15),
         (2.0**-13, {"eps": 1e-5}, 0.1, math.inf),
-        # gamma is 5e-10 * 4 in the first run, and its shape lost beside 1e-4; with gradients that are larger it is 0.1.
+        # gamma is 5e-10 * 4 in the plain run, where its shape is lost next to 1e-4; with the larger gradients it is 0.1.
         (2.0**-13, {"eps": 0.0, "prior_shape": None}, 0.0, 1e-4),
         (2.0**13, {"eps": 0.0, "prior_shape": None}, 1e-4, math.inf),
     ],
@@ -102,9 +102,10 @@ SAMPLES, FEATURES, BATCH, STEPS = 256, 20, 32, 1000
 
 
 def least_squares(lr: float, seed: int, s: float = 1.0, kind: str = "VSGD", **hyper: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The losses after each step at a constant learning rate, unscaled, over the loss at the start; and the weights at the end.
+    """Return the losses after each step, and the final weights.
 
-    Without a prior strength: the one that fits.
+    The learning rate is constant. The losses are unscaled and relative to the loss at the start. Without a prior strength, the
+    run uses the one that fits the gradients.
     """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((SAMPLES, FEATURES))
@@ -149,7 +150,7 @@ def test_a_shape_that_is_the_strength_is_the_papers(kind: str) -> None:
 @kinds
 @pytest.mark.parametrize("engine", AVAILABLE)
 def test_every_engine_takes_a_shape_and_a_floor(engine: str, kind: str) -> None:
-    # The floor holds from the fifth of twelve steps on, or the sixth.
+    # The floor applies from the fifth or sixth of twelve steps on.
     options = {"prior_shape": 0.3, "forgetting_floor": 0.25}
     reference = trajectory("numpy", kind, np.float64, 1.0, **options)
     found = trajectory(engine, kind, np.float64, 1.0, **options)
@@ -174,7 +175,7 @@ def test_torch_checkpoints_hold_what_is_newer_and_older_ones_have_the_papers(
     del older["param_groups"][0][name]
     loaded.load_state_dict(older)
     assert loaded.param_groups[0][name] == before
-    # And a whole optimizer that was pickled before there was one.
+    # Check also an optimizer that was pickled before the option existed.
     pickled = make().__getstate__()
     for holder in (pickled["defaults"], pickled["param_groups"][0]):
         del holder[name]
@@ -211,7 +212,7 @@ def test_with_a_floor_the_noise_estimate_follows_noise_that_falls() -> None:
         for observer in observers.values():
             observer.step([grad])
     noise = {floor: observer.posterior(0).noise_variance.mean() / 0.1**2 for floor, observer in observers.items()}
-    # Where the gradient stands still, with a gain w: docs/uncertainty.md.
+    # The expected value for a constant gradient and a gain w: docs/uncertainty.md.
     w = 1 / 4
     assert noise[0.01] == pytest.approx(2 * (1 - w) / (2 - w), rel=0.02)
     assert noise[0.0] > 20

@@ -1,4 +1,4 @@
-"""Invariances that the mathematics gives, for any gradients."""
+"""Test invariances that follow from the mathematics, for any gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 kinds = st.sampled_from(sorted(RULES))
-# Compilers contract and vectorize by an array's shape.
+# Compilers contract and vectorize differently for each array shape.
 BITWISE = [name for name in AVAILABLE if name not in ("torch-fused", "optax-jit", "optax-jit-numba")]
 bitwise_engines = st.sampled_from(BITWISE)
 
@@ -30,13 +30,13 @@ def gradients(elements: int, dtype: Any = np.float32) -> st.SearchStrategy[np.nd
 
 
 def run(engine: str, kind: str, grads: list[list[np.ndarray]], **options: float) -> Read:
-    """Parameters and states after steps from zero; `grads` by step, then parameter."""
+    """Return parameters and states after steps from zero; `grads` is indexed by step, then parameter."""
     return drivers.run(engine, kind, [np.zeros_like(grad) for grad in grads[0]], grads, **options)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks() -> Any:
-    """Blocks of a few elements, so that small arrays are cut."""
+    """Use blocks of a few elements, so that small arrays are split."""
     with mock.patch("vsgd.backends.torch.leaves.CPU_BLOCK", 5) if HAS_TORCH else contextlib.nullcontext():
         yield
 
@@ -87,7 +87,7 @@ def test_rates_are_positive_and_no_step_is_longer_than_the_learning_rate(grads: 
 @pytest.mark.parametrize("engine", BITWISE)
 @pytest.mark.parametrize("at", [1, 33, 65537, 100_002])
 def test_splitting_a_large_array_changes_no_bit(engine: str, at: int) -> None:
-    # Beyond a block and beyond where torch starts threads; odd sizes, so that vectors end in the middle.
+    # Larger than a block and than torch's threshold for threads; odd sizes, so that vectors end in the middle.
     size = 100_003
     rng = np.random.default_rng(0)
     with mock.patch("vsgd.backends.torch.leaves.CPU_BLOCK", 65536) if HAS_TORCH else contextlib.nullcontext():

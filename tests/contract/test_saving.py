@@ -1,4 +1,4 @@
-"""Saving: a run that was saved and loaded goes on bit by bit, in every adapter and storage."""
+"""Test that a saved and loaded run continues bit by bit, in every adapter and storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drivers import DRIVERS, assert_equal, make_driver
 from drivers.rules import RULES
 
 SHAPES = ((), (5,), (6, 7, 50), (0,))
-#: The parameters' dtype, and the options of the state.
+#: The parameters' dtype, and the state's options.
 STORAGE: dict[str, tuple[str, dict[str, Any]]] = {
     **{dtype: (dtype, {}) for dtype in ("float64", "float32", "float16")},
     "compact": ("bfloat16", {"state_dtype": "bfloat16", "stochastic_rounding": True, "seed": 9}),

@@ -1,4 +1,4 @@
-"""`prior_strength="auto"`: a run whose first gradient is its unit, in every adapter and engine."""
+"""Test `prior_strength="auto"`, where a run's first gradient is its unit, in every adapter and engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw(seed: int, dtype: Any = np.float32) -> list[np.ndarray]:
 
 
 def compute_unit(grads: list[np.ndarray]) -> float:
-    """The root mean square of all elements, in float64; a complex number counts as two."""
+    """Return the root mean square of all elements, in float64; a complex number counts as two."""
     flat = np.concatenate([grad.ravel() for grad in grads])
     parts = np.concatenate([flat.real, flat.imag] if np.iscomplexobj(flat) else [flat]).astype(np.float64)
     return float(np.sqrt(np.mean(parts**2)))
@@ -47,13 +47,13 @@ def test_it_is_the_run_on_gradients_in_units_of_the_first(driver: str, kind: str
     size = 2e-3
     grads = [[np.asarray(size * grad, dtype) for grad in draw(1 + step, dtype)] for step in range(STEPS)]
     if "counts of their own" not in DRIVERS[driver].lacks:
-        grads[0][1] = None  # a parameter that joins later has the unit of the others
+        grads[0][1] = None  # a parameter that joins later gets the others' unit
     unit = compute_unit([grad for grad in grads[0] if grad is not None])
     for each in grads:
         made.step(each)
         reference.step([None if grad is None else grad.astype(wide) / unit for grad in each])
     assert_equal(made.read(), reference.read(), rtol=1e-5)
-    # What is reported is in units of the gradients.
+    # Reported values are in units of the gradients.
     for ours, theirs in zip(made.posterior(), reference.posterior(), strict=True):
         np.testing.assert_allclose(ours.mean, theirs.mean * unit, rtol=1e-4, atol=1e-6 * size)
         for name in ("noise_variance", "drift_variance", "variance"):
@@ -76,7 +76,7 @@ def test_the_losss_scale_changes_nothing(driver: str, kind: str) -> None:
             runs[factor].step([np.float32(factor) * grad for grad in draw(1 + step)])
     plain = runs.pop(1.0).read()
     for factor, made in runs.items():
-        # Other factors round each gradient once more.
+        # Factors that are not powers of two round each gradient once more.
         assert_equal(made.read(), plain, rtol=0.0 if np.frexp(factor)[0] == 0.5 else 2e-5)
 
 
@@ -115,7 +115,7 @@ def test_a_state_without_a_unit_is_refused_and_one_with_a_unit_too(driver: str, 
         one, other = start(driver, kind, prior_strength=saved), start(driver, kind, prior_strength=prior_strength)
         one.step(draw(1))
         one.save(tmp_path / str(saved))
-        if driver == "keras":  # which skips a file with another number of arrays
+        if driver == "keras":  # Keras skips a file with another number of arrays
             with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
                 other.load(tmp_path / str(saved))
             continue

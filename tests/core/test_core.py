@@ -1,4 +1,4 @@
-"""The core: no framework, no literal, one function for every namespace; and what imports what."""
+"""Test that the core has no framework, no literals and one function for every namespace, and what each module imports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_each_module_imports_its_own_framework_only(modules: str, own: str | Non
         pytest.importorskip(own)
     done = run(f"import sys, {modules}; print(*sys.modules)")
     assert done.returncode == 0, done.stderr
-    # Torch imports NumPy.
+    # Torch itself imports NumPy.
     unwanted = FRAMEWORKS | ({"numpy"} if own in (None, "mlx") else set()) | (set() if own == "numpy" else {"vsgd.numpy"})
     assert not set(done.stdout.split()) & (unwanted - {own})
 

@@ -1,4 +1,4 @@
-"""The derivation of docs/how-it-works.md, against the core: by integrals on grids that know none of its closed forms."""
+"""Test the derivation in docs/how-it-works.md against the core, by numerical integrals that use none of its closed forms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = Any
 
 
 class Case(NamedTuple):
-    """A step: its rule and hyperparameters, the state that it finds, what it sees, and its number."""
+    """A step: its rule and hyperparameters, the state before it, the gradient, and its number."""
 
     rule: core.Rule
     hyper: Any
@@ -32,25 +32,25 @@ class Case(NamedTuple):
     step: int
 
     def after(self, step: int) -> tuple[float, tuple[float, ...]]:
-        """The core's direction and state after a step of this number; the first one has a rho of 1."""
+        """Return the core's direction and state after a step of this number; step 1 has a rho of 1."""
         return self.rule.make_update(np)(self.grad, self.state, self.rule.coefficients(step, self.hyper))
 
     def shape(self) -> float:
-        """The core's shape of every precision."""
+        """Return the core's shape of every precision."""
         of = core.compute_shape if self.rule is core.VSGD else core.compute_constant_shape
         return of(self.hyper)
 
     def expected_precisions(self) -> list[Any]:
-        """The means of their Gamma distributions before the step."""
+        """Return the means of the precisions' Gamma distributions before the step."""
         return [self.shape() / rate for rate in self.state[1:]]
 
     def gradient(self) -> tuple[float, float]:
-        """The core's mean and variance of the gradient."""
+        """Return the core's mean and variance of the gradient."""
         direction, (mean, *_) = self.after(1)
         return mean, (mean / direction) ** 2 - mean**2
 
     def log_joint(self, grads: Array, precisions: list[Array]) -> Array:
-        """The page's model of a step: of what is seen, the gradient and the precisions, up to a constant."""
+        """Return the log density, up to a constant, of the observation, the gradient and the precisions in the page's model."""
         strength, ratio = self.hyper.prior_strength, self.hyper.variance_ratio
         drift, noise = precisions if self.rule is core.VSGD else (precisions[0], precisions[0] / ratio)
         rates = (strength, ratio * strength)[: len(precisions)]
@@ -73,7 +73,7 @@ cases = pytest.mark.parametrize(
 
 
 def moments(points: Array, log: Array) -> tuple[float, float]:
-    """Mean and variance of a density with this logarithm, by the trapezoidal rule on a fine grid that holds all of it."""
+    """Return mean and variance of a density with this logarithm, by the trapezoidal rule on a fine grid that covers it."""
     weights = np.exp(log - log.max())
     mean = np.average(points, weights=weights)
     return mean, np.average((points - mean) ** 2, weights=weights)
@@ -89,18 +89,18 @@ def test_step_1_is_bayes_rule_for_the_expected_precisions(case: Case) -> None:
 
 @cases
 def test_steps_2_and_3_go_rho_of_the_way_to_the_optimum(case: Case) -> None:
-    # For such distributions that is rho times the natural gradient of the bound.
+    # For such distributions the move is rho times the natural gradient of the bound.
     mean, variance = case.gradient()
-    nodes, weights = np.polynomial.hermite_e.hermegauss(8)  # of a normal, exact for the square that is averaged
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)  # for a normal; exact for the averaged square
     _, (_, *rates) = case.after(case.step)
     kappas = ("kappa1", "kappa2") if case.rule is core.VSGD else ("kappa",)
     for place, (before, after, kappa) in enumerate(zip(case.state[1:], rates, kappas, strict=True)):
-        # Equally spaced in the logarithm, of which the precision is the derivative.
+        # The points are equally spaced in the logarithm, whose derivative contributes a factor of the precision.
         precisions, points = case.expected_precisions(), np.exp(np.linspace(-60, 6, 8001)) * case.shape() / before
         precisions[place] = points[:, None]
         expected = case.log_joint(mean + math.sqrt(variance) * nodes, precisions) @ (weights / weights.sum())
         best_mean, best_variance = moments(points, expected + np.log(points))
-        # A Gamma has its rate and its shape from its moments. The code's shape has a little more than the paper's.
+        # A Gamma's moments determine its rate and shape. The code's shape is slightly larger than the paper's.
         assert best_mean**2 / best_variance == pytest.approx(case.shape(), abs=1.1e-4)
         rho = case.step ** -getattr(case.hyper, kappa)
         assert after == pytest.approx((1 - rho) * before + rho * best_mean / best_variance, rel=1e-6)

@@ -1,4 +1,4 @@
-"""The monitor: when it looks, what it averages, where it writes, and what is drawn of it."""
+"""Test when the monitor looks, what it averages, where it writes, and what the plots show."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def look(step: int, trace: float = 8.0, norm: float = 4.0, surprise: float | Non
 def test_it_looks_every_so_many_steps() -> None:
     every = Monitor(every=np.int64(4))  # type: ignore[arg-type]
     assert [step for step in range(10) if every.due(step)] == [4, 8]
-    # In leaps, one look for each leap over a multiple.
+    # When steps advance by more than one, each multiple that is passed causes one look.
     assert [step for step in range(0, 20, 3) if every.due(step, taken=3)] == [6, 9, 12, 18]
 
 
@@ -44,7 +44,7 @@ def test_trace_and_squared_norm_are_averaged_apart() -> None:
 
 
 class Sink:
-    """A logger or a writer, which notes what it gets."""
+    """A logger or writer that stores what it gets."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -80,7 +80,7 @@ def test_every_sink_gets_what_was_seen(tmp_path: Path) -> None:
         **{f"{name}/overall": value for name, value in {**VALUES, "gain": 0.25, "momentum": 0.75}.items()},
     }
     assert writer.seen[:18] == [(tag, value, 10) for tag, value in values.items()]
-    CsvFile(path).append(look(30))  # as a resumed run, without what is not known
+    CsvFile(path).append(look(30))  # like a resumed run, without optional values
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
     assert [(row["step"], row["tensor"]) for row in rows] == [
         (step, tensor) for step in ("10", "20", "30") for tensor in ("overall", "a/b")
@@ -118,7 +118,7 @@ def test_samples_are_evenly_spread_over_rows_and_columns() -> None:
 def panels() -> Iterator[Any]:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     yield figure.subplots(1, 3)
-    figure.draw_without_rendering()  # what is drawn warns of nothing
+    figure.draw_without_rendering()  # drawing causes no warning
 
 
 def test_the_plots_show_what_was_seen(panels: Any) -> None:
@@ -156,7 +156,7 @@ def test_heat_maps_share_an_axis_and_have_no_colours_for_rounding(panels: Any) -
     looks[0].tensors["a/b"] = looks[0].tensors["a/b"]._replace(gain=0.5 + 1e-7)  # type: ignore[index]
     for axes in panels[:2]:
         plots.draw_heat_map(axes, looks, "gain")
-        # The first tensor is above.
+        # The first tensor is at the top.
         bottom, top = axes.get_ylim()
         assert bottom > top
     mesh = panels[0].collections[0]
@@ -167,7 +167,7 @@ def test_heat_maps_share_an_axis_and_have_no_colours_for_rounding(panels: Any) -
 @pytest.mark.parametrize(
     ("low", "high", "labels"),
     [
-        (0.25, 0.25, ["0.755", "0.75", "0.745"]),  # Constant VSGD's
+        (0.25, 0.25, ["0.755", "0.75", "0.745"]),  # the values of Constant VSGD
         (0.3, 0.45, ["0.7", "0.65", "0.6", "0.55"]),
         (1e-3, 0.2, ["0.999", "0.997", "0.99", "0.97", "0.9"]),
         (1e-7, 1.0, ["$1 - 10^{-7}$", "$1 - 10^{-5}$", "0.999", "0.9"]),

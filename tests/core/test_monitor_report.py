@@ -1,4 +1,4 @@
-"""What a monitor leaves behind: the loss, CSV files that are read back, the page of one, and the progress line."""
+"""Test the monitor's output: the loss, CSV files that are read back, the page made from a file, and the progress line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ("model/dense", "<b>&amp;</b>, \"'", "x" * 60)
 
 
 def make_looks(count: int = 5, guarded: float | None = None, error: float | None = None) -> list[Look]:
-    """Looks as of a training, with float64's digits."""
+    """Return looks like those of a training, with float64's digits."""
     rng = np.random.default_rng(0)
 
     def summarize() -> Summary:
@@ -48,7 +48,7 @@ def assert_equal(read: list[Look], looks: list[Look]) -> None:
 
 
 class Loss:
-    """A loss on a device: it counts how often it is read."""
+    """A loss on a device, which counts how often it is read."""
 
     shape = ()
 
@@ -112,7 +112,7 @@ def test_a_killed_run_is_read_without_its_last_line_and_a_resumed_one_replaces_w
     path.write_text(text[:-3])
     cut = looks[3]._replace(tensors={name: looks[3].tensors[name] for name in NAMES[:-1]})
     assert_equal(read_looks(path), [*looks[:3], cut])
-    # From the checkpoint of step 25 on, and not every 10 steps.
+    # Resume from the checkpoint of step 25, so the looks are not at multiples of 10.
     resumed = [look._replace(step=look.step - 2) for look in looks[2:]]
     write(path, resumed)
     assert_equal(read_looks(path), [*looks[:2], *resumed])
@@ -185,7 +185,7 @@ def test_a_page_has_a_figure_for_each_quantity_that_the_file_has(tmp_path: Path)
     assert not [text for text in page.texts if "only a trend" in text]
     assert not {"i", "b", "img", "script", "link"} & set(page.tags)
     assert len(page.ids) == len(set(page.ids))
-    # A file without these columns.
+    # Check a file without these columns.
     drop(path, "loss", "surprise", "guarded", "noise_scale_error")
     looks = read_looks(path)
     assert "(without a standard error the noise scale is only a trend)" in make_report(looks)

@@ -1,4 +1,4 @@
-"""The noise scale from squared norms of parts and of the whole, on gradients whose trace and squared norm are given."""
+"""Test the noise scale from squared norms of parts and of the whole, on gradients with a given trace and squared norm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_steps_that_are_not_finite_are_left_out() -> None:
     seen = average((8.0, 1.0), (math.inf, 1.0), (10.0, 3.0), (1.0, math.nan))
     assert seen == average((8.0, 1.0), (10.0, 3.0))
     assert (seen.scale, seen.steps) == (4.5, 2)
-    # A mean without a spread, or without a squared norm, has no standard error, and no step has no mean.
+    # A mean without a spread or a squared norm has no standard error; without steps, the mean is missing.
     assert average((8.0, 2.0))[:2] == (8.0, 2.0)
     assert average((0.0, 0.0), (0.0, 0.0)).scale == math.inf
     assert all(math.isnan(average(pair).error) for pair in [(8.0, 2.0), (0.0, 0.0), (math.nan, 1.0)])

@@ -1,4 +1,4 @@
-"""The filter of the gradient observer against closed forms and the Kalman filter that knows the variances."""
+"""Test the gradient observer's filter against closed forms and a Kalman filter with the true variances."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vsgd.observer import Hyperparameters, State
 
 
 def solve_best_gain(ratio: float) -> float:
-    """The gain w of the stationary Kalman filter for drift over noise: ratio = w^2 / (1 - w)."""
+    """Return the gain w of the stationary Kalman filter for this ratio of drift to noise: ratio = w^2 / (1 - w)."""
     return (-ratio + np.sqrt(ratio**2 + 4 * ratio)) / 2
 
 
 @pytest.mark.parametrize("ratio", [1e-3, 0.05, 1.0])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 def test_innovations_correlate_with_the_sensitivity_unless_the_gain_is_best(ratio: float, factor: float) -> None:
-    # E[d e] = ((1 - w) V - w R) / (w (2 - w)), V = (Q + w^2 R) / (w (2 - w)): docs/uncertainty.md derives it.
+    # docs/uncertainty.md derives E[d e] = ((1 - w) V - w R) / (w (2 - w)), V = (Q + w^2 R) / (w (2 - w)).
     rng, gain = np.random.default_rng(0), factor * solve_best_gain(ratio)
     update = observer.make_update(np)
-    # A rate of the gain of 0 holds it.
+    # A gain rate of 0 keeps the gain constant.
     c = observer.compute_coefficients(10**6, Hyperparameters())._replace(gain_rate=0.0)
     state = State(np.zeros(4000), np.full(4000, gain), np.zeros(4000), np.ones(4000))
     truth = np.zeros(4000)
@@ -33,13 +33,13 @@ def test_innovations_correlate_with_the_sensitivity_unless_the_gain_is_best(rati
         state = update(grad, state, c)
     prediction = (ratio + gain**2) / (gain * (2 - gain))
     expected = ((1 - gain) * prediction - gain) / (gain * (2 - gain))
-    scale = (prediction + 1) / np.sqrt(gain)  # of one product
+    scale = (prediction + 1) / np.sqrt(gain)  # for one product
     assert np.mean(products) == pytest.approx(expected, abs=0.01 * scale)
     assert (abs(expected) > 0.03 * scale) == (factor != 1)
 
 
 def test_intervals_noise_and_error_match_the_kalman_filter_that_has_the_variances() -> None:
-    # Slow, middle and fast elements, over three decades of scale.
+    # Slow, medium and fast elements, over three decades of scale.
     ratio = np.repeat([1e-3, 3e-2, 1.0], 400)
     scale = np.tile(np.logspace(-3, 0, 400), 3)
     best = solve_best_gain(ratio)
@@ -50,7 +50,7 @@ def test_intervals_noise_and_error_match_the_kalman_filter_that_has_the_variance
     for step in range(1, 8001):
         truth = truth + scale * np.sqrt(ratio) * rng.standard_normal(1200)
         grad = truth + scale * rng.standard_normal(1200)
-        # A larger rate than the default, which needs more steps.
+        # The gain rate is larger than the default, which needs more steps.
         state = update(grad, state, observer.compute_coefficients(step, Hyperparameters(gain_rate=0.01)))
         kalman += best * (grad - kalman)
         if step > 4000:
@@ -66,7 +66,7 @@ def test_intervals_noise_and_error_match_the_kalman_filter_that_has_the_variance
 
 
 def test_the_loss_may_be_scaled() -> None:
-    # By a power of two, so that float32 rounds alike.
+    # Scale by a power of two, so that float32 rounds identically.
     rng, update = np.random.default_rng(2), observer.make_update(np)
     states = [State(*(np.full(50, value, np.float32) for value in observer.INITIAL_STATE)) for _ in range(2)]
     for step in range(1, 301):

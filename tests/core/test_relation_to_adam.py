@@ -1,4 +1,4 @@
-"""Constant VSGD meets Adam, AdaBelief, SGD with momentum and sign descent: every claim of docs/relation-to-adam.md."""
+"""Test every claim of docs/relation-to-adam.md: Constant VSGD and Adam, AdaBelief, SGD with momentum and sign descent."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ LR = 0.01
 STEPS, SIZE = 200, 8
 _GENERATOR = torch.Generator().manual_seed(0)
 NOISE = torch.randn(STEPS, SIZE, dtype=torch.float64, generator=_GENERATOR)
-#: Gradients of either sign and of several sizes.
+#: Gradients of both signs and several sizes.
 GRADS = NOISE * torch.logspace(-1, 1, SIZE, dtype=torch.float64)
-#: Gradients whose mean keeps clear of 0, for the limits that divide by it.
+#: Gradients whose mean stays away from 0, for the limits that divide by it.
 STEADY = 0.3 * NOISE.clamp(-3, 3) + torch.linspace(1, 2, SIZE, dtype=torch.float64) * (-1) ** torch.arange(SIZE)
 
 BETA1 = pytest.mark.parametrize("beta1", [0.5, 0.9, 0.99])
 
 
 class Run(NamedTuple):
-    """What the core made of gradients, time first; `sigma2` is what each step divided by."""
+    """The core's results for a sequence of gradients, time first; `sigma2` is the variance that each step used."""
 
     direction: Any
     mu: Any
@@ -38,12 +38,12 @@ class Run(NamedTuple):
 
 
 def hyper_of(beta1: float, **values: float) -> core.ConstantHyperparameters:
-    """The hyperparameters at which the gain is 1 - beta1; eps = 0, for the limits are of the rule without it."""
+    """Return hyperparameters whose gain is 1 - beta1; eps = 0, because the limits are those of the rule without eps."""
     return core.ConstantHyperparameters(**{"variance_ratio": beta1 / (1 - beta1), "eps": 0.0, **values})
 
 
 def at_rho(rho: float, hyper: core.ConstantHyperparameters) -> core.ConstantCoefficients:
-    """The core's coefficients at a forgetting rate of our choice; 0 freezes b. The core knows rho as step ** -kappa only."""
+    """Return the core's coefficients for a given forgetting rate; 0 freezes b. The core accepts rho only as step ** -kappa."""
     return RULE.coefficients(1 / rho if rho else math.inf, hyper._replace(kappa=1.0))
 
 
@@ -72,7 +72,7 @@ def descend(directions: Any, lr: float) -> Any:
 
 
 def run_theirs(grads: Any, make: Callable[[list[Any]], Any], *names: str, **state: Any) -> list[Any]:
-    """The parameters, and the named state, of an optimizer of others after each step from 0; `state` is there before."""
+    """Return another optimizer's parameters and named state after each step from 0; `state` is its initial state."""
     param = torch.nn.Parameter(torch.zeros_like(grads[0]))
     optimizer = make([param])
     if state:
@@ -86,12 +86,12 @@ def run_theirs(grads: Any, make: Callable[[list[Any]], Any], *names: str, **stat
 
 
 def run_adam(grads: Any, beta1: float, beta2: float = 0.999) -> list[Any]:
-    """Adam's parameters and two moments."""
+    """Return Adam's parameters and two moments."""
     return run_theirs(grads, lambda params: torch.optim.Adam(params, LR, (beta1, beta2), eps=0.0), "exp_avg", "exp_avg_sq")
 
 
 def before(moments: Any) -> Any:
-    """The moments that each step found: 0 at the first."""
+    """Return the moments before each step: 0 before the first."""
     return torch.cat([torch.zeros_like(moments[:1]), moments[:-1]])
 
 
@@ -103,7 +103,7 @@ def ema(values: Any, beta: float, start: Any = 0.0) -> Any:
 
 
 def adabelief_v(grads: Any, beta1: float, beta2: float, eps: float = 0.0) -> Any:
-    """AdaBelief's second moment (Zhuang et al., 2020): its error is taken to the mean after the step, and eps is added up."""
+    """Return AdaBelief's second moment (Zhuang et al., 2020): the error is from the mean after the step; eps accumulates."""
     mean = ema(grads, beta1)
     return ema((grads - mean) ** 2 + eps / (1 - beta2), beta2)
 
@@ -117,7 +117,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 @BETA1
 def test_mu_is_adams_first_moment(beta1: float) -> None:
-    # At the default coefficients: nothing that b does reaches mu.
+    # With the default coefficients, b does not affect mu.
     hyper = hyper_of(beta1)
     ours = run(GRADS, lambda t: RULE.coefficients(t, hyper), RULE.initial_state(hyper)[1])
     assert_equal(ours.mu, run_adam(GRADS, beta1)[1])
@@ -129,13 +129,13 @@ def test_mu_is_adams_first_moment(beta1: float) -> None:
 @BETA1
 def test_distance_from_sgd_with_momentum_falls_as_one_over_b(beta1: float) -> None:
     make = functools.partial(torch.optim.SGD, lr=LR, momentum=beta1, dampening=beta1)
-    # Torch's buffer starts as the first gradient, undampened: either give it one, or start mu there.
+    # Torch's buffer starts as the undampened first gradient: either give torch a buffer, or start mu at the first gradient.
     for mu, buffer in ((0.0, {"momentum_buffer": torch.zeros_like(STEADY[0])}), (STEADY[0], {})):
         (theirs,) = run_theirs(STEADY, make, **buffer)
         for b in (1e4, 1e6, 1e30):
             ours = run_frozen(STEADY, beta1, b, mu)
             distance = descend(ours.direction, LR * ours.sigma2[0, 0].sqrt().item()) - theirs
-            # mu / sqrt(1 + mu^2/sigma2) is mu - mu^3 / (2 sigma2) and less by the next order, relatively mu^2/sigma2.
+            # mu / sqrt(1 + mu^2/sigma2) is mu - mu^3 / (2 sigma2), up to the next order, which is relatively mu^2/sigma2.
             expected = LR * (ours.mu**3 / (2 * ours.sigma2)).cumsum(0)
             relative = (ours.mu**2 / ours.sigma2).max().item()
             torch.testing.assert_close(distance, expected, rtol=relative, atol=1e-14)
@@ -188,7 +188,7 @@ def test_our_adabelief_is_pytorch_optimizers() -> None:
 
 
 def like_adabelief(grads: Any, beta1: float, beta2: float, eps: float = 0.0) -> tuple[Run, float]:
-    """Constant VSGD from b = 0 with AdaBelief's memory, and its 2a - 1."""
+    """Return a run of Constant VSGD from b = 0 with AdaBelief's memory, and its 2a - 1."""
     ratio = beta1 / (1 - beta1)
     hyper = hyper_of(beta1, prior_strength=eps * (ratio + 1) / (2 * ratio**2 * (1 - beta2)))
     a = core.compute_constant_shape(hyper)
@@ -204,14 +204,14 @@ def test_b_and_sigma2_are_adabeliefs_second_moment(beta1: float, beta2: float, e
     ours, two_a_1 = like_adabelief(GRADS, beta1, beta2, eps)
     v = adabelief_v(GRADS, beta1, beta2, eps)
     assert_equal(ours.b, (two_a_1 + 1) / two_a_1 * (ratio + 1) / (2 * ratio**2) * v)
-    # sigma2 is that of the step before: it is the predictive variance, and b comes after.
+    # sigma2 comes from the previous step, because it is the predictive variance and b is updated later.
     assert_equal(ours.sigma2, before(v) / (two_a_1 * ratio))
     assert_equal(ours.direction, ours.mu / (ours.mu**2 + before(v) / (two_a_1 * ratio)).sqrt())
 
 
 @BETA1
 def test_root_of_the_average_is_adams_within_the_means_own(beta1: float) -> None:
-    # Minkowski: sqrt(EMA(.^2)) is a norm of the history, and the innovation is g - mu.
+    # Minkowski's inequality applies: sqrt(EMA(.^2)) is a norm of the history, and the innovation is g - mu.
     ratio = beta1 / (1 - beta1)
     ours, two_a_1 = like_adabelief(GRADS, beta1, 0.99)
     average = ours.b * two_a_1 / (two_a_1 + 1) * 2 * (ratio + 1)
@@ -219,7 +219,7 @@ def test_root_of_the_average_is_adams_within_the_means_own(beta1: float) -> None
     assert_equal(average, v + ema(before(mean) ** 2 - 2 * GRADS * before(mean), 0.99))
     distance = (average.sqrt() - v.sqrt()).abs()
     assert (distance <= ema(before(mean) ** 2, 0.99).sqrt() + 1e-12).all()
-    assert distance.max() > 1e-3  # or the bound says nothing
+    assert distance.max() > 1e-3  # otherwise the bound would be trivial
 
 
 def test_direction_and_average_near_adabeliefs_and_adams_as_one_over_k() -> None:
@@ -227,7 +227,7 @@ def test_direction_and_average_near_adabeliefs_and_adams_as_one_over_k() -> None
     for ratio in (1e8, 1e9):
         beta1 = ratio / (ratio + 1)
         ours, two_a_1 = like_adabelief(STEADY, beta1, 0.999)
-        # Without the first step, at which v is still 0, and with the v of the step before.
+        # Leave out the first step, where v is still 0, and use v of the previous step.
         theirs = (ours.mu / before(adabelief_v(STEADY, beta1, 0.999)).sqrt())[1:]
         worst.append((ours.direction[1:] / theirs / (ratio * two_a_1) ** 0.5 - 1).abs().max())
     for ratio in (1e4, 1e5):
@@ -241,7 +241,7 @@ def test_direction_and_average_near_adabeliefs_and_adams_as_one_over_k() -> None
 
 
 def vsgd_step(grad: Any, state: tuple[Any, ...], c: core.Coefficients) -> tuple[Any, tuple[Any, ...]]:
-    """The momentum of each element at this step, b_ghat / (b_g + b_ghat), and the state after it."""
+    """Return each element's momentum at this step, b_ghat / (b_g + b_ghat), and the state after it."""
     return state[2] / (state[1] + state[2]), core.VSGD.make_update(torch)(grad, state, c)[1]
 
 
@@ -256,7 +256,7 @@ def test_vsgd_averages_each_element_with_a_momentum_of_its_own() -> None:
         mean = state[0]
         momentum, state = vsgd_step(grad, state, core.VSGD.coefficients(t, hyper))
         assert_equal(state[0], momentum * mean + (1 - momentum) * grad)
-        if t == 1:  # all start alike, at K / (K + 1)
+        if t == 1:  # all elements start at K / (K + 1)
             assert_equal(momentum, torch.full_like(mean, 30 / 31))
     assert momentum.max() - momentum.min() > 0.01
 
@@ -271,7 +271,7 @@ def test_first_gradient_sets_the_gain_by_its_size(grad: float, gain: float) -> N
 
 
 def test_both_rates_move_by_the_same_surprise() -> None:
-    # Without the prior and with a = 1/2: at d^2 = 2 (b_g + b_ghat) neither moves, whatever the gain.
+    # Without the prior and with a = 1/2, neither rate moves at d^2 = 2 (b_g + b_ghat), whatever the gain.
     c = core.VSGD.coefficients(10, core.Hyperparameters())._replace(prior_g=0.0, prior_ghat=0.0, inverse_shape=2.0)
     b_g, b_ghat = NOISE[0].abs(), NOISE[1].abs()
     gain = b_g / (b_g + b_ghat)
@@ -280,7 +280,7 @@ def test_both_rates_move_by_the_same_surprise() -> None:
     rho_1, rho_2 = 10**-0.81, 10**-0.9
     assert_equal(new_g, b_g + rho_1 * gain**2 * surprise)
     assert_equal(new_ghat, b_ghat + rho_2 * (1 - gain) ** 2 * surprise)
-    # So a large innovation drives the gain away from this value, and a small one towards it.
+    # A large innovation therefore drives the gain away from this value, and a small one towards it.
     middle = rho_2 / (rho_1 + rho_2)
     away = (new_g / (new_g + new_ghat) - gain) * (gain - middle)
     assert_equal(away.sign(), surprise.sign())
@@ -300,7 +300,7 @@ def test_growing_noise_is_taken_for_truth_unless_the_kappas_are_equal(kappa1: fl
 
     steady = last_gains(noise)
     assert 0.35 < steady.min() < steady.max() < 0.5
-    # The size of a gradient without any truth in it grows ninefold.
+    # The gradient is pure noise, whose size grows ninefold.
     gains = last_gains(noise * torch.linspace(1, 9, len(noise), dtype=torch.float64)[:, None])
     assert (gains > 0.85).all() if kappa1 < kappa2 else (gains < 0.35).all()
 
@@ -321,7 +321,7 @@ def test_scale_of_the_gradients_matters_unless_prior_strength_follows() -> None:
         return run(scale * GRADS, lambda t: RULE.coefficients(t, hyper), RULE.initial_state(hyper)[1]).direction
 
     plain = directions(1.0, 1e-8)
-    # The start is a * 2 gamma / (2 gamma + 1e-4), in proportion to gamma but for 2e-4.
+    # The start is a * 2 gamma / (2 gamma + 1e-4), which is proportional to gamma up to 2e-4.
     torch.testing.assert_close(directions(1e-4, 1e-16), plain, rtol=2e-4, atol=0)
     assert directions(1e-4, 1e-8).norm() < 0.2 * plain.norm()
 
@@ -338,7 +338,7 @@ def test_literal_start_fades_slowly() -> None:
         _, b_g, b_ghat = state
         return (b_g * b_ghat / (b_g + b_ghat) / core.compute_shape(hyper)).item()
 
-    # Algorithm 1 divides gamma by the prior's shape, gamma, at its first step: a variance of 1, or b_g = a here.
+    # At its first step, Algorithm 1 divides gamma by the prior's shape, which is gamma: a variance of 1, or b_g = a here.
     assert sigma2_at_100(core.compute_shape(hyper)) == pytest.approx(0.02, rel=0.02)
     assert sigma2_at_100(core.VSGD.initial_state(hyper)[1]) == pytest.approx(4.2e-6, rel=0.02)
 
@@ -363,7 +363,7 @@ def test_e_at_kappa_1_nothing_is_forgotten_and_root_t_sigma_never_falls(beta1: f
     assert weights[9] / weights[-1] == pytest.approx((10 / STEPS) ** (c - 1), rel=0.02)
     products = steps[:, None] * found.b
     assert (products[1:] >= products[:-1] * (1 - 1e-12)).all()
-    assert (found.b[STEPS // 2 + 20 :].diff(dim=0) < 0).all()  # no maximum
+    assert (found.b[STEPS // 2 + 20 :].diff(dim=0) < 0).all()  # a maximum would not fall
 
 
 @pytest.mark.parametrize(("kappa", "last"), [(0.9, 1022), (0.81, 38)])
@@ -371,7 +371,7 @@ def test_e_with_a_smaller_kappa_the_condition_holds_at_the_start(kappa: float, l
     hyper = hyper_of(0.75, kappa=kappa)
 
     def keep(step: int) -> float:
-        """The part of b that is left after a step without innovation and prior."""
+        """Return the factor by which b shrinks in a step without innovation and prior."""
         c = RULE.coefficients(step, hyper)
         return float(c.keep + (c.half_rho + c.half_rho_over_ratio) * c.sigma2_per_b)
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding: its neighbours, its mean, its noise."""
+"""Test stochastic rounding: the neighbours, the mean and the noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def words(step: int = 1, seed: int = 0, number: int = 0, count: int = COUNT) -> 
 
 
 def noise(slot: int, **where: int) -> np.ndarray:
-    """Below which fraction of the way to its neighbour a value is rounded down, found by bisection."""
+    """Return, by bisection, the fraction of the way to its neighbour below which a value is rounded down."""
     drawn, lowest = words(**where), np.zeros(COUNT, np.int32)
     for bit in reversed(range(16)):
         rest = lowest + (1 << bit)
@@ -28,7 +28,7 @@ def noise(slot: int, **where: int) -> np.ndarray:
 
 
 def neighbours(value: float) -> tuple[float, float]:
-    """The bfloat16 numbers at and above a positive float32, by their definition: 8 significant binary digits."""
+    """Return the bfloat16 numbers at and above a positive float32, by their definition: 8 significant binary digits."""
     fraction, exponent = math.frexp(value)
     below = math.floor(fraction * 256)
     return math.ldexp(below / 256, exponent), math.ldexp((below + 1) / 256, exponent)
@@ -42,7 +42,7 @@ def test_a_value_goes_to_a_neighbour_and_keeps_its_mean(slot: int, value: float)
     below, above = neighbours(abs(float(given[0])))
     assert set(np.abs(rounded).astype(float)) == {below, above}
     share = (abs(float(given[0])) - below) / (above - below)
-    # Five standard deviations of a mean of so many draws.
+    # The tolerance is five standard deviations of the mean of COUNT draws.
     assert np.mean(np.abs(rounded) == above) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / COUNT))
 
 
@@ -60,7 +60,7 @@ def test_noise_is_uniform(slot: int, where: dict[str, int]) -> None:
     counts = np.bincount((noise(slot, **where) * 256).astype(int), minlength=256)
     expected = COUNT / 256
     chi2 = ((counts - expected) ** 2 / expected).sum()
-    # 255 degrees of freedom: mean 255, standard deviation 22.6. Neither lumpy nor, as a permutation would be, too even.
+    # 255 degrees of freedom: mean 255, standard deviation 22.6. The noise is neither lumpy nor, like a permutation, too even.
     assert 255 - 6 * 22.6 < chi2 < 255 + 6 * 22.6
 
 

@@ -1,6 +1,6 @@
-"""Drivers: every adapter and engine behind one interface, for the tests that hold for all of them.
+"""Drivers: every adapter and engine behind one interface, for the tests that apply to all of them.
 
-A new adapter or engine joins the contract by an entry in `DRIVERS`.
+To add an adapter or engine to the contract, add an entry to `DRIVERS`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Spec(NamedTuple):
 
     Attributes:
         cls: its class, as "module:name".
-        needs: the packages without which it cannot run.
-        options: what makes the engine.
-        lacks: promises that the adapter does not make, and why.
+        needs: the packages that it requires.
+        options: the options that select the engine.
+        lacks: the promises that the adapter does not make, and why.
     """
 
     cls: str
@@ -61,9 +61,9 @@ def _list_missing(spec: Spec) -> list[str]:
     return [name for name in spec.needs if find_spec(name) is None or (name == "keras" and "KERAS_BACKEND" not in os.environ)]
 
 
-#: The drivers that need no setting of the process; Keras' default float type is one.
+#: The drivers that need no process-wide setting, such as Keras' default float type.
 ENGINES = [name for name in DRIVERS if not name.startswith("keras")]
-#: Those of them that can run here.
+#: The engines that can run here.
 AVAILABLE = [name for name in ENGINES if not _list_missing(DRIVERS[name])]
 HAS_TORCH, HAS_OPTAX, HAS_MLX = (any(name.startswith(each) for name in AVAILABLE) for each in ("torch", "optax", "mlx"))
 HAS_JAX = find_spec("jax") is not None
@@ -75,7 +75,7 @@ ADAPTERS = [name for name, here in _HERE.items() if here]
 
 
 def list_gaps() -> Iterator[str]:
-    """Yield a line for each driver: what it needs that is not installed, and the promises that it lacks."""
+    """Yield a line for each driver, with the packages that are not installed and the promises that the driver lacks."""
     for name, spec in DRIVERS.items():
         gaps = [f"{each} is not installed" for each in _list_missing(spec)]
         gaps += [f"no {each}, for {why}" for each, why in spec.lacks.items()]
@@ -83,12 +83,12 @@ def list_gaps() -> Iterator[str]:
 
 
 def make_driver(name: str, *arguments: Any, promise: str | None = None, **options: Any) -> Any:
-    """Make a driver, or skip the test and say what is missing.
+    """Make a driver, or skip the test and name what is missing.
 
     Args:
         name: a key of `DRIVERS`.
         *arguments: the driver's arguments.
-        promise: what the test is about, if a driver may lack it.
+        promise: the promise that the test checks, if a driver may lack it.
         **options: the adapter's options.
     """
     spec = DRIVERS[name]
@@ -102,7 +102,7 @@ def make_driver(name: str, *arguments: Any, promise: str | None = None, **option
 
 
 def run(name: str, kind: str, params: Sequence[np.ndarray], grads: Sequence[Sequence[Any]], **options: Any) -> Read:
-    """Return what a driver of these parameters holds after a step with each of the gradients."""
+    """Return the parameters and state of a driver after a step with each of the gradients."""
     driver = make_driver(name, kind, params, **options)
     for each in grads:
         driver.step(each)
@@ -111,11 +111,11 @@ def run(name: str, kind: str, params: Sequence[np.ndarray], grads: Sequence[Sequ
 
 
 def assert_equal(ours: Read, theirs: Read, rtol: float = 0.0) -> None:
-    """Check that two drivers hold the same, or nearly, relative to 1 or what is larger."""
+    """Assert that two drivers hold the same values, up to `rtol` times the larger of 1 and the value."""
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
         for name in other:
-            # NumPy 1 has no common type of bfloat16 and its own.
+            # NumPy 1 has no common dtype of bfloat16 and its own dtypes.
             pair = (each.astype(np.float32) if each.dtype.name == "bfloat16" else each for each in (one[name], other[name]))
             np.testing.assert_allclose(*pair, rtol=rtol, atol=rtol, err_msg=name)
 

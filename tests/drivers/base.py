@@ -1,4 +1,4 @@
-"""What a driver is: one adapter on one engine, with its parameters, behind NumPy arrays."""
+"""The interface of a driver: one adapter on one engine, with its parameters, accessed through NumPy arrays."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from vsgd.posterior import NoiseScale, Posterior
 
-#: For each parameter its value as "param", and its state arrays by name; bfloat16 as float32.
+#: For each parameter, its value as "param" and its state arrays by name; bfloat16 is returned as float32.
 Read = list[dict[str, np.ndarray]]
 
 
 class StateArray(NamedTuple):
-    """One state array as it is stored."""
+    """How one state array is stored."""
 
     dtype: str
     nbytes: int
@@ -24,8 +24,9 @@ class StateArray(NamedTuple):
 class Driver(Protocol):
     """An optimizer with its parameters, made by `(kind, params, dtype=None, rates=None, **options)`.
 
-    `kind` is the name of a class, "VSGD" or "ConstantVSGD", `dtype` the dtype of the parameters if not the arrays' own,
-    `rates` the learning rate of each step, if it changes, and the options are those of the adapter, by torch's names.
+    `kind` is the name of a class, "VSGD" or "ConstantVSGD". `dtype` is the dtype of the parameters, if it differs from that
+    of the arrays. `rates` holds the learning rate of each step, if it changes. The options are those of the adapter, by
+    torch's names.
 
     Attributes:
         params: the parameters, as the framework's arrays.
@@ -49,7 +50,7 @@ class Driver(Protocol):
         """Return the posterior of each parameter's gradient."""
 
     def noise_scale(self, batch_size: float) -> NoiseScale:
-        """Return the noise scale of all parameters together."""
+        """Return the overall noise scale of all parameters."""
 
     def surprise(self, grads: Sequence[np.ndarray]) -> list[float]:
         """Return the mean surprise of each gradient."""

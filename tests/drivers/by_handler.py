@@ -1,4 +1,4 @@
-"""A plugin of pytest, `-p drivers.by_handler`: JAX steps all arrays by numba's handler, small ones too."""
+"""A pytest plugin, `-p drivers.by_handler`: JAX steps all arrays, including small ones, with numba's handler."""
 
 
 def pytest_configure() -> None:

@@ -1,4 +1,4 @@
-"""The Keras adapter, on the backend of this process, as a driver."""
+"""The Keras adapter as a driver, on the backend of this process."""
 
 from __future__ import annotations
 

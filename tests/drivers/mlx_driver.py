@@ -17,7 +17,7 @@ from vsgd.posterior import Posterior
 
 
 def to_mlx(array: np.ndarray) -> mx.array:
-    """Return an array of MLX, which makes float32 of float64 unless told."""
+    """Return an MLX array of the same dtype; by default, MLX turns float64 into float32."""
     return mx.array(array, getattr(mx, array.dtype.name))
 
 
@@ -34,12 +34,12 @@ class MlxDriver:
     ) -> None:
         mx.set_default_device(mx.cpu)  # GPUs have no float64
         arrays = map(to_mlx, params)
-        # By name, for a gradient that there is not is a name that there is not.
+        # Use names, so that a missing gradient is a missing name.
         self.tree = {str(i): each if dtype is None else each.astype(getattr(mx, dtype)) for i, each in enumerate(arrays)}
         lr = options.pop("lr", 0.01)
         if rates is not None:
             lr = to_mlx(rates.astype(params[0].dtype)).__getitem__
-        elif any(param.dtype == np.float64 for param in params):  # as an array: MLX stores a number as float32
+        elif any(param.dtype == np.float64 for param in params):  # as an array, because MLX stores a number as float32
             lr = to_mlx(np.array(lr))
         self.optimizer = getattr(vsgd.mlx, kind)(lr, **options)
         self.optimizer.init(self.tree)
@@ -84,7 +84,7 @@ class MlxDriver:
 
     def load(self, path: Path) -> None:
         tree = tree_unflatten(list(mx.load(f"{path}.npz").items()))
-        # A tree with keys "0", "1", ... comes back as a list.
+        # MLX returns a tree with keys "0", "1", ... as a list.
         self.tree = {str(i): each for i, each in enumerate(tree["params"])}
         self.optimizer.state = tree["state"]
 

@@ -1,4 +1,4 @@
-"""Every door to the gradient observer behind one interface."""
+"""Every implementation of the gradient observer behind one interface."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from drivers import HAS_KERAS, HAS_OPTAX, HAS_TORCH
 from drivers.precision import x64
 from vsgd.posterior import Posterior
 
-#: The doors, and whether each can be opened here.
+#: The implementations, and whether each can run here.
 OBSERVERS = {"TorchDoor": HAS_TORCH, "OptaxDoor": HAS_OPTAX, "KerasDoor": HAS_KERAS}
 
 
 def open_door(name: str, params: Sequence[np.ndarray], **options: Any) -> Any:
-    """Return the observer of these parameters, whose optimizer is plain gradient descent at a rate of 0.5, or skip the test."""
+    """Return the observer of these parameters, whose optimizer is gradient descent with a rate of 0.5, or skip the test."""
     if not OBSERVERS[name]:
         pytest.skip(f"not installed: what {name} needs")
     return globals()[name](params, **options)
@@ -55,7 +55,7 @@ class TorchDoor:
         return [None if each is None else each.numpy() for each in chosen]
 
     def surprise(self, grads: Sequence[np.ndarray]) -> list[float]:
-        """The surprise of gradients, which are observed."""
+        """Observe gradients, and return their surprise."""
         self.step(grads)
         return [surprise.item() for surprise in self.observer.surprise().values()]
 

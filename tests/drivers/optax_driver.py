@@ -20,7 +20,7 @@ from drivers.precision import x64
 from drivers.rules import RULES
 from vsgd.posterior import NoiseScale, Posterior
 
-#: Makes the handler step all arrays, where it is installed, those of fewer than 8 elements in one call; or none.
+#: BY_HANDLER makes the installed handler step all arrays, those with fewer than 8 elements in one call; BY_XLA, none.
 BY_HANDLER, BY_XLA = (
     mock.patch.multiple("vsgd.backends.jax_step", SMALLEST=size, FEWEST=count) for size, count in ((8, 1), (2**62, 2**62))
 )
@@ -61,7 +61,7 @@ class OptaxDriver:
                 options["lr"] = jnp.asarray(rates, params[0].dtype).__getitem__
             try:
                 solver, self.take_step = make_solver(kind, jit, numba, **options)
-            except TypeError:  # an option that cannot be hashed, which the adapter refuses
+            except TypeError:  # an option that cannot be hashed, which the adapter rejects
                 solver, self.take_step = make_solver.__wrapped__(kind, jit, numba, **options)
             self.params = [jnp.asarray(param, dtype or param.dtype) for param in params]
             self.state = solver.init(self.params)

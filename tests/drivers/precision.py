@@ -1,4 +1,4 @@
-"""JAX with 64-bit numbers, or without."""
+"""Switch JAX's 64-bit numbers on or off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def x64(enable: bool = True) -> AbstractContextManager[Any]:
-    """Return a context in which JAX has 64-bit numbers, or has none, which is its default."""
+    """Return a context in which JAX has 64-bit numbers, or does not have them, which is its default."""
     jax = pytest.importorskip("jax")
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(enable)

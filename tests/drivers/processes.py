@@ -1,4 +1,4 @@
-"""Python in a process of its own, as each Keras backend needs it."""
+"""Run Python in a new process, which each Keras backend needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_python(backend: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python COMMAND...` from the repository's root; the tests' modules can be imported there.
+    """Run `python COMMAND...` from the repository's root, with the tests' modules importable.
 
     Args:
-        backend: what Keras runs on.
+        backend: Keras' backend.
         *command: Python's arguments.
         **environment: further variables.
 
     Returns:
-        The ended process, errors among its output.
+        The finished process, with errors in its output.
     """
     return subprocess.run(
         [sys.executable, *command],

@@ -1,4 +1,4 @@
-"""The rules by the names that all adapters give their classes."""
+"""The rules, by the class names that all adapters use."""
 
 from vsgd import core
 

@@ -28,7 +28,7 @@ class TorchDriver:
         **options: Any,
     ) -> None:
         tensors = [torch.from_numpy(np.array(param)).to(device, dtype and getattr(torch, dtype)) for param in params]
-        # Autograd refuses a differentiable step on a leaf that it tracks.
+        # Autograd rejects a differentiable step on a leaf that it tracks.
         tracked = not options.get("differentiable")
         self.params = [torch.nn.Parameter(each, tracked) for each in tensors]
         self.rates = None if rates is None else iter(rates)
@@ -37,7 +37,7 @@ class TorchDriver:
         self.take_step = self.optimizer.step
         if compiled:
             group = self.optimizer.param_groups[0]
-            # As a tensor, for the compiler takes a number for a constant of the function.
+            # As a tensor, because the compiler treats a number as a constant of the function.
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=device)
             torch.compiler.reset()
             self.take_step = torch.compile(self.take_step)

@@ -1,4 +1,4 @@
-"""The golden trajectories of the authors' code, and how far a run strays from them."""
+"""The golden trajectories of the authors' code, and how far a run deviates from them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CASES = tuple(_CASES)
 
 
 class Golden(NamedTuple):
-    """One case: what went in, and what the authors' code made of it, in float64, time first.
+    """One case: the inputs, and the results of the authors' code, in float64, time first.
 
     Attributes:
-        hyper: constructor arguments by our names, but for `lr`.
+        hyper: constructor arguments by our names, except `lr`.
         lr: step sizes, (steps,).
         params0: the parameters at the start.
         grads: the gradients of each parameter, (steps, *shape).
@@ -57,12 +57,12 @@ def golden(case: str) -> Golden:
 
 
 class Deviation(NamedTuple):
-    """How far a run strays from a reference, relative to the reference's size, where it strays most.
+    """The largest deviation of a run from a reference, relative to the reference's size.
 
     Attributes:
-        error: NaN where the run has one.
-        name: of which array.
-        step: at which step, from 0.
+        error: the deviation; NaN where the run has a NaN.
+        name: the array where it occurs.
+        step: the step where it occurs, from 0.
     """
 
     error: float
@@ -71,7 +71,7 @@ class Deviation(NamedTuple):
 
 
 def deviation(run: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]], axis: int | None = 0) -> Deviation:
-    """How far a run strays, relative to the largest value along `axis` of the reference.
+    """Return the largest deviation of a run, relative to the largest value along `axis` of the reference.
 
     Args:
         run: for each parameter its arrays by name, time first.
@@ -92,13 +92,13 @@ def deviation(run: list[dict[str, np.ndarray]], reference: list[dict[str, np.nda
 
 
 def assert_follows(run: list[dict[str, np.ndarray]], reference: list[dict[str, np.ndarray]], tolerance: float) -> None:
-    """Every element, at every step, within `tolerance` of the largest value that it takes along the reference."""
+    """Assert that every element, at every step, is within `tolerance` of its largest value along the reference."""
     worst = deviation(run, reference)
     assert worst.error <= tolerance, f"{worst.name} strays by {worst.error:.1e} at step {worst.step}"
 
 
 def stack(steps: list[list[dict[str, Any]]]) -> list[dict[str, np.ndarray]]:
-    """Snapshots by step, then parameter, as arrays by parameter with time first."""
+    """Turn snapshots, by step and then parameter, into arrays by parameter with time first."""
     return [
         {name: np.stack([np.asarray(step[i][name]) for step in steps]) for name in steps[0][i]} for i in range(len(steps[0]))
     ]

@@ -1,4 +1,4 @@
-"""An adapter as a runner: its driver, fed gradients or training the network."""
+"""An adapter as a runner: its driver steps with given gradients or trains the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from matrix.experiments import Snapshot
 
 
 class AdapterRunner:
-    """A driver, made by `driver` with the options of the adapter, and `gradients(params, x, y)` of the network."""
+    """A runner on a driver, made by `driver` with the adapter's options.
+
+    `gradients(params, x, y)` returns the network's gradients.
+    """
 
     def __init__(
         self,

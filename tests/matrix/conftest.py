@@ -1,4 +1,4 @@
-"""The workers of the matrix, one process for each framework, and the table of what agreed, at the end of the run."""
+"""Start the matrix' workers, one process for each framework, and write the table of agreement at the end of the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _start(name: str, folder: Path, data: Path) -> worker.Outcome:
         *("-c", "from matrix.worker import main; main()", name, str(data), str(result)),
         # The arrays are small, and the workers share the processors.
         OMP_NUM_THREADS="1",
-        # So do they share the GPU, where there is one.
+        # The workers share the GPU too, where one is present.
         TF_FORCE_GPU_ALLOW_GROWTH="true",
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
     )
@@ -46,7 +46,10 @@ def _start(name: str, folder: Path, data: Path) -> worker.Outcome:
 def outcome(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], worker.Outcome]]:
-    """What a worker did; all that the chosen tests need start at the first question, two at a time."""
+    """Return a function that returns a worker's outcome.
+
+    All workers that the chosen tests need start with the first test, two at a time.
+    """
     folder = tmp_path_factory.mktemp("matrix")
     data = None if missing(DATA_NEEDS) else training()
     (folder / "data.pickle").write_bytes(pickle.dumps(data))
@@ -71,7 +74,7 @@ def outcome(
 
 @pytest.fixture(scope="session")
 def agreement(request: pytest.FixtureRequest) -> dict[worker.Cell, float]:
-    """How far each cell strayed, for the table."""
+    """Return the deviation of each cell, for the table."""
     return request.config.stash[_agreement]
 
 

@@ -1,4 +1,4 @@
-"""The core alone, on any array library: what an adapter does with it, and no more."""
+"""Run the core alone on any array library, with only the code that an adapter needs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Library(NamedTuple):
 
     Attributes:
         xp: the namespace for the update.
-        array: from NumPy.
-        numpy: to NumPy.
-        gradients: of the network, `gradients(params, x, y)`, with a batch of NumPy's.
-        pack: the operands of the update that hold these arrays.
-        unpack: the arrays that these operands hold.
+        array: converts from NumPy.
+        numpy: converts to NumPy.
+        gradients: returns the network's gradients, `gradients(params, x, y)`, for a batch of NumPy arrays.
+        pack: turns arrays into operands of the update.
+        unpack: turns operands of the update into arrays.
     """
 
     xp: Any

@@ -1,10 +1,10 @@
-"""What the matrix runs and on what: runners by name, experiments, the data of a small training, and how each is driven.
+"""What the matrix runs: runners by name, experiments, the data of a small training, and how each is driven.
 
-Imports no framework. A runner (of `*_runners.py`) is what an experiment drives, whatever the framework beneath: an optimizer
-with its parameters, made by `(kind, params, lr=..., **hyper)`, where `lr` is the step size of each step, or None for the
-adapter's default. `step(grads)` takes a step with these gradients, and `train(x, y)` one of the network on this batch, with
-gradients of the framework's own. `read()` returns value and state of each parameter, of a training the value at least, and
-`posterior()` the posterior of its gradient.
+This module imports no framework. An experiment drives a runner (of `*_runners.py`), whatever its framework. A runner is an
+optimizer with its parameters, made by `(kind, params, lr=..., **hyper)`, where `lr` is the step size of each step, or None
+for the adapter's default. `step(grads)` takes a step with these gradients. `train(x, y)` takes a step of the network on this
+batch, with gradients that the framework computes. `read()` returns value and state of each parameter, or at least the value in
+a training. `posterior()` returns the posterior of each parameter's gradient.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from packaging.requirements import Requirement
 
 DTYPES = ("float64", "float32")
 DEVICES = ("cpu", "gpu")
-#: The step size of a training: the adapters' default.
+#: The step size of a training, which is the adapters' default.
 LR = 0.01
 STEPS = 200
 BATCH = 64
-#: Every so many steps of a training its parameters are looked at.
+#: A training's parameters are compared every so many steps.
 STRIDE = 20
 
-#: What a training's data come from.
+#: The packages that provide a training's data.
 DATA_NEEDS = ("sklearn",)
 
-# By what each run is given: gradients, or a network to train. A training neither rounds its gradients nor orders its sums as
-# another framework does, and such roundings grow. So its bound in float32 is ten times how far two float32 trainings of NumPy
-# drift apart whose initial weights differ by one unit in the last place (5e-7 to 1e-6 of the array's largest value), which
-# `test_the_bound_is_ten_roundings` holds. In float64 such twins drift 1e-15 to 2e-15, far below the bound.
+# By what each run gets: gradients, or a network to train. Frameworks round a training's gradients and order its sums
+# differently, and such roundings grow. So its bound in float32 is ten times the distance between two float32 trainings of NumPy
+# whose initial weights differ by one unit in the last place (5e-7 to 1e-6 of the array's largest value);
+# `test_the_bound_is_ten_roundings` checks it. In float64 such twins drift apart by 1e-15 to 2e-15, far below the bound.
 TOLERANCE = {"fed": {"float64": 1e-10, "float32": 1e-4}, "training": {"float64": 1e-9, "float32": 1e-5}}
 
-#: For each parameter its arrays by name, time first.
+#: For each parameter, its arrays by name, time first.
 Run = list[dict[str, np.ndarray]]
 Snapshot = list[dict[str, np.ndarray]]
 
@@ -47,7 +47,7 @@ class Spec(NamedTuple):
 
     Attributes:
         worker: the process that runs it, named as the module `{worker}_runners` or, with its backend, `keras-{backend}`.
-        needs: the packages without which it cannot run.
+        needs: the packages that it requires.
         devices: where it can run, of `DEVICES`.
         cells: what it runs, as (experiment, dtype); None: everything.
     """
@@ -63,9 +63,9 @@ class Experiment(NamedTuple):
 
     Attributes:
         kind: the optimizer's class.
-        case: the golden case whose gradients are fed; None: a training, each framework computing its own.
-        hyper: the hyperparameters where they are not the golden case's own.
-        reads: the runner's method that tells what is compared after each step.
+        case: the golden case whose gradients the runner gets; None: a training, where each framework computes its gradients.
+        hyper: the hyperparameters, if they differ from the golden case's.
+        reads: the runner's method that returns what is compared after each step.
     """
 
     kind: str
@@ -86,13 +86,13 @@ EXPERIMENTS = {
     "constant-training": Experiment("ConstantVSGD", None),
 }
 
-# Compiling takes seconds for each: the trajectories of the authors' code, and a training.
+# Each takes seconds to compile, so run only the trajectories of the authors' code and a training.
 _COMPILED = frozenset(
     [*((f"golden-{case}", dtype) for case in CASES for dtype in ("float64", "float32")), ("training", "float64")]
 )
 _COMPILED_FEW = frozenset([("golden-weight_decay", "float64"), ("constant-training", "float32")])
 
-# On PyTorch `keras.ops.minimum` takes float64 through float32; the adapter has the torch engines there.
+# On PyTorch `keras.ops.minimum` takes float64 through float32; the adapter uses the torch engines there.
 _KERAS_TORCH = frozenset(
     (experiment, dtype) for experiment in EXPERIMENTS for dtype in DTYPES if (experiment, dtype) != ("outliers-fed", "float64")
 )
@@ -146,21 +146,21 @@ class Training(NamedTuple):
 
 @functools.cache
 def training() -> Training:
-    """The training, which needs scikit-learn for its data."""
+    """Return the training; its data need scikit-learn."""
     from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(5)
     pixels, classes = load_digits(return_X_y=True)
     shapes = ((64, 32), (32, 10))
     params = [array for shape in shapes for array in (rng.standard_normal(shape) / np.sqrt(shape[0]), np.zeros(shape[1]))]
-    # Float32 numbers, so that all start from the very same weights.
+    # Round to float32, so that all runs start from exactly the same weights.
     params = [param.astype(np.float32).astype(np.float64) for param in params]
     chosen = np.stack([rng.choice(len(classes), BATCH, replace=False) for _ in range(STEPS)])
     return Training(params, pixels[chosen] / 16, classes[chosen].astype(np.int32))
 
 
 def fed(make: Callable[..., Any], experiment: Experiment, dtype: str) -> Run:
-    """A golden case's gradients fed to an optimizer: what it holds after each step."""
+    """Feed a golden case's gradients to an optimizer, and return what it holds after each step."""
     kind, case, hyper, reads = experiment
     inputs = golden(case)
     runner = make(kind, [param.astype(dtype) for param in inputs.params0], lr=inputs.lr, **(hyper or inputs.hyper))
@@ -172,7 +172,7 @@ def fed(make: Callable[..., Any], experiment: Experiment, dtype: str) -> Run:
 
 
 def trained(make: Callable[..., Any], kind: str, data: Training, dtype: str) -> Run:
-    """A training with the adapter's defaults: the parameters now and then."""
+    """Train with the adapter's defaults, and return the parameters every `STRIDE` steps."""
     runner = make(kind, [param.astype(dtype) for param in data.params0], lr=None)
     steps = []
     for t in range(STEPS):
@@ -183,26 +183,26 @@ def trained(make: Callable[..., Any], kind: str, data: Training, dtype: str) -> 
 
 
 def run(make: Callable[..., Any], experiment: Experiment, dtype: str, data: Training | None) -> Run:
-    """One cell of the matrix; `data` only matters to a training."""
+    """Run one cell of the matrix; only a training uses `data`."""
     if experiment.case is None:
         return trained(make, experiment.kind, data, dtype)
     return fed(make, experiment, dtype)
 
 
 def cells(name: str) -> list[tuple[str, str]]:
-    """What a runner runs, as (experiment, dtype)."""
+    """Return what a runner runs, as (experiment, dtype)."""
     every = [(experiment, dtype) for experiment in EXPERIMENTS for dtype in DTYPES]
     chosen = RUNNERS[name].cells
     return every if chosen is None else [cell for cell in every if cell in chosen]
 
 
 def is_reference(name: str, experiment: str, dtype: str) -> bool:
-    """Whether the others are held against this, where the authors' code does not serve."""
+    """Return whether this run is the reference of an experiment that the authors' code does not cover."""
     return (name, dtype) == ("numpy", "float64") and not experiment.startswith("golden")
 
 
 def missing(requirements: Sequence[str]) -> list[str]:
-    """Return those of these packages, with or without a version, that are not installed."""
+    """Return the packages of these, with or without a version, that are not installed."""
     return [each for each in requirements if not _is_installed(Requirement(each))]
 
 

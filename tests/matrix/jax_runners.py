@@ -1,4 +1,4 @@
-"""The optax transformations, and the core on jax.numpy."""
+"""Runners of the optax transformations, and of the core on jax.numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from drivers.precision import x64
 from matrix.adapter_runner import AdapterRunner
 from matrix.core_runner import CoreRunner, Library
 
-# GPUs would round float32 products to TF32.
+# By default, GPUs round float32 products to TF32.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -27,7 +27,7 @@ def _loss(params: Sequence[Any], x: Any, y: Any) -> Any:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).mean()
 
 
-#: Of the mean cross-entropy of the network: `gradients(params, x, y)`.
+#: Return the gradients of the network's mean cross-entropy: `gradients(params, x, y)`.
 gradients = jax.jit(jax.grad(_loss))
 
 
@@ -57,13 +57,13 @@ def _gpus() -> list[Any]:
 
 
 def gpu() -> str | None:
-    """The name of the GPU, if there is one."""
+    """Return the GPU's name, or None."""
     return next((device.device_kind for device in _gpus()), None)
 
 
 @contextlib.contextmanager
 def scope(device: str, dtype: str) -> Iterator[None]:
-    """Where arrays are made, with 64 bits where they are wanted."""
+    """Set the device of new arrays, and enable 64 bits for float64."""
     chosen = _gpus() if device == "gpu" else jax.devices("cpu")
     with jax.default_device(chosen[0]), x64(dtype == "float64"):
         yield

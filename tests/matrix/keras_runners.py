@@ -1,4 +1,4 @@
-"""The Keras adapter on the backend of this process, and the core on keras.ops and on TensorFlow."""
+"""Runners of the Keras adapter on the backend of this process, and of the core on keras.ops and on TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matrix.experiments import Snapshot
 
 
 def tensorflow_gradients(params: Sequence[Any], x: np.ndarray, y: np.ndarray) -> Sequence[Any]:
-    """Of the mean cross-entropy of the network, by a tape."""
+    """Return the gradients of the network's mean cross-entropy, by a tape."""
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -30,15 +30,15 @@ def tensorflow_gradients(params: Sequence[Any], x: np.ndarray, y: np.ndarray) ->
     return tape.gradient(loss, params)
 
 
-#: What the runners of the backend itself have; TensorFlow has none.
+#: The module with the backend's own runners; TensorFlow has none.
 NATIVE = None if BACKEND == "tensorflow" else import_module(f"matrix.{BACKEND}_runners")
 gradients = tensorflow_gradients if NATIVE is None else NATIVE.gradients
 
 
 class KerasRunner(AdapterRunner):
-    """The Keras adapter: `apply` for gradients that are given, a compiled model for a training.
+    """The Keras adapter: `apply` for given gradients, a compiled model for a training.
 
-    But in float64 on JAX and torch the gradients of a training are the backend's own, not of a model: Keras' operations there
+    In float64 on JAX and torch, a training uses the backend's gradients instead of a model, because Keras' operations there
     take float64 through float32 (https://github.com/keras-team/keras/issues/23704).
     """
 
@@ -55,7 +55,7 @@ class KerasRunner(AdapterRunner):
             self.driver.apply(list(self.gradients(values, x, y)))
             return
         if self.model is None:
-            # Given, because Keras' default policy keeps the first float type that it saw.
+            # Set the dtype, because Keras' default policy keeps the first float type that it used.
             dtype = x.dtype.name
             hidden = keras.layers.Dense(32, activation="tanh", dtype=dtype, name="hidden")
             head = keras.layers.Dense(10, dtype=dtype, name="head")
@@ -83,7 +83,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-    # GPUs would round float32 products to TF32.
+    # By default, GPUs round float32 products to TF32.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     RUNNERS["core-tensorflow"] = partial(CoreRunner, _OPS._replace(xp=tf, array=tf.constant, numpy=np.array))
 
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> str | None:
-    """The name of the GPU, if there is one."""
+    """Return the GPU's name, or None."""
     if NATIVE is not None:
         return NATIVE.gpu()
     found = tf.config.list_physical_devices("GPU")
@@ -103,8 +103,8 @@ def gpu() -> str | None:
 
 @contextlib.contextmanager
 def scope(device: str, dtype: str) -> Iterator[None]:
-    """Where tensors are made, and of what dtype by default."""
-    # On torch without an index: Keras moves what is on "cpu" to "cpu:0", and the copies are leaves no more.
+    """Set the device and the default dtype of new tensors."""
+    # Torch gets no index: Keras would move a tensor from "cpu" to "cpu:0", and the copy is no longer a leaf.
     place = device if BACKEND == "torch" else f"{device}:0"
     with keras.device(place), floatx(dtype):
         yield

@@ -1,4 +1,4 @@
-"""The MLX adapter, and the core on `mlx.core`."""
+"""Runners of the MLX adapter, and of the core on `mlx.core`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from matrix.core_runner import CoreRunner, Library
 def _loss(params: Sequence[mx.array], x: mx.array, y: mx.array) -> mx.array:
     kernel1, bias1, kernel2, bias2 = params
     logits = mx.tanh(x @ kernel1 + bias1) @ kernel2 + bias2
-    # In float64 `mx.exp` has no more digits than in float32. No logit is so large that it must be taken off.
+    # In float64 `mx.exp` has only float32's digits. No logit is so large that the maximum must be subtracted.
     odds = mx.exp(logits) if logits.dtype == mx.float32 else math.e**logits
     return (mx.log(odds.sum(axis=1)) - mx.take_along_axis(logits, y[:, None], axis=1)[:, 0]).mean()
 
 
 def gradients(params: Sequence[mx.array], x: np.ndarray, y: np.ndarray) -> Sequence[mx.array]:
-    """Of the mean cross-entropy of the network."""
+    """Return the gradients of the network's mean cross-entropy."""
     return mx.grad(_loss)(params, to_mlx(x), to_mlx(y))
 
 
@@ -41,9 +41,9 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> None:
-    """None is used: MLX has float64 on the CPU alone."""
+    """Return None: MLX has float64 only on the CPU."""
 
 
 def scope(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Where arrays are made."""
+    """Set the device of new arrays."""
     return mx.stream(mx.cpu)

@@ -1,4 +1,4 @@
-"""The NumPy adapter, and the core on NumPy."""
+"""Runners of the NumPy adapter, and of the core on NumPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matrix.core_runner import CoreRunner, Library
 
 
 def gradients(params: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-    """Of the mean cross-entropy of the network, by hand."""
+    """Return the gradients of the network's mean cross-entropy, by hand."""
     kernel1, bias1, kernel2, bias2 = params
     hidden = np.tanh(x @ kernel1 + bias1)
     logits = hidden @ kernel2 + bias2
@@ -37,10 +37,10 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> str | None:
-    """The name of the GPU, if there is one."""
+    """Return None: NumPy uses no GPU."""
     return None
 
 
 def scope(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Where and in what precision arrays are made by default."""
+    """Set the device and precision of new arrays, which NumPy does not need."""
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The table of what agreed with what, and to how much, as Markdown."""
+"""Write the matrix' table of agreement as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matrix.worker import Cell, Outcome
 from reporting.machine import describe_environment
 from reporting.pages import format_table
 
-# Column by column, the experiments of which it shows the worst.
+# The experiments of each column; it shows the worst of them.
 _COLUMNS = {
     "golden": [name for name in EXPERIMENTS if name.startswith("golden")],
     "constant fed": ["constant-fed"],
@@ -40,10 +40,10 @@ def _cell(strayed: Mapping[Cell, float], name: str, device: str, experiments: li
 
 
 def table(strayed: Mapping[Cell, float]) -> str:
-    """The worst of each runner, device and group of experiments.
+    """Return the table with the largest deviation of each runner, device and group of experiments.
 
     Args:
-        strayed: how far each cell strayed.
+        strayed: the deviation of each cell.
     """
     header = ["runner", "device", *(f"{column}, {dtype}" for column in _COLUMNS for dtype in DTYPES)]
     rows = [["bound", "", *(_bound(experiments[0], dtype) for experiments in _COLUMNS.values() for dtype in DTYPES)]]
@@ -54,12 +54,12 @@ def table(strayed: Mapping[Cell, float]) -> str:
 
 
 def page(before: str, strayed: Mapping[Cell, float], outcomes: Iterable[Outcome]) -> str:
-    """The page with this run's machine, versions and table in place of those that it had.
+    """Return the page with this run's machine, versions and table in place of the old ones.
 
     Args:
         before: the page as it was.
-        strayed: how far each cell strayed.
-        outcomes: what the workers left.
+        strayed: the deviation of each cell.
+        outcomes: the workers' outcomes.
     """
     outcomes = list(outcomes)
     versions = {"Python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""Every runner, on every device, in both precisions, agrees with the reference: the authors' code, or NumPy in float64."""
+"""Test that every runner, on every device and in both precisions, agrees with the authors' code or with NumPy in float64."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CELLS = [
 
 @functools.cache
 def reference(experiment: str) -> Run:
-    """What the runs of an experiment are held against, in float64 on the CPU."""
+    """Return the reference of an experiment's runs, in float64 on the CPU."""
     chosen = EXPERIMENTS[experiment]
     if chosen.case is not None and chosen.hyper is None:
         return golden(chosen.case).after
@@ -55,7 +55,7 @@ def reference(experiment: str) -> Run:
 
 
 def compared(experiment: Experiment) -> set[str]:
-    """The names of the arrays of each parameter."""
+    """Return the names of each parameter's arrays."""
     if experiment.reads == "posterior":
         return set(Posterior._fields)
     return {"param"} if experiment.case is None else {"param", *RULES[experiment.kind].state_names}

@@ -1,4 +1,4 @@
-"""The torch adapter's engines, and the core on torch and on lists of its tensors."""
+"""Runners of the torch adapter's engines, and of the core on torch and on lists of its tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _device = torch.device("cpu")
 
 
 def gradients(params: Sequence[torch.Tensor], x: np.ndarray, y: np.ndarray) -> Sequence[torch.Tensor]:
-    """Of the mean cross-entropy of the network, by autograd."""
+    """Return the gradients of the network's mean cross-entropy, by autograd."""
     leaves = [param.detach().requires_grad_() for param in params]
     kernel1, bias1, kernel2, bias2 = leaves
     pixels, classes = (torch.from_numpy(array).to(params[0].device) for array in (x, y.astype(np.int64)))
@@ -32,7 +32,7 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
 
 
 def drive(*arguments: Any, **options: Any) -> TorchDriver:
-    """Make a driver where the scope says."""
+    """Make a driver on the device that `scope` sets."""
     return TorchDriver(*arguments, device=_device, **options)
 
 
@@ -62,13 +62,13 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> str | None:
-    """The name of the GPU, if there is one."""
+    """Return the GPU's name, or None."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 @contextlib.contextmanager
 def scope(device: str, dtype: str) -> Any:
-    """Where tensors are made."""
+    """Set the device of new tensors."""
     global _device
     _device = torch.device("cuda" if device == "gpu" else "cpu")
     yield

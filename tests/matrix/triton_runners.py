@@ -1,10 +1,10 @@
-"""The torch adapter on the Triton kernel, run by Triton's interpreter on the CPU."""
+"""Runner of the torch adapter's Triton kernel, in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
 import os
 
-# Before Triton is imported.
+# Set before Triton is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
 from functools import partial
@@ -19,7 +19,7 @@ from vsgd.backends.torch import dispatch, loop
 __all__ = ["RUNNERS", "gpu", "scope", "versions"]
 
 dispatch.FUSED["cpu"] = dispatch.FUSED["cuda"]
-# So that no step is taken by another engine.
+# Keep another engine from taking a step.
 loop.Loop.accepts = lambda *_: False
 
 RUNNERS = {"torch-triton-interpreted": partial(AdapterRunner, drive, gradients, fused=True)}
@@ -30,4 +30,4 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> None:
-    """The interpreter uses none."""
+    """Return None: the interpreter uses no GPU."""

@@ -1,7 +1,7 @@
-"""All that one framework contributes to the matrix, run in a process of its own by `main`.
+"""Run all that one framework contributes to the matrix, in a separate process, by `main`.
 
-Its arguments are NAME DATA RESULT. DATA holds the pickled `Training`, or None, without which there is none to run. RESULT gets
-a pickled `Outcome`.
+The arguments are NAME DATA RESULT. DATA holds the pickled `Training`, or None if no training can run. RESULT gets a pickled
+`Outcome`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Cell = tuple[str, str, str, str]
 
 
 class Outcome(NamedTuple):
-    """What a worker leaves.
+    """The result of a worker.
 
     Attributes:
         runs: each cell's run, or the text of its exception.
-        versions: of the frameworks, by name.
-        gpu: the name of the GPU, if there is one.
-        seconds: what each runner took.
+        versions: the frameworks' versions, by name.
+        gpu: the name of the GPU, or None.
+        seconds: the duration of each runner.
     """
 
     runs: dict[Cell, Run | str]
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 def work(worker: str, data: Training | None) -> Outcome:
-    """Run all runners of this worker whose frameworks are installed, on all devices that there are."""
+    """Run all runners of this worker whose frameworks are installed, on all devices present."""
     module = importlib.import_module(f"matrix.{worker.partition('-')[0]}_runners")
     outcome = Outcome({}, module.versions(), module.gpu(), {})
     for name, spec in RUNNERS.items():
@@ -53,7 +53,7 @@ def work(worker: str, data: Training | None) -> Outcome:
                 try:
                     with module.scope(device, dtype):
                         result = run(module.RUNNERS[name], EXPERIMENTS[experiment], dtype, data)
-                except Exception:  # shown by this cell's test; the others' go on
+                except Exception:  # shown by this cell's test; the other cells continue
                     result = traceback.format_exc()
                 outcome.runs[name, device, experiment, dtype] = result
         outcome.seconds[name] = time.perf_counter() - start
@@ -61,6 +61,6 @@ def work(worker: str, data: Training | None) -> Outcome:
 
 
 def main() -> None:
-    """Work as the command's arguments say."""
+    """Run the worker that the command's arguments name."""
     name, data, result = sys.argv[1:]
     Path(result).write_bytes(pickle.dumps(work(name, pickle.loads(Path(data).read_bytes()))))

@@ -1,4 +1,4 @@
-"""A headless Chromium that measures pages, driven by the DevTools protocol over a pipe."""
+"""Measure pages in a headless Chromium, driven by the DevTools protocol over a pipe."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Browser:
     """A running browser with one tab; a context manager.
 
     Args:
-        program: of Chromium or Chrome.
+        program: the path of Chromium or Chrome.
         profile: an empty folder for the browser's files.
     """
 
@@ -63,7 +63,7 @@ class Browser:
             os.dup2(ends[0], 3)
             os.dup2(ends[1], 4)
 
-        # Without a sandbox, which containers often lack: the pages are ours.
+        # Containers often lack a sandbox, and the pages are ours.
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
         self._process = subprocess.Popen(
             [program, *options, f"--user-data-dir={profile}"],
@@ -83,7 +83,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._to_browser)  # the browser then ends
+        os.close(self._to_browser)  # this ends the browser
         self._answers.close()
         self._process.wait(timeout=30)
 

@@ -1,4 +1,4 @@
-"""Looks up what a page's shell commands name, for they are too dear to run."""
+"""Look up the names in a page's shell commands, because running the commands takes too long."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROGRAMS = ("python", "pip", "tox", "torchrun")
 
 
 def absent(script: str) -> list[str]:
-    """What a script's commands name and nothing has: programs, modules, files, options, extras, environments of tox.
+    """Return the names in a script's commands that do not exist: programs, modules, files, options, extras, tox environments.
 
     Example:
         >>> absent("pip install 'vsgd[torch]' && python -m benchmarks report --page docs/performance.md")
@@ -67,7 +67,7 @@ def _absent_environments(words: Sequence[str]) -> Iterator[str]:
 
 
 def _expanded(section: str) -> Iterator[str]:
-    """The names that `a-{b,c}` stands for."""
+    """Return the names that `a-{b,c}` expands to."""
     return map("".join, itertools.product(*(part.split(",") for part in re.split(r"[{}]", section))))
 
 
@@ -81,7 +81,7 @@ def _absent_from_module(name: str, *arguments: str) -> Iterator[str]:
 
 
 def _absent_from_script(words: Sequence[str]) -> Iterator[str]:
-    """Its options, which come after it; before it are those of what runs it."""
+    """Return the missing options after the script; those before it belong to the program that runs the script."""
     script, *arguments = itertools.dropwhile(lambda word: not word.endswith(".py"), words)
     return _absent_options([ROOT / script], arguments)
 

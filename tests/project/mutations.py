@@ -2,7 +2,8 @@
 
     python tests/project/mutations.py --seed 0 --lines 10 -- -m "not slow" tests/core tests/contract
 
-What follows `--` goes to pytest, which stops at the first failure. It exits with the number of lines that no test noticed.
+The arguments after `--` go to pytest, which stops at the first failure. The script exits with the number of lines that no test
+noticed.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ class Mutation(NamedTuple):
     """One change of a line.
 
     Attributes:
-        path: the module, from the root.
-        number: of the node that is changed.
+        path: the module, relative to the root.
+        number: the index of the changed node.
     """
 
     path: Path
     number: int
 
     def apply(self) -> tuple[str, str]:
-        """Return where and what the change is, and the module's source with it."""
+        """Return a description of the change, with its place, and the changed source."""
         tree = ast.parse((ROOT / self.path).read_text(encoding="utf-8"))
         node = list(_list_code(tree))[self.number]
         _change(node)
@@ -76,7 +77,7 @@ class Mutation(NamedTuple):
 
 
 def choose_mutations(seed: int, count: int) -> list[Mutation]:
-    """Choose a change of `count` lines, each line of `vsgd/` as likely as another."""
+    """Choose a change of `count` lines, where each line of `vsgd/` is equally likely."""
     lines: dict[tuple[Path, int], list[Mutation]] = {}
     for path in sorted((ROOT / "vsgd").rglob("*.py")):
         for number, node in enumerate(list(_list_code(ast.parse(path.read_text(encoding="utf-8"))))):
@@ -93,7 +94,7 @@ def find_failure(path: Path, source: str, arguments: list[str]) -> str | None:
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*_cache", ".git", ".tox", ".venv", "__pycache__", "build"))
         (copy / path).write_text(source, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(copy)}  # before an installed vsgd
+        environment = {**os.environ, "PYTHONPATH": str(copy)}  # takes precedence over an installed vsgd
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return None

@@ -1,8 +1,7 @@
-"""A plugin that makes tests of the pages' snippets, by Sybil: Python and diffs are run, the commands of a shell are
-looked up.
+"""Make tests of the pages' snippets with Sybil: run Python and diffs, and look up shell commands.
 
-A page's snippets share one namespace, from top to bottom, and a folder of their own. What a fragment needs beside it stands in
-HTML comments, which readers do not see: `invisible-code: python`, `clear-namespace`, `skip: start if(missing("keras"))`.
+The snippets of a page share one namespace, from top to bottom, and one folder. HTML comments, which readers do not see, hold
+what a fragment needs in addition: `invisible-code: python`, `clear-namespace`, `skip: start if(missing("keras"))`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ pytest_collect_file = snippets.pytest()
 
 @pytest.fixture(scope="module")
 def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a page's snippets write."""
+    """Change to a new folder, where a page's snippets write."""
     folder = tmp_path_factory.mktemp("page")
     with contextlib.chdir(folder):
         yield folder
@@ -53,5 +52,5 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def missing() -> Callable[..., bool]:
-    """Whether any of some packages is not installed."""
+    """Return a function that returns whether any of some packages is not installed."""
     return lambda *names: any(find_spec(name) is None for name in names)

@@ -1,4 +1,4 @@
-"""On the built site no table, no code block and no picture is cut off, on a phone and on a wide screen."""
+"""Test that the built site cuts off no table, code block or picture, on a phone and on a wide screen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def site(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    # Only where there is a site, so that one environment starts a browser.
+    # Start a browser only if there is a site, so that only one environment starts one.
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip("no Chromium or Chrome, which measures the pages")

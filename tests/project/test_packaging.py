@@ -1,4 +1,4 @@
-"""What stands in more than one file must agree: versions, commands, dependencies."""
+"""Test that versions, commands and dependencies that occur in several files agree."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pinned(file: str) -> dict[str, Requirement]:
 
 
 def frameworks() -> dict[str, Requirement]:
-    """NumPy and what the adapters' extras add, as pyproject.toml bounds them."""
+    """Return the requirements of NumPy and of the adapters' extras, as bounded in pyproject.toml."""
     adapters = (PROJECT["optional-dependencies"][extra] for extra in ("torch", "fused", "keras", "mlx", "optax"))
     requirements = map(Requirement, [*PROJECT["dependencies"], *(each for extra in adapters for each in extra)])
     return {each.name: each for each in requirements if each.name != "vsgd"}
@@ -42,7 +42,7 @@ def bound(requirement: Requirement) -> str:
 
 
 def table(page: str) -> Iterator[list[str]]:
-    """The rows of a page's tables, headings too."""
+    """Yield the rows of a page's tables, including headings."""
     for line in (ROOT / page).read_text().splitlines():
         if line.startswith("|"):
             yield [cell.strip() for cell in line.strip("|").split("|")]
@@ -109,13 +109,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         path, _, anchor = target.partition("#")
         linked = page.parent / path if path else page
         assert linked.is_file(), target
-        if anchor:  # else it may be a picture
+        if anchor:  # without an anchor it may be a picture
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), flags=re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
 
 
 def public_names(path: Path) -> set[str]:
-    """A module's `__all__`, without an import, for its framework may be missing."""
+    """Return a module's `__all__` without importing it, because its framework may be missing."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))

@@ -1,4 +1,4 @@
-"""That nothing on the pages escapes the tests: `pages.py` runs the snippets and looks up the commands that it finds there."""
+"""Test that no snippet or command on the pages escapes the tests of `pages.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ every_page = pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.
 
 
 def fences(page: Path) -> list[tuple[str, str, str]]:
-    """What stands between fences, told by rules of its own: the language or directive, its argument, and the text."""
+    """Return language or directive, argument and text of each fenced block, found by separate rules."""
     pattern = r"^( *)```(?:\{([\w-]+)\}|(\w*)) ?(.*)\n((?:.*\n)*?)\1```$"
     matches = re.finditer(pattern, page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [(match[2] or match[3], match[4], textwrap.dedent(match[5])) for match in matches]

@@ -1,4 +1,4 @@
-"""The README's tables say what the pages and records behind them say."""
+"""Test that the README's tables agree with the pages and records that they come from."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_the_readme_is_as_its_script_writes_it(tmp_path: Path) -> None:
         replace_section(page, section, ["old"])
     load_example("../docs/readme").write_tables(page)
     assert page.read_text(encoding="utf-8") == README.read_text(encoding="utf-8")
-    # All sections are there, where the script would only have added what is missing.
+    # Check that all sections exist, because the script adds missing ones.
     assert re.findall(r"<!-- (\w+) -->", page.read_text(encoding="utf-8")) == ["results", "speed", "agreement"]

@@ -1,4 +1,4 @@
-"""What a release must pass says no where it should."""
+"""Test that the release checks fail when they should."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_extra_but_the_developers_is_tried_out() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """An sdist of two modules, unpacked."""
+    """Return an unpacked sdist with two modules."""
     folder, sdist = tmp_path / "vsgd-0.2.0", tmp_path / "vsgd-0.2.0.tar.gz"
     (folder / "vsgd" / "backends").mkdir(parents=True)
     for name in (*MODULES, "pyproject.toml"):

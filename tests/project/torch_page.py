@@ -1,4 +1,4 @@
-"""What the pages' fragments take as given: a torch model, its loss and its batches."""
+"""Definitions that the pages' fragments take as given: a torch model, its loss and its batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def training() -> tuple[nn.Module, Callable[[Any, Any], Tensor], list[tuple[Tensor, Tensor]]]:
-    """A small classifier, with a dozen batches of 64."""
+    """Return a small classifier, its loss, and a dozen batches of 64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(12, 64, 3, generator=generator)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))

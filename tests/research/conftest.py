@@ -1,4 +1,4 @@
-"""One thread and one Keras backend for the tests of research code."""
+"""Use one thread and one Keras backend for the tests of research code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Train on one thread, as the scripts do; on several, such small models are slower in PyTorch."""
+    """Train on one thread, like the scripts; PyTorch is slower with several threads on such small models."""
     if find_spec("torch") is None:
         yield
         return

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Python2Pickler(pickle._Pickler):
-    """Pickles as Python 2 did, which made the published archive: all strings are bytes."""
+    """Pickles like Python 2, which made the published archive: all strings are bytes."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -29,7 +29,7 @@ class Python2Pickler(pickle._Pickler):
 def python2_pickle(value: Any) -> bytes:
     file = io.BytesIO()
     Python2Pickler(file, protocol=2).dump(value)
-    # As NumPy's module was called then.
+    # Use the earlier name of NumPy's module.
     return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
@@ -42,7 +42,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 def cifar100(folder: Path, train: int = 12, test: int = 5, classes: int = 100) -> Path:
-    """An archive of noise; the classes of the training images count up, those of the test images down."""
+    """Make an archive of noise; the classes of the training images count up, those of the test images down."""
     rng = np.random.default_rng(1)
     members = {}
     for part, count in (("train", train), ("test", test)):
@@ -60,12 +60,12 @@ def cifar100(folder: Path, train: int = 12, test: int = 5, classes: int = 100) -
     return path
 
 
-#: The classes of the tiny Tiny ImageNet, not in order, and the colour of their images.
+#: The classes of the tiny Tiny ImageNet, unsorted, and the colour of their images.
 COLOURS = {"n02124075": (200, 30, 30), "n01443537": (30, 200, 30), "n04067472": (30, 30, 200)}
 
 
 def jpeg(colour: tuple[int, int, int] | int) -> bytes:
-    """An image of one colour; a number makes a grey one of one channel, as some of the published are."""
+    """Return an image of one colour; a number makes a grey image with one channel, like some of the published ones."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -74,7 +74,7 @@ def jpeg(colour: tuple[int, int, int] | int) -> bytes:
 
 
 def tiny_imagenet(folder: Path, train: int = 3, test: int = 5) -> Path:
-    """An archive of `train` images of each class, the last one grey, and `test` images of the classes in turn."""
+    """Make an archive of `train` images of each class, the last one grey, and `test` images of the classes in turn."""
     top, wnids = "tiny-imagenet-200", list(COLOURS)
     path = folder / "tiny-imagenet-200.zip"
     with zipfile.ZipFile(path, "w") as archive:

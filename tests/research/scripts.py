@@ -1,4 +1,4 @@
-"""Examples and other scripts, as commands and as modules."""
+"""Run examples and other scripts, as commands and as modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def need(*packages: str) -> None:
-    """Skip the test, or the module that is being imported, and say which of these is missing."""
+    """Skip the test, or the module that is being imported, and name the missing package."""
     for package in packages:
         pytest.importorskip(package)
 
@@ -28,11 +28,11 @@ def run(*command: str, code: int = 0, **environment: str) -> str:
 
     Args:
         *command: Python's arguments.
-        code: the status that it must exit with; negative, the signal that must end it.
+        code: the expected exit status; negative, the signal that must end it.
         **environment: further variables.
 
     Returns:
-        What it prints; its errors if it must fail.
+        The output, or the errors if the command must fail.
     """
     variables = {**os.environ, "PYTHONUTF8": "1", **environment}
     done = subprocess.run(

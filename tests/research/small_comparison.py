@@ -1,4 +1,4 @@
-"""A comparison of a few short runs by one process: `python -m research.small_comparison FOLDER [--die-after RECORDS]`."""
+"""Run a comparison of a few short runs in one process: `python -m research.small_comparison FOLDER [--die-after RECORDS]`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from threading import Thread
 
 from experiments import comparison, records, spread, tasks
 
-#: Of AdamW: for tuning 2 trials on 1 seed, then its defaults and what was chosen on 3 seeds.
+#: AdamW's runs: 2 trials on 1 seed for tuning, then its defaults and the chosen trial on 3 seeds.
 RUNS = 2 * 1 + 2 * 3
 
 
 def shrink() -> None:
-    """Make the protocol small, in this process, which alone knows it."""
+    """Make the protocol small, in this process only."""
     comparison.TUNING_SEEDS, comparison.TEST_SEEDS = (0,), (100, 101, 102)
     comparison.ARMS.pop("5 trials", None)
     comparison.ARMS["20 trials"] = lambda entrant: [comparison.Trial(rate, "cosine") for rate in (0.02, 0.05)]
@@ -25,7 +25,7 @@ def shrink() -> None:
 
 
 def die_after(count: int, path: Path) -> None:
-    """Kill this process once a file has so many records."""
+    """Kill this process once a file has `count` records."""
     while len(records.read_jsonl(path)) < count:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)

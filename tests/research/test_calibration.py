@@ -1,4 +1,4 @@
-"""How often the true gradient lies within the posterior's intervals: closed forms of `docs/uncertainty.md`, by simulation."""
+"""Test by simulation how often the posterior's intervals contain the true gradient: closed forms of `docs/uncertainty.md`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from experiments.uncertainty import calibration
 
 
 class Found(NamedTuple):
-    """Averages over elements, and over the last steps but for the noise scale."""
+    """Averages over elements, and, except for the noise scale, over the last steps."""
 
     coverage: np.ndarray
-    error_ratio: float  # of the mean's squared error to the posterior's variance
+    error_ratio: float  # the mean's squared error divided by the posterior's variance
     noise_variance: float
-    trace: float  # what the noise scale takes for the noise's variance
+    trace: float  # the noise scale's estimate of the noise's variance
     squared_norm: float
 
 
 @pytest.fixture
 def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
-    """Show an optimizer gradients that walk at random, seen with noise, both variances given."""
+    """Return a function that feeds an optimizer a random walk of gradients with noise, where both variances are given."""
 
     def follow(make: Callable[..., Any], drift: float, noise: float, steps: int, last: int) -> Found:
         made: list[Any] = []
@@ -48,13 +48,13 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
 
 
 def covered(ratio: float) -> list[float]:
-    """The coverage where the error's variance is `ratio` times the posterior's."""
+    """Return the coverage if the error's variance is `ratio` times the posterior's."""
     normal = NormalDist()
     return [2 * normal.cdf(normal.inv_cdf((1 + level) / 2) / math.sqrt(ratio)) - 1 for level in calibration.LEVELS]
 
 
 def make_frozen(gain: float, innovation_variance: float) -> Callable[..., vsgd.numpy.VSGD]:
-    """VSGD that has learned for so long that it learns no more."""
+    """Return a maker of VSGD that has learned for so long that it no longer learns."""
 
     def make(params: list[np.ndarray], lr: float) -> vsgd.numpy.VSGD:
         optimizer = vsgd.numpy.VSGD(params, lr=lr)
@@ -68,7 +68,7 @@ def make_frozen(gain: float, innovation_variance: float) -> Callable[..., vsgd.n
 
 
 @pytest.mark.parametrize("gain", [1 / 4, 1 / 10])
-# The last is Kalman's, w^2 / (1 - w) of the noise at a gain of w = 1 / 4: there the interval is honest.
+# The last drift is Kalman's, w^2 / (1 - w) of the noise at a gain of w = 1 / 4, where the interval is honest.
 @pytest.mark.parametrize("drift", [0.0, 0.003, 1.0, 1 / 6])
 def test_a_constant_gain_covers_what_the_closed_form_says(follow: Callable[..., Found], gain: float, drift: float) -> None:
     noise = 2.0
@@ -94,7 +94,7 @@ def test_a_vsgd_that_learned_a_gradient_that_stands_still_covers_too_much(follow
 
 
 def test_where_the_model_holds_the_mean_field_covers_too_little(follow: Callable[..., Found]) -> None:
-    # The gradient drifts by just the variance that the state says: the posterior takes the mean before for exact.
+    # The gradient drifts by exactly the state's variance, but the posterior treats the previous mean as exact.
     gain = 1 / 31
     found = follow(make_frozen(gain, 1.0), gain, 1 - gain, steps=600, last=300)
     assert found.noise_variance == pytest.approx(1 - gain)

@@ -1,4 +1,4 @@
-"""The committed pages are what the commands write from the committed records."""
+"""Test that the commands write the committed pages from the committed records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def read_plot(image: Path) -> Any:
-    """The pixels of a PNG, or the coordinates of an SVG's curves."""
+    """Return the pixels of a PNG, or the coordinates of an SVG's curves."""
     if image.suffix == ".png":
         from matplotlib.image import imread
 
@@ -55,7 +55,7 @@ def test_a_page_and_its_plots_are_written_from_their_records(
     assert page.read_text(encoding="utf-8") == committed
     for image in (*folder.glob("*.png"), *folder.glob("*.svg")):
         drawn, expected = read_plot(image), read_plot(DOCS / records / image.name)
-        # Fonts and widths of lines differ between versions of matplotlib, the curves don't.
+        # Fonts and line widths differ between versions of matplotlib, but curves do not.
         assert drawn.shape == expected.shape
         assert abs(drawn - expected).mean() < 0.01 * expected.max()
 

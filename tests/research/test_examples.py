@@ -1,4 +1,4 @@
-"""The examples, run for real in small settings; `tests/scaling` has those that are killed and resumed."""
+"""Run the examples in small settings; `tests/scaling` tests those that are killed and resumed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_in_keras_a_network_learns_the_digits() -> None:
     match = re.fullmatch(r"Keras (\S+) on (\w+): test accuracy ([\d.]+)%\n", row)
     assert match[1] == keras.__version__
     assert match[2] == os.environ["KERAS_BACKEND"]
-    assert float(match[3]) > 75  # a tenth would be chance
+    assert float(match[3]) > 75  # chance is a tenth
 
 
 def test_a_noise_scale_is_printed_to_choose_a_batch_size_from() -> None:

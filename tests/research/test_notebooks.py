@@ -1,4 +1,4 @@
-"""The notebooks: what is stored in them, and each executed for real in a kernel of its own."""
+"""Test the notebooks' stored outputs, and execute each notebook in a new kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def printed(cells: list[Any]) -> Iterator[str]:
 
 
 def shown(cells: list[Any]) -> list[list[Any]]:
-    """Text but for numbers and spaces, and kinds of pictures; of what another machine may complain is not compared."""
+    """Return text without numbers and spaces, and the kinds of pictures; leave out warnings, which depend on the machine."""
     outputs = [[each for each in cell["outputs"] if each.get("name") != "stderr"] for cell in cells]
     return [
         [
@@ -65,14 +65,14 @@ def test_an_execution_shows_what_is_stored(name: str) -> None:
     stored = code_cells(json.loads(json.dumps(notebook)))
     load_example("../docs/notebooks/execute").execute(notebook)
     executed = code_cells(notebook)
-    # Among the words is that a resumed run ended where the run without a break did.
+    # The text states that a resumed run ended like the run without a break.
     assert shown(executed) == shown(stored)
     text = "".join(printed(executed))
     assert "where the run without a break ended: True" in text
-    # Chance is 10 %; the least that was seen is 94 %.
+    # Chance is 10 %; the lowest observed accuracy is 94 %.
     accuracies = [float(accuracy) for accuracy in re.findall(r"([\d.]+)(?: ± [\d.]+)? %", text)]
     assert len(accuracies) >= 2
     assert all(85 < accuracy <= 100 for accuracy in accuracies)
-    # Another machine rounds otherwise, and the training amplifies that; the numbers keep their size.
+    # Another machine rounds differently, and training amplifies that, but the numbers keep their size.
     pairs = zip(NUMBER.findall(text), NUMBER.findall("".join(printed(stored))), strict=True)
     assert all(abs(float(ours)) <= 10 * abs(float(theirs)) <= 100 * abs(float(ours)) for ours, theirs in pairs)

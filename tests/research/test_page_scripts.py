@@ -1,4 +1,4 @@
-"""The scripts behind the pages on uncertainty and calibration and behind the appendix, run in small settings."""
+"""Run the scripts behind the pages on uncertainty and calibration, and behind the appendix, in small settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_monitors_plots(tmp_path: Path) -> None:
     rows = run_script("monitor", tmp_path, "--epochs", "1", "--probes", "0")
     assert {each.name for each in tmp_path.glob("*.svg")} == {f"monitor{part}.svg" for part in ("", "_noise_scale", "_momenta")}
     gains = {row[0]: [float(cell) for cell in row[3:5]] for row in rows}
-    # The prior's start is above nearly all squared gradients here, or far below.
+    # The prior's start is above nearly all squared gradients here, or far below them.
     first = float(rows[0][2])
     for name, prior in (("VSGD", 1e-8), ("VSGD, prior_strength 1e-12", 1e-12)):
         gain, variance = 1 / 31, 30 / 31 * 2 * prior / (2 * prior + 1e-4)
@@ -68,12 +68,12 @@ def test_the_noise_scale_on_the_way_is_near_the_truth(monkeypatch: pytest.Monkey
     grads = noise_scale.compute_example_gradients(choose_batch_size.make_model(seed=0), *data)
     truth = noise_scale.compute_noise_scale(grads).scale.item()
     monkeypatch.setattr(choose_batch_size, "MOST_STEPS", 100)
-    # At a learning rate of 0 the truth stays, and no goal is reached.
+    # At a learning rate of 0 the truth is constant, and no goal is reached.
     for _, noise in choose_batch_size.track_noise_scale(0.0, 0, data, target=1.0):
         assert noise.steps == 100
         assert noise.error < 0.2 * truth
         assert abs(noise.scale - truth) < 3 * noise.error
-    # What is not reached costs infinity.
+    # A target that is not reached costs infinity.
     monkeypatch.setattr(choose_batch_size, "MOST_STEPS", 2)
     assert choose_batch_size.count_steps(16, 0.001, 0, data, target=0.1) == math.inf
 
@@ -113,7 +113,7 @@ def test_filters_are_compared_with_the_truth() -> None:
     assert [row[1] for row in rows] == list(forgetting.FILTERS)
     for _, name, spread, noise, covered in rows:
         assert spread.split(" to ") == [noise] * 2
-        # The noise has grown so far, and is remembered from before it did.
+        # The noise has grown up to here, and the filter remembers its earlier size.
         if name.startswith("Constant"):
             assert 0.4 < float(noise) < 1.1
             assert float(covered.split()[0]) == pytest.approx(90, abs=10)
@@ -125,7 +125,7 @@ def test_the_truth_of_a_training_is_that_of_all_its_examples() -> None:
     mean, noise = observer.compute_truth(network)
     grads = noise_scale.compute_example_gradients(network.model, network.x, network.y)
     torch.testing.assert_close(torch.cat([each.ravel() for each in mean]), grads.mean(0), rtol=1e-3, atol=1e-6)
-    # Batches of one epoch vary as those without an example twice.
+    # Batches of one epoch vary like those that contain no example twice.
     assert noise == pytest.approx(forgetting.compute_truth(network.model, network.x, network.y)[1], rel=0.1)
 
 
@@ -197,7 +197,7 @@ def test_guards_cut_a_spike_to_what_their_formulas_say(name: str) -> None:
         assert norm == pytest.approx(expected[name], rel=0.1)
         assert sum(factor != 1 for factor in before) <= 0.02 * len(before)
     else:
-        # The warm-up clips at 1, from where the running means grow by a thousandth a step or less.
+        # The warm-up clips at 1, and from there the running means grow by at most a thousandth a step.
         assert norm <= 1.001**200 * 1.05
 
 
@@ -243,7 +243,7 @@ def test_faults_spoil_what_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
     grads = [torch.ones(40, 50), torch.zeros(8)]
     guards.replace_quarter(grads, generator)
-    # Orthogonal: three quarters of the gradient, and ten quarters of its norm.
+    # The two parts are orthogonal: three quarters of the gradient, and ten quarters of its norm.
     assert torch.cat([grad.ravel() for grad in grads]).norm().item() == pytest.approx(
         math.hypot(0.75, 2.5) * 2000**0.5, rel=0.05
     )
@@ -263,24 +263,24 @@ def test_the_tables_of_priors(tmp_path: Path) -> None:
     for _, kind, _, prior, *losses, apart, farthest in scale:
         plain, *scaled = map(float, losses)
         if prior == "from gradients, prior_shape 0":
-            # Gradients by autograd, in float32.
+            # Autograd computes the gradients in float32.
             assert set(scaled) == {plain}
             assert apart == "0"
             assert 0 < float(farthest) < 1e-4
         elif prior == "default":
-            assert scaled[:2] == pytest.approx([2.3, 2.3], abs=0.1)  # of ten classes: nothing was learned
+            assert scaled[:2] == pytest.approx([2.3, 2.3], abs=0.1)  # the loss of ten classes without learning
             assert plain < 1
         else:
             assert scaled[:2] == pytest.approx([plain] * 2, rel=0.05)
         if kind == "VSGD" and prior != "from gradients, prior_shape 0":
             assert min(scaled[2:]) > 3 * plain
-    # Least squares run away with the default prior alone.
+    # Least squares diverge only with the default prior.
     for kind, lr, *cells in run_away:
         if kind == "VSGD" and lr in ("0.1", "0.3"):
             default, *others = map(float, cells[::2])
             assert default > 1.5
             assert max(others) <= 1
-    # The best rate is marked, and compared with the default's, which is first.
+    # The best rate is marked, and compared with that of the default, which comes first.
     assert len(rates) == 2 * 4
     best: dict[str, float] = {}
     for _, kind, prior, *losses, ratio in rates:

@@ -1,4 +1,4 @@
-"""The style of the pages' plots: colours to tell apart on light and dark pages, and files that are equal for equal plots."""
+"""Test the style of the pages' plots: distinguishable colours on light and dark pages, and equal files for equal plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = ("#ffffff", "#131416")  # the theme's backgrounds, light and dark
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance, as WCAG 2 defines it."""
+    """Return the relative luminance, as WCAG 2 defines it."""
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

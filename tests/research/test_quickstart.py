@@ -1,4 +1,4 @@
-"""The main comparison, run for real."""
+"""Run the main comparison."""
 
 from __future__ import annotations
 

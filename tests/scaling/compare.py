@@ -1,4 +1,4 @@
-"""How far two arrays are apart."""
+"""Compare two arrays."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def apart(one: Any, other: Any, whole: Any = None) -> float:
-    """The largest difference of two arrays, relative to the largest value of the other, or of the whole that it is of.
+    """Return the largest difference of two arrays, relative to the largest value of `other`, or of the `whole` it is part of.
 
-    Infinite where one has a number that the other has not, or where they are of other shapes or dtypes.
+    Return infinity if a difference is not finite, or if the shapes or dtypes differ.
     """
     # Keras counts steps in int64 on TensorFlow, in int32 elsewhere.
     if one.shape != other.shape or not (one.dtype == other.dtype or one.dtype.kind == other.dtype.kind == "i"):

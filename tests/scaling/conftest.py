@@ -1,4 +1,4 @@
-"""How far what ran in several processes, on several devices or for long strayed from one plain run: the table at the end."""
+"""Run functions in pools of processes, and write how far their results deviate from one plain run in a table at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scaling import ranks
 
-#: By what ran, where, and the bound that the test asserts: how far it strayed, the farthest of what differs in nothing else.
+#: The largest deviation, by what ran, where, and the bound that the test asserts.
 Rows = dict[tuple[str, str, float], float]
 _rows = pytest.StashKey[Rows]()
 
@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def agreed(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Assert that a run strayed no further than a bound, and note it for the table."""
+    """Return a function that asserts that a run deviates by at most a bound, and records the deviation for the table."""
 
     def note(what: str, where: str, strayed: float, bound: float = 0.0) -> None:
         assert strayed <= bound, f"{what}, {where}: strayed by {strayed:.1e}, and {bound:.1e} is allowed"
@@ -36,7 +36,7 @@ def agreed(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def on() -> Iterator[Callable[..., list[Any]]]:
-    """`on(pool, "module.function", *args)`: what each process of a pool returns, started when it is first asked."""
+    """Return `on(pool, "module.function", *args)`, which starts a pool if needed and returns the result of each process."""
     pools: dict[str, ranks.Ranks] = {}
 
     def run(name: str, function: str, *args: Any) -> list[Any]:
@@ -55,7 +55,7 @@ def on() -> Iterator[Callable[..., list[Any]]]:
 
 
 def table(rows: Rows) -> str:
-    """A Markdown table, in the order of what ran."""
+    """Return a Markdown table, sorted by what ran."""
     lines = ["| what ran | where | strayed by | bound |", "| --- | --- | --- | --- |"]
     for (what, where, bound), strayed in sorted(rows.items()):
         lines.append(f"| {what} | {where} | {_figure(strayed)} | {_figure(bound)} |")

@@ -1,4 +1,4 @@
-"""What is saved by orbax and loaded in the tests of sharded training: how far it strayed from one device."""
+"""Save with orbax and load in the tests of sharded training, and return the deviation from one device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scaling import jax_problem as problem
 
 from vsgd.optax import ScaleByVsgdState
 
-BEFORE, AFTER = range(3), range(3, 6)  # the seeds of what a training sees before the checkpoint, and after it
+BEFORE, AFTER = range(3), range(3, 6)  # the seeds of a training's data before and after the checkpoint
 
 
 def save(case: problem.Case, folder: str) -> float:
-    """Save what has come so far, while the training goes on in the same memory; how far that strayed."""
+    """Save a training while it continues in the same memory, and return the deviation of the continued training."""
     layout = problem.layout_of()
     step = problem.make_step(case.solver(), problem.gradient_of(case, layout), donate_argnums=(0, 1))
     trained = problem.advance(step, problem.fresh(case, layout), case, layout, BEFORE)
@@ -27,7 +27,7 @@ def save(case: problem.Case, folder: str) -> float:
 
 
 def load(case: problem.Case, folder: str, *shape: int) -> float:
-    """How far what is loaded on a mesh strayed, and some steps later."""
+    """Load on a mesh, and return the largest deviation, after loading and after some more steps."""
     layout = problem.layout_of(*shape)
     with ocp.StandardCheckpointer() as checkpointer:
         trained = checkpointer.restore(folder, _target_of(case, layout))
@@ -41,7 +41,7 @@ def _continued(trained: problem.Trained, case: problem.Case, layout: problem.Lay
 
 
 def _target_of(case: problem.Case, layout: problem.Layout) -> problem.Trained:
-    """Shapes, dtypes and places of what is to be loaded, and no numbers."""
+    """Return shapes, dtypes and shardings of what is to be loaded, without numbers."""
     shardings, whole = layout.shardings(layout.specs), layout.shardings(P())
     params = {name: jax.ShapeDtypeStruct(problem.SHAPES[name], case.dtype, sharding=shardings[name]) for name in problem.SHAPES}
     state = jax.eval_shape(case.solver().init, params)
@@ -55,14 +55,14 @@ def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def load_otherwise(case: problem.Case, folder: str) -> float:
-    """How far it strayed that was loaded without a target, once it had its type again; by arrays for one it does not run."""
+    """Return the deviation of a state loaded without a target, once it has its type; assert that one loaded by arrays fails."""
     layout = problem.layout_of()
     params, state = target = problem.fresh(case, layout)
     with ocp.StandardCheckpointer() as checkpointer:
         found, by_arrays = checkpointer.restore(folder), checkpointer.restore(folder, target)
     with pytest.raises(ValueError, match="state is dict, but must be ScaleByVsgdState"):
         case.solver().update(params, found["state"], params)
-    # `init` had put the count on one device.
+    # `init` put the count on a single device.
     with pytest.raises(ValueError, match=r"Received incompatible devices for jitted computation(.|\n)*count"):
         _continued(by_arrays, case, layout)
     typed = ScaleByVsgdState(**found["state"][0]), *state[1:]

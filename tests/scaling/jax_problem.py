@@ -1,4 +1,4 @@
-"""A small network, trained on a mesh of devices, and on one device."""
+"""A small network, trained on a mesh of devices or on one device."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from scaling.compare import apart
 import vsgd.optax
 
 STEPS = 4
-#: Where 4 devices share 12 numbers, each has 3.
+#: If 4 devices share 12 numbers, each has 3.
 SHAPES = {"rows": (8, 12), "bias": (12,), "mix": (12, 3, 8), "out": (8, 6), "shift": (6,)}
-#: Sharded by both axes of the mesh, by one, in one dimension by both, and not at all.
+#: Sharded by both axes of the mesh, by one axis, in one dimension by both axes, and not at all.
 SPECS = {"rows": P("data", "model"), "bias": P("model"), "mix": P("model", None, "data"), "out": P(("data", "model"))}
 SPECS |= {"shift": P()}
 
-#: Ten times how far one device ends from itself if each gradient of one run is the next larger number, by `Case.gradients`.
+#: By `Case.gradients`: ten times the deviation of two runs on one device, one of them with each gradient's next larger number.
 BOUND = {
     "given": {"float32": 5e-6, "float64": 1e-14},
     "summed": {"float32": 1.5e-5, "float64": 2e-14},
@@ -37,10 +37,10 @@ class Case(NamedTuple):
 
     Attributes:
         kind: the function that makes the optimizer.
-        dtype: of the parameters.
-        compact: whether state and parameters, where they can, are rounded stochastically to bfloat16.
-        gradients: where they come from, by name.
-        types: of the mesh's axes.
+        dtype: the parameters' dtype.
+        compact: whether state and parameters are rounded stochastically to bfloat16, where possible.
+        gradients: the source of the gradients, by name.
+        types: the types of the mesh's axes.
         auto: whether the first gradient calibrates the run.
     """
 
@@ -65,7 +65,7 @@ class Trained(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where parameters lie."""
+    """The mesh, and how parameters are sharded on it."""
 
     mesh: Mesh
     specs: dict[str, P] = SPECS
@@ -82,7 +82,10 @@ class Layout(NamedTuple):
 
 
 def layout_of(*shape: int, types: str = "Auto", specs: dict[str, P] = SPECS) -> Layout:
-    """A mesh of rows and columns; without them, of as many devices as can share all dimensions, in pairs if not of one."""
+    """Return a layout on a mesh of this shape.
+
+    The default mesh has as many devices as can share all dimensions, in rows of two if there is more than one.
+    """
     if not shape:
         count = next(number for number in (8, 4, 2, 1) if number <= jax.device_count())
         shape = (count // 2, 2) if count > 1 else (1, 1)
@@ -101,11 +104,11 @@ def of_batch(params: Any, data: Any) -> Any:
 
 
 def of_few_digits(params: Any, data: Any) -> Any:
-    """Of weights of few digits: in float64 all sums of their products are exact, in whatever order."""
+    """Return gradients for weights of few digits: in float64 all sums of their products are exact, in any order."""
     return of_batch(jax.tree.map(lambda param: jnp.round(param.astype(jnp.float64) * 8) / 8, params), data)
 
 
-#: From parameters and what is placed on the devices at a step.
+#: Functions of the parameters and of the data that a step places on the devices.
 GRADIENTS: dict[str, Callable[..., Any]] = {
     "exact": of_few_digits,
     "summed": of_batch,
@@ -114,7 +117,7 @@ GRADIENTS: dict[str, Callable[..., Any]] = {
 
 
 def data_of(case: Case, seed: int) -> Any:
-    """What a step sees: small integers, numbers that are rounded, or the gradients themselves."""
+    """Return a step's data: small integers, rounded numbers, or the gradients themselves."""
     rng = np.random.default_rng(seed + 1)
     if case.gradients == "given":
         return {name: _normal(rng, shape, case.dtype) for name, shape in SHAPES.items()}
@@ -133,7 +136,7 @@ def place(tree: Any, layout: Layout | None, specs: Any) -> Any:
 
 
 def fresh(case: Case, layout: Layout | None) -> Trained:
-    """Parameters, and what `init` makes of them."""
+    """Return parameters, and the state that `init` makes for them."""
     rng = np.random.default_rng(0)
     values = {name: _normal(rng, shape, case.dtype) / np.asarray(2, case.dtype) for name, shape in SHAPES.items()}
     with layout.entered() if layout else nullcontext():
@@ -142,7 +145,7 @@ def fresh(case: Case, layout: Layout | None) -> Trained:
 
 
 def state_shardings(solver: Any, params: Any, shardings: Any, whole: Any) -> Any:
-    """For each array of the state what its parameter has, and for the count what lies on all devices."""
+    """Return the sharding of each array of the state: that of its parameter, or for the count, `whole`."""
 
     def of_param(_: Any, sharding: Any) -> Any:
         return sharding
@@ -162,7 +165,7 @@ def make_step(solver: Any, gradient: Callable[..., Any], **options: Any) -> Any:
 
 
 def gradient_of(case: Case, layout: Layout | None) -> Callable[..., Any]:
-    """Gradients that lie as the parameters do; where types say how arrays are sharded, the sums are left to the compiler."""
+    """Return gradients sharded like the parameters; if types state the sharding, the compiler shards the sums."""
     gradient = GRADIENTS[case.gradients]
     if layout is None or not layout.explicit or case.gradients == "given":
         return gradient
@@ -178,14 +181,14 @@ def advance(step: Any, trained: Trained, case: Case, layout: Layout | None, seed
 
 @cache
 def reference(case: Case, steps: int = STEPS) -> Trained:
-    """The same training on one device."""
+    """Run the same training on one device."""
     with jax.default_device(jax.local_devices()[0]):
         step = make_step(case.solver(), gradient_of(case, None))
         return advance(step, fresh(case, None), case, None, range(steps))
 
 
 def strayed(one: Any, other: Any) -> float:
-    """The largest difference of a shard from its part of a whole array, relative to the array's largest value."""
+    """Return the largest difference of a shard from its part of a whole array, relative to the array's largest value."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     return max(map(_apart, jax.tree.leaves(one), jax.tree.leaves(other)))
 

@@ -1,4 +1,4 @@
-"""What runs on a mesh of devices in the tests of sharded training: how far it strayed from one device, or what was seen."""
+"""Train on a mesh of devices in the tests of sharded training, and return the deviation from one device, or observations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scaling import jax_problem as problem
 import vsgd.optax
 from vsgd.optax.state import get_arrays
 
-#: Whole along the data's axis; and the state sharded along it, where a dimension is left that it divides.
+#: HALVED does not shard along the data's axis; SPREAD shards the state along it, where it divides a remaining dimension.
 HALVED = {"rows": P(None, "model"), "bias": P("model"), "mix": P("model"), "out": P(), "shift": P()}
 SPREAD = {**HALVED, "rows": P("data", "model"), "mix": P("model", None, "data"), "out": P("data")}
 
 
 def trained(case: problem.Case) -> float:
-    """How far a training strayed of which all lies as the parameters do: state and updates, eager, compiled and injected."""
+    """Return a training's deviation; assert that eager, compiled and injected state and updates lie like the parameters."""
     layout = problem.layout_of(types=case.types)
     with layout.entered():
         now = problem.fresh(case, layout)
@@ -31,7 +31,7 @@ def trained(case: problem.Case) -> float:
         updates, state = eager.update(now.params, start, now.params)
         states = [now.state, start.inner_state, state.inner_state]
         assert all(lie_as_told(tree, layout) for tree in (updates, *(tree for each in states for tree in get_arrays(each[0]))))
-        if layout.explicit:  # elsewhere the compiler puts the state where it likes
+        if layout.explicit:  # with other types the compiler places the state freely
             assert all(lie_as_told(tree, layout) for tree in get_arrays(jax.jit(case.solver().init)(now.params)[0]))
         step = problem.make_step(case.solver(), problem.gradient_of(case, layout))
         for seed in range(problem.STEPS):
@@ -46,13 +46,13 @@ def lie_as_told(tree: dict[str, jax.Array], layout: problem.Layout) -> bool:
 
 
 def collectives(function: Any, *args: Any, **options: Any) -> list[str]:
-    """What a compiled function communicates by."""
+    """Return the collectives of a compiled function."""
     text = jax.jit(function, **options).lower(*args).compile().as_text()
     return sorted(re.findall(r" (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)[(]", text))
 
 
 def communication(case: problem.Case) -> dict[str, list[str]]:
-    """What a step communicates by on gradients that are there, and what a training does, beside its gradients alone."""
+    """Return the collectives of a step on given gradients, of a training, and of its gradients alone."""
     layout, solver = problem.layout_of(), case.solver()
     injected = optax.inject_hyperparams(getattr(vsgd.optax, case.kind))(0.05, weight_decay=0.1)
     params, state = problem.fresh(case, layout)
@@ -66,12 +66,12 @@ def communication(case: problem.Case) -> dict[str, list[str]]:
 
 
 def _stepping(solver: Any) -> Any:
-    """A step on gradients that are there."""
+    """Return a step on given gradients."""
     return problem.make_step(solver, problem.GRADIENTS["given"]).__wrapped__
 
 
 def zero(case: problem.Case) -> float:
-    """How far ZeRO-1 strayed: parameters whole along the data's axis, the state, of which each device has a share, along it."""
+    """Return the deviation of ZeRO-1, with parameters whole along the data's axis, and the state shared along it."""
     layout, solver = problem.layout_of(specs=HALVED), case.solver()
     params, _ = problem.fresh(case, layout)
     halved, spread = layout.shardings(HALVED), layout.shardings(SPREAD)
@@ -84,17 +84,17 @@ def zero(case: problem.Case) -> float:
     size = len(get_arrays(now.state[0])) * share * now.state[0].mu_g["out"].dtype.itemsize
     shards = [shard for leaf in jax.tree.leaves(now.state) for shard in leaf.addressable_shards]
     for device in layout.mesh.local_devices:
-        # And the count and two scales.
+        # The additional bytes are the count and two scales.
         assert sum(shard.data.nbytes for shard in shards if shard.device == device) == size + 4 + 2 * 4
     assert set(collectives(_stepping(solver), *now, now.params, out_shardings=shardings)) <= {"all-gather"}
     return problem.strayed(now, problem.reference(case))
 
 
-# --- shard_map, by gradients that are given. ---
+# --- shard_map, with given gradients. ---
 
 
 def inside(case: problem.Case) -> float:
-    """How far a training strayed whose whole step is inside."""
+    """Return the deviation of a training whose whole step is inside `shard_map`."""
     layout = problem.layout_of(specs=HALVED)
     start = problem.fresh(case, layout)
     specs = problem.Trained(HALVED, problem.state_shardings(case.solver(), start.params, HALVED, P()))
@@ -103,7 +103,7 @@ def inside(case: problem.Case) -> float:
 
 
 def outside(case: problem.Case) -> float:
-    """How far a training strayed of whose step the gradient alone is inside."""
+    """Return the deviation of a training whose gradient alone is inside `shard_map`."""
     layout = problem.layout_of(specs=HALVED)
     gradient = jax.shard_map(problem.GRADIENTS["given"], mesh=layout.mesh, in_specs=(HALVED, HALVED), out_specs=HALVED)
     step = problem.make_step(case.solver(), gradient)
@@ -111,14 +111,14 @@ def outside(case: problem.Case) -> float:
 
 
 def strength(case: problem.Case) -> float:
-    """How far, relatively, the prior's strength of sharded gradients is from that of the same ones on one device."""
+    """Return the relative difference of the prior strengths of sharded gradients and of the same gradients on one device."""
     sharded, whole = problem.fresh(case, problem.layout_of()).params, problem.reference(case, 0).params
     assert len(sharded["rows"].sharding.device_set) > 1
     return abs(vsgd.optax.prior_strength_from([sharded]) / vsgd.optax.prior_strength_from([whole]) - 1)
 
 
 def equally_rounded() -> list[float]:
-    """The share of elements that two shards of equal gradients round alike, with one seed and with one for each."""
+    """Return the share of elements that two shards of equal gradients round alike, with one seed and with one per shard."""
     grad = np.random.default_rng(0).standard_normal((64, 8), np.float32)
 
     def mean(grad: jax.Array, seeded: bool = False) -> jax.Array:
@@ -130,16 +130,16 @@ def equally_rounded() -> list[float]:
         mapped = jax.shard_map(lambda shard: mean(shard, seeded), mesh=problem.layout_of().mesh, in_specs=spec, out_specs=spec)
         return np.split(np.asarray(jax.jit(mapped)(np.tile(grad, (2, 1))), np.float32), 2)
 
-    # As an array of its own.
+    # Each shard is rounded like a separate array.
     np.testing.assert_array_equal(rounded(P("model"), False)[0], np.asarray(jax.jit(mean)(grad), np.float32))
-    # What all devices should have alike, each may not round in its own way.
+    # Devices with different seeds may not round what must be equal on all of them.
     with pytest.raises(ValueError, match="out_specs"):
         rounded(P(), True)
     return [float(np.mean(np.equal(*rounded(P("model"), seeded)))) for seeded in (False, True)]
 
 
 def observed(mapped: bool) -> float:
-    """How far the posterior of sharded gradients strayed, relatively: watched by each device, or sharded by XLA."""
+    """Return the relative deviation of the posterior of sharded gradients, observed by each device or sharded by XLA."""
     layout = problem.layout_of()
     solver = vsgd.optax.observe_gradients()
     grads = [np.random.default_rng(seed).standard_normal((8, 16)).astype(np.float32) for seed in range(5)]

@@ -1,4 +1,4 @@
-"""What a process runs that has a Keras backend and several devices: trainings, checkpoints, and how far they strayed."""
+"""Train and save in a process with a Keras backend and several devices, and return the deviation from one device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scaling.keras_network import apart, arrays, compiled, fit, spare
 
 
 def _mirrored_strategy() -> Any:
-    """Over all GPUs, or over two halves of the CPU, which must be made before TensorFlow runs anything."""
+    """Return a strategy over all GPUs, or over two halves of the CPU; call this before TensorFlow runs anything."""
     import tensorflow as tf
 
     if tf.config.list_physical_devices("GPU"):
@@ -28,7 +28,7 @@ STRATEGY = _mirrored_strategy() if keras.backend.backend() == "tensorflow" else 
 
 
 def model_parallel() -> Any:
-    """Split batches over the rows of a mesh, and kernels and a bias over its columns: two columns if the devices allow it."""
+    """Shard batches over the rows of a mesh, and kernels and a bias over its columns: two columns if the devices allow it."""
     devices = keras.distribution.list_devices()
     columns = 2 if len(devices) % 2 == 0 else 1
     mesh = keras.distribution.DeviceMesh((len(devices) // columns, columns), ["batch", "model"], devices)
@@ -40,7 +40,7 @@ def model_parallel() -> Any:
 
 
 def scope(how: str) -> contextlib.AbstractContextManager[Any]:
-    """Where models are made and trained."""
+    """Return the context in which models are made and trained."""
     if how == "alone":
         return contextlib.nullcontext()
     if how == "MirroredStrategy":
@@ -50,12 +50,12 @@ def scope(how: str) -> contextlib.AbstractContextManager[Any]:
 
 @functools.cache
 def alone(case: str) -> list[np.ndarray]:
-    """What the training leaves on one device."""
+    """Return the weights and variables of the training on one device."""
     return arrays(fit(compiled(case)))
 
 
 def strayed(case: str, how: str) -> float:
-    """How far a training strayed from one device; all copies of a mirrored variable are equal."""
+    """Return a training's deviation from one device, and assert that all copies of a mirrored variable are equal."""
     with scope(how):
         model = fit(compiled(case))
     if how == "MirroredStrategy":
@@ -70,7 +70,7 @@ def assert_copies_are_equal(model: Any) -> None:
 
 
 def save(how: str, path: str, case: str) -> None:
-    """Save a model in training, with its arrays beside it, and those after training on."""
+    """Save a trained model and its arrays, and the same after more training."""
     with scope(how):
         model = fit(compiled(case))
         write(model, path)
@@ -83,7 +83,7 @@ def write(model: Any, path: str) -> None:
 
 
 def load(how: str, path: str) -> tuple[float, float]:
-    """How far a model strayed where it was loaded, and some steps later."""
+    """Return a model's deviation after loading, and after some more steps."""
     with scope(how):
         model = loaded(path)
         strayed_so_far = apart(arrays(model), _read(path))
@@ -91,10 +91,10 @@ def load(how: str, path: str) -> tuple[float, float]:
 
 
 def loaded(path: str) -> Any:
-    """A saved model, told what its file does not say."""
+    """Load a saved model, and restore the settings that its file lacks."""
     model = keras.saving.load_model(f"{path}.keras")
     spare(model.optimizer)
-    # The file has what "auto" chose where it was saved; a strategy refuses it, and torch would call its compiler.
+    # The file stores what "auto" chose when saving; a strategy rejects it, and torch would call its compiler.
     model.jit_compile = keras.backend.backend() == "jax"
     return model
 

@@ -1,4 +1,4 @@
-"""A small network with a normalization, trained by Keras, and how far two trainings are apart."""
+"""A small network with a normalization, trained by Keras, and comparisons of two trainings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Case(NamedTuple):
 
     Attributes:
         kind: the optimizer's class.
-        policy: of the layers' dtypes.
-        options: the optimizer's.
+        policy: the layers' dtype policy.
+        options: the optimizer's options.
     """
 
     kind: str
@@ -44,19 +44,19 @@ CASES = {
 
 
 def optimizer_of(case: str) -> Any:
-    """The case's optimizer; weights decay, biases and normalizations do not."""
+    """Return the case's optimizer; weights decay, biases and normalizations do not."""
     optimizer = getattr(vsgd_keras, CASES[case].kind)(learning_rate=0.05, weight_decay=0.1, **CASES[case].options)
     spare(optimizer)
     return optimizer
 
 
 def spare(optimizer: Any) -> None:
-    """Biases and normalizations; no file says so, and what is loaded must be told again."""
+    """Exclude biases and normalizations from weight decay; a loaded optimizer needs this again, because no file stores it."""
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
 
 
 def compiled(case: str) -> Any:
-    """The network with its optimizer and loss."""
+    """Return the network, compiled with its optimizer and loss."""
     keras.utils.set_random_seed(0)
     policy = CASES[case].policy
     layers = [
@@ -70,28 +70,28 @@ def compiled(case: str) -> Any:
 
 
 def fit(model: Any) -> Any:
-    """The model, trained on batches in order."""
+    """Train the model on batches in order, and return it."""
     model.fit(X, Y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0)
     return model
 
 
 def gradients(model: Any) -> list[list[np.ndarray]]:
-    """Gradients for some steps: multiples of 1/8, whose parts have exact sums in bfloat16 too."""
+    """Return gradients for some steps: multiples of 1/8, whose parts have exact sums even in bfloat16."""
     rng, shapes = np.random.default_rng(1), [each.shape for each in model.trainable_variables]
     return [[np.round(8 * rng.standard_normal(shape)).astype(np.float32) / 8 for shape in shapes] for _ in range(4)]
 
 
 def arrays(model: Any) -> list[np.ndarray]:
-    """All that a training leaves: weights and the optimizer's variables. Not by path, for a loaded model's are others."""
+    """Return all weights and optimizer variables, in order; paths would differ in a loaded model."""
     return [to_numpy(each) for each in [*model.weights, *model.optimizer.variables]]
 
 
 def stepped_apart(one: Any, other: Any) -> tuple[float, float]:
-    """How far two models are apart, and what their optimizers' states say of all gradients together."""
+    """Return the differences of two models' arrays, and of their optimizers' overall noise scales."""
     scales = [[to_numpy(each) for each in model.optimizer.noise_scale(batch_size=BATCH).overall] for model in (one, other)]
     return apart(arrays(one), arrays(other)), apart(*scales)
 
 
 def apart(some: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """The largest difference of any array, relative to the array's largest value."""
+    """Return the largest difference of any array, relative to the array's largest value."""
     return max(compare.apart(one, other) for one, other in zip(some, others, strict=True))

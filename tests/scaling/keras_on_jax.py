@@ -1,4 +1,4 @@
-"""What the process with Keras on jax and several devices says of layouts and of communication."""
+"""Check layouts and communication in the process with Keras on jax and several devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scaling.keras_network import compiled, fit, gradients, stepped_apart
 
 
 def sharded(how: str, path: str | None = None) -> list[str]:
-    """The variables of a trained or loaded model of which a device has but a part; the state lies as they do."""
+    """Return the sharded variables of a trained or loaded model, and assert that the state is sharded like them."""
     with scope(how):
         model = fit(compiled("VSGD") if path is None else loaded(path))
     for variable, states in zip(model.trainable_variables, model.optimizer._states, strict=True):
@@ -24,7 +24,7 @@ def sharded(how: str, path: str | None = None) -> list[str]:
 
 
 def equal_gradients(case: str, how: str) -> tuple[float, float]:
-    """How far the optimizer strayed by equal gradients, and its noise scale, where its step communicates nothing."""
+    """Return the deviations of optimizer and noise scale with equal gradients; assert that the step communicates nothing."""
     with scope(how):
         many = _stepped(case)
     return stepped_apart(many, _stepped(case))
@@ -42,7 +42,7 @@ def _stepped(case: str) -> Any:
 
 
 def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, compiled to what has no collective."""
+    """Compile a function, and assert that it contains no collective."""
     jitted = jax.jit(function)
 
     def call(*args: Any) -> Any:

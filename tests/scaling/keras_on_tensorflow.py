@@ -1,4 +1,4 @@
-"""What the process with Keras on TensorFlow says of replicas, and of what is refused under a strategy."""
+"""Check replicas, and errors under a strategy, in the process with Keras on TensorFlow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vsgd.keras import GradientObserver
 
 
 def equal_gradients(case: str) -> tuple[float, float]:
-    """How far the optimizer strayed by gradients that two replicas have in parts, and its noise scale."""
+    """Return the deviations of optimizer and noise scale when two replicas hold parts of the gradients."""
     with STRATEGY.scope():
         many = compiled(case)
         many.optimizer.build(many.trainable_variables)
@@ -22,7 +22,7 @@ def equal_gradients(case: str) -> tuple[float, float]:
 
     @tf.function(autograph=False)
     def apply_parts(grads: list[Any]) -> None:
-        # One and a half of the gradients on the first replica, less the half on the second.
+        # The first replica has one and a half times the gradients, and the second minus one half.
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
         parts = [tf.where(number == 0, 1.5 * grad, -0.5 * grad) for grad in grads]
         many.optimizer.apply(parts, many.trainable_variables)
@@ -40,7 +40,7 @@ def equal_gradients(case: str) -> tuple[float, float]:
 
 
 def refuse_what_is_made_outside() -> None:
-    """State that is on one device would be stepped once for each."""
+    """Assert that a strategy rejects state made outside it, which would be stepped once for each replica."""
     outside = optimizer_of("VSGD")
     with STRATEGY.scope():
         model = compiled("VSGD")

@@ -1,4 +1,4 @@
-"""What each rank of torch.distributed runs with Keras on torch: training by DDP."""
+"""Train with Keras on torch and DDP, on each rank of torch.distributed."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def keras_step(model: Any) -> None:
 
 
 def part(rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a rank has of each batch."""
+    """Yield a rank's part of each batch."""
     share = BATCH // ranks
     for start in list(range(rank * share, SAMPLES, BATCH)) * EPOCHS:
         yield tuple(keras.ops.convert_to_tensor(each[start : start + share]) for each in (X, Y))
 
 
 def ddp(case: str, optimizer: str) -> tuple[float, list[bytes]]:
-    """How far a training by DDP strayed from one process that has the mean of the gradients, and this rank's replica."""
+    """Return the deviation of DDP from one process with the mean gradient, and the bytes of this rank's replica."""
     make = {"vsgd.keras": _by_keras, "vsgd.torch": _by_torch}[optimizer]
     (model, step, read), (one, step_one, read_one) = make(case), make(case)
     ranks = dist.get_world_size()
@@ -57,13 +57,13 @@ def ddp(case: str, optimizer: str) -> tuple[float, list[bytes]]:
 
 
 def _by_keras(case: str) -> tuple[Any, Callable[[], None], Callable[[], list[np.ndarray]]]:
-    """A model, a step, and all that a training leaves."""
+    """Return a model, its step, and a function that returns all its arrays."""
     model = compiled(case)
     return model, partial(keras_step, model), partial(arrays, model)
 
 
 def _by_torch(case: str) -> tuple[Any, Callable[[], None], Callable[[], list[np.ndarray]]]:
-    """The same by the optimizer for torch."""
+    """Return the same as `_by_keras`, with the optimizer for torch."""
     model = compiled(case)
     values = [each.value for each in model.trainable_variables]
     kernels = [each.value for each in model.trainable_variables if each.name == "kernel"]
@@ -79,7 +79,7 @@ def _by_torch(case: str) -> tuple[Any, Callable[[], None], Callable[[], list[np.
 
 
 def save(path: str, case: str) -> None:
-    """As `save` of `keras_distributed`, by the first rank of a training by DDP."""
+    """Save like `save` of `keras_distributed`, by the first rank of a training by DDP."""
     model = compiled(case)
     for where in (path, f"{path}-goes-on"):
         train(model, partial(keras_step, model), part(dist.get_rank(), dist.get_world_size()))

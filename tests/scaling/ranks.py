@@ -1,4 +1,4 @@
-"""Pools of processes that run a function together, each with the devices that its tests need, kept for many tests."""
+"""Pools of processes that run a function together, each with the devices that its tests need, reused by many tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from packaging.version import Version
 
-#: Makes of a new process, told its rank, how many there are and a free port, one of the group.
+#: Adds a new process to the group, given its rank, the number of processes and a free port.
 Join = Callable[[int, int, int], None]
 
 #: The types of the fixtures `on` and `agreed`.
@@ -24,12 +24,12 @@ On = Callable[..., list[Any]]
 Agreed = Callable[..., None]
 
 _PATIENCE = 120  # seconds, for the slowest call on a busy machine
-#: x86 before AVX2 has no instruction that multiplies and adds with one rounding.
+#: x86 CPUs before AVX2 cannot multiply and add with one rounding.
 _UNCONTRACTED = "--xla_cpu_max_isa=AVX"
 
 
 def _torch_group(backend: str, rank: int, size: int, port: int) -> None:
-    """Join a process group of torch; where its backend is not gloo alone, each rank has the GPU of its number."""
+    """Join a process group of torch; unless its backend is gloo alone, each rank uses the GPU of its number."""
     import torch
     import torch.distributed as dist
 
@@ -40,10 +40,10 @@ def _torch_group(backend: str, rank: int, size: int, port: int) -> None:
 
 
 def _jax(count: int, flags: str, rank: int, size: int, port: int) -> None:
-    """So many CPU devices in each process; for 0, all GPUs in one process, or one in each of several, which JAX joins."""
+    """Use `count` CPU devices in each process; for 0, all GPUs in one process, or one in each of several, which JAX joins."""
     import jax
 
-    os.environ["XLA_FLAGS"] = flags  # read when the first array is made
+    os.environ["XLA_FLAGS"] = flags  # JAX reads it when it makes the first array
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # others need some of a GPU's memory
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")  # not TF32
@@ -57,7 +57,7 @@ def _jax(count: int, flags: str, rank: int, size: int, port: int) -> None:
 
 
 def _keras(backend: str, device: str, rank: int, size: int, port: int) -> None:
-    """Eight CPU devices of JAX, two of TensorFlow, or one rank of torch; or all GPUs, whose float32 products are of float32."""
+    """Use eight CPU devices of JAX, two of TensorFlow, or one rank of torch; or all GPUs, with float32 products in float32."""
     os.environ.update(KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3", NVIDIA_TF32_OVERRIDE="0")
     os.environ.update(XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_FORCE_GPU_ALLOW_GROWTH="true")
     if device == "cpu":
@@ -67,7 +67,7 @@ def _keras(backend: str, device: str, rank: int, size: int, port: int) -> None:
         _torch_group("gloo" if device == "cpu" else "cuda:nccl,cpu:gloo", rank, size, port)
 
 
-#: How many processes, 0 for one or two by the number of GPUs, and how each joins the others.
+#: The number of processes (0: one or two, by the number of GPUs), and how each joins the others.
 POOLS: dict[str, tuple[int, Join]] = {
     "torch 2": (2, partial(_torch_group, "gloo")),
     "torch 4": (4, partial(_torch_group, "gloo")),
@@ -87,7 +87,7 @@ POOLS: dict[str, tuple[int, Join]] = {
 
 
 def why_not(name: str) -> str:
-    """Why the processes of this name cannot run here, if they cannot."""
+    """Return why the processes of this name cannot run here, or None."""
     packages = name.split()[0].split("-")
     missing = [each for each in [*packages, *(["optax"] if packages == ["jax"] else [])] if find_spec(each) is None]
     if missing:
@@ -107,7 +107,7 @@ def why_not(name: str) -> str:
 
 
 def count_gpus(framework: str) -> int:
-    """How many GPUs a framework has in this process."""
+    """Return how many GPUs a framework finds in this process."""
     if framework == "torch":
         import torch
 
@@ -120,12 +120,12 @@ def count_gpus(framework: str) -> int:
 
     try:
         return len(jax.devices("gpu"))
-    except RuntimeError:  # it knows none of that kind
+    except RuntimeError:  # JAX has no device of that kind
         return 0
 
 
 class Ranks:
-    """Processes that run a function together, each as one rank; started at the first call, and anew after one that failed."""
+    """Processes that run a function together, each as one rank; they start at the first call, and again after a failed one."""
 
     def __init__(self, name: str) -> None:
         size, self._join = POOLS[name]
@@ -133,7 +133,7 @@ class Ranks:
         self._pools: list[ProcessPoolExecutor] = []
 
     def run(self, function: str, *args: Any) -> list[Any]:
-        """What a function returns on each rank; its first error is raised, and all ranks have ended then.
+        """Return a function's result on each rank; raise its first error, after ending all ranks.
 
         Args:
             function: its module in this folder, and its name.
@@ -153,12 +153,12 @@ class Ranks:
                 future.result()
             assert not waiting, f"no answer in {_PATIENCE} s"
         except BaseException:
-            self.stop()  # the other ranks may wait for this one for ever
+            self.stop()  # the other ranks may wait for this one forever
             raise
         return [future.result() for future in futures]
 
     def stop(self) -> None:
-        """End all processes, without asking: threads of gloo may abort one that ends by itself."""
+        """Kill all processes, because threads of gloo may abort a process that ends normally."""
         for pool in self._pools:
             for process in pool._processes.values():
                 process.kill()

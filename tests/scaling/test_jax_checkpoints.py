@@ -1,4 +1,4 @@
-"""Checkpoints of sharded training by orbax: saved on one mesh, loaded on another, and continued, bit for bit."""
+"""Test that orbax checkpoints of sharded training load on another mesh and continue bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ONE, PROCESSES, GPUS = "jax uncontracted", "jax processes", "jax gpus"
 FLOAT32, COMPACT = Case(), Case("constant_vsgd", "bfloat16", compact=True)
-#: Who saves what, and on which meshes who loads it; () is of all devices.
+#: Which pool saves which case, and which pools load it on which meshes; () uses all devices.
 SAVED: list[tuple[str, Case, Loads]] = [
     (ONE, COMPACT, [(ONE, (2, 4)), (ONE, (8, 1)), (ONE, (1, 1))]),
     (ONE, FLOAT32, [(ONE, (2, 4))]),

@@ -1,4 +1,4 @@
-"""Training on a mesh of devices ends where one device ends, and its state lies as the parameters do."""
+"""Test that training on a mesh of devices equals training on one device, and that the state is sharded like the parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("optax")
 from scaling.jax_problem import BOUND, Case  # noqa: E402
 from scaling.ranks import Agreed, On  # noqa: E402
 
-# Sums of few digits are exact, so the gradients are equal in whatever order they are summed.
+# EXACT: sums of few digits are exact, so the gradients are equal in any order of summation.
 EXACT, PROCESSES, CONTRACTED = "jax uncontracted", "jax processes", "jax"
 WHERE = {
     EXACT: "JAX, 4 x 2 CPU devices",
@@ -28,7 +28,7 @@ FLOAT32, DOUBLE = Case(), Case("constant_vsgd", "float64")
 COMPACT = Case(dtype="bfloat16", compact=True)
 CONSTANT = COMPACT._replace(kind="constant_vsgd")
 
-#: What ran, where, by which function, the case, and marks. Each rule meets each dtype, and each kind of axes both.
+#: What ran, where, the function, the case, and marks. Each rule is combined with each dtype, and each kind of axes with both.
 TRAININGS: list[tuple[str, str, str, Case, list[Any]]] = [
     ("auto axes", EXACT, "trained", FLOAT32, []),
     ("auto axes", EXACT, "trained", DOUBLE, []),
@@ -47,7 +47,7 @@ TRAININGS: list[tuple[str, str, str, Case, list[Any]]] = [
 ]
 for _case in (FLOAT32, DOUBLE):
     TRAININGS += [
-        # Which of two products is fused with their sum depends on how the compiler unrolls a loop of a shard's length.
+        # The compiler unrolls a loop by the shard's length, and so decides which of two products it fuses with their sum.
         ("equal gradients, XLA's contraction", CONTRACTED, "trained", _case._replace(gradients="given"), []),
         ("gradients summed in another order", CONTRACTED, "trained", _case._replace(gradients="summed"), []),
         ("calibrated by the first gradient", CONTRACTED, "trained", _case._replace(gradients="summed", auto=True), []),
@@ -73,11 +73,11 @@ def test_a_step_communicates_nothing(case: Case, on: On) -> None:
     (found,) = on("jax", "jax_sharded.communication", case._replace(gradients="summed"))
     assert found["step"] == found["step, injected"] == []
     assert found["training"] == found["gradients"]
-    assert "all-reduce" in found["gradients"]  # so they would be seen
+    assert "all-reduce" in found["gradients"]  # shows that the search finds collectives
 
 
 def test_a_prior_strength_is_that_of_the_whole_gradients(on: On) -> None:
-    # Sums of some 500 numbers in float32, in another order.
+    # The tolerance allows for sums of about 500 float32 numbers in another order.
     assert on("jax", "jax_sharded.strength", FLOAT32) == pytest.approx([0], abs=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_a_prior_strength_is_that_of_the_whole_gradients(on: On) -> None:
 def test_a_shard_in_shard_map_is_rounded_as_an_array_of_its_own_by_the_seed_that_it_is_given(on: On) -> None:
     ((one_seed, one_for_each),) = on("jax", "jax_sharded.equally_rounded")
     assert one_seed == 1
-    # Two that go up with the same probability p, uniform on average, agree in p^2 + (1 - p)^2: 2/3, +-0.02 for 512.
+    # Two roundings that go up with the same probability p, uniform on average, agree in p^2 + (1 - p)^2: 2/3, +-0.02 for 512.
     assert one_for_each == pytest.approx(2 / 3, abs=0.08)
 
 

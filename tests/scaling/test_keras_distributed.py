@@ -1,4 +1,4 @@
-"""Keras models trained on several devices, by each backend's own way, end where one device ends; and what Keras refuses."""
+"""Test that each backend's distributed Keras training equals training on one device, and what Keras rejects."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ WHERE = {
     "keras-tensorflow cpu": "keras-tensorflow, 2 CPU devices",
     "keras-torch cpu": "keras-torch, 2 processes",
 }
-# Ten times and twice how far one device strays from itself where the examples of a batch come in another order: 4e-6 and 0.13.
-# For so are the sums over devices: in another order, and rounded to bfloat16 where the layers compute in it.
+# One device deviates from itself by 4e-6, and by 0.13 in mixed precision, if the examples of a batch come in another order. The
+# bounds are ten times and twice that, because sums over devices are also in another order, and rounded to bfloat16 if the
+# layers compute in it.
 BOUNDS = {"VSGD": 4e-5, "ConstantVSGD": 4e-5, "average of the weights": 4e-5, "calibrated": 4e-5, "mixed precision": 0.25}
 COMPACT = "bfloat16 state and variables"
 SHARDED = {"DataParallel": [], "ModelParallel": ["first/kernel", "first/bias", "second/kernel"]}
@@ -51,7 +52,7 @@ def test_a_training_on_several_devices_ends_where_one_ends(
 def test_a_step_on_eight_devices_is_that_of_one_and_communicates_nothing(case: str, how: str, on: On, agreed: Agreed) -> None:
     ((strayed, scale),) = on("keras-jax cpu", "keras_on_jax.equal_gradients", case, how)
     agreed(f"{how}, equal gradients, {case}", WHERE["keras-jax cpu"], strayed)
-    # The sums over all elements are summed in another order.
+    # The sums over all elements are in another order.
     agreed(f"{how}, noise_scale, {case}", WHERE["keras-jax cpu"], scale, 1e-6)
 
 
@@ -88,10 +89,10 @@ def test_ddp_around_a_keras_model(device: str, optimizer: str, case: str, on: On
     agreed(f"DDP, {optimizer}, {case}", WHERE.get(pool, pool), max(strayed for strayed, _ in ranks), bound)
 
 
-# Where another backend's last digit tips a rounding of the state, what follows differs by a part of its 256.
+# If another backend's last digit changes a rounding of the state, the rest differs by a fraction of 1/256.
 STATE = "bfloat16 state"
 CONTINUED = {"VSGD": BOUNDS["VSGD"], STATE: 2e-2}
-#: Each way saves, and each loads what another saved.
+#: Each setup saves, and each loads what another saved.
 LOADS = [
     ("jax ModelParallel", "tensorflow MirroredStrategy", "VSGD"),
     ("jax ModelParallel", "jax alone", "VSGD"),

@@ -1,4 +1,4 @@
-"""The examples of sharded training: a run that is killed costs no bit of the result."""
+"""Test that killing an example of sharded training changes no bit of its result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from scaling import ranks
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
 
-#: By example: where it runs.
+#: Where each example runs.
 EXAMPLES = {"torch_distributed": "torchrun, 2 processes", "jax_sharded": "JAX, 4 x 2 CPU devices"}
 CPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-# The flags: else each run times kernels, and may choose others than the last.
+# Without the flags, each run times kernels and may choose others than the previous run.
 GPUS = {
     "JAX_PLATFORMS": "cuda",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0",
 }
-#: Prints all bits of a checkpoint of orbax, in a process with as many devices as saved it.
+#: Prints all bits of an orbax checkpoint, in a process with as many devices as the saving one.
 PRINT_ARRAYS = """
 import sys, jax, numpy as np, orbax.checkpoint as ocp
 jax.config.update("jax_num_cpu_devices", 8)
@@ -35,13 +35,13 @@ for path, array in jax.tree.leaves_with_path(ocp.StandardCheckpointer().restore(
 
 
 def said(name: str, folder: Path, *options: str, killed: bool = False, gpus: bool = False) -> list[str]:
-    """What an example says, killed between two checkpoints and started again, or not; torchrun restarts by itself."""
+    """Run an example, optionally killed between two checkpoints and restarted (by torchrun itself), and return its lines."""
     command = [f"examples/{name}.py", "--checkpoints", str(folder), *options]
-    # Unbuffered: a killed process loses the lines that it has not flushed.
+    # Do not buffer: a killed process loses unflushed lines.
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(GPUS if gpus else CPU)}
     if name == "torch_distributed":
         processes = ranks.count_gpus("torch") if gpus else 2
-        # Three, for a restart may itself fail, of a connection.
+        # Allow three, because a restart may itself fail to connect.
         restarted = ["torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={processes}"]
         return run("-m", *restarted, *command, *(["--die-at=90"] if killed else []), **environment).splitlines()
     before = run(*command, "--die-at=90", code=-signal.SIGKILL, **environment).splitlines() if killed else []
@@ -49,7 +49,7 @@ def said(name: str, folder: Path, *options: str, killed: bool = False, gpus: boo
 
 
 def read_bits(name: str, checkpoint: Path, *, gpus: bool = False) -> str:
-    """All bits of the parameters and of the optimizer's state."""
+    """Return all bits of the parameters and of the optimizer's state."""
     if name == "jax_sharded":
         return run("-c", PRINT_ARRAYS, str(checkpoint / "default"), **(GPUS if gpus else CPU))
     import torch
@@ -91,12 +91,12 @@ def test_a_killed_run_ends_bit_for_bit(
     assert losses(whole)[-1] < 0.5
     bits = read_bits(name, tmp_path / "200", gpus=gpus)
 
-    # Ten steps are lost and taken again; and a checkpoint that is not whole is passed over.
+    # Ten steps are lost and repeated, and an incomplete checkpoint is skipped.
     forget(tmp_path, 120, 160, 200)
     if name == "torch_distributed":
-        (tmp_path / "80" / ".metadata").unlink()  # what is written last
+        (tmp_path / "80" / ".metadata").unlink()  # the file that is written last
     else:
-        (tmp_path / "80").rename(tmp_path / "80.orbax-checkpoint-tmp")  # until all is written
+        (tmp_path / "80").rename(tmp_path / "80.orbax-checkpoint-tmp")  # the name until all is written
     lines = said(name, tmp_path, killed=True, gpus=gpus)
     assert lines == whole[1:]
     agreed(
@@ -108,7 +108,7 @@ def test_a_killed_run_ends_bit_for_bit(
     if name == "jax_sharded" and not gpus:
         forget(tmp_path, 120, 160, 200)
         lines = said(name, tmp_path, "--cpus", "4")
-        # Sums in another order differ in last bits: what is shown, in its last digit at most.
+        # Sums in another order differ in their last bits, so the printed losses differ in at most their last digit.
         assert losses(lines) == pytest.approx(losses(whole)[2:], abs=1.1e-4)
 
 

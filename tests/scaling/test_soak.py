@@ -1,4 +1,4 @@
-"""20,000 steps of each engine: memory stays flat, nothing compiles anew, and no engine drifts from NumPy's in float64."""
+"""Test 20,000 steps of each engine: memory is constant, nothing recompiles, and no engine drifts from NumPy in float64."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from drivers.trajectories import deviation
 STEPS, SETTLED = 20_000, 2_000
 SIZE, LR = 8, 0.01
 HAS_KERAS = find_spec("keras") is not None and "KERAS_BACKEND" in os.environ
-# The eager transformation is the jitted one's function, and takes a millisecond a step.
+# Eager optax runs the same function as jitted optax, and takes a millisecond a step.
 SOAKED = [name for name in AVAILABLE if name != "optax-eager"] + (["keras"] if HAS_KERAS else [])
-#: All but what no environment with one framework alone has are slow.
+#: Slow, except for torch-fused, which no environment with a single framework has.
 ENGINES = [pytest.param(name, marks=[] if name == "torch-fused" else pytest.mark.slow) for name in SOAKED]
 
 _rng = np.random.default_rng(0)
@@ -27,7 +27,7 @@ NOISE = _rng.standard_normal((997, SIZE))
 
 
 def held() -> dict[str, int]:
-    """What is held in memory, but for what Python itself holds, and how many functions were compiled so far."""
+    """Return the objects in memory, except Python's own, and the number of functions compiled so far."""
     gc.collect()
     counts = {}
     if HAS_TORCH:
@@ -57,9 +57,9 @@ def resident() -> int:
 
 
 def soak(name: str, dtype: str) -> Read:
-    """Step on a quadratic whose gradients have noise drawn before; where it leads.
+    """Step on a quadratic with noise drawn beforehand, and return the driver's final values.
 
-    The gradients are of a parameter that plain descent moves, so that every engine sees the same ones.
+    The gradients belong to a parameter that plain descent moves, so that every engine gets the same gradients.
     """
     driver, target = make_driver(name, "VSGD", [START.astype(dtype)], lr=LR), START.copy()
     for t in range(1, STEPS + 1):
@@ -68,10 +68,10 @@ def soak(name: str, dtype: str) -> Read:
         driver.step([grad.astype(dtype)])
         if t == SETTLED:
             before = held(), resident()
-    # The fused kernels are found where they are counted.
+    # The count includes the fused kernels.
     assert name != "torch-fused" or before[0]["numba"] > 0
     assert held() == before[0]
-    # A float64 leaked at each step would be 0.14 MB; what Python's and the libraries' allocators keep is less than 8 MB.
+    # A float64 leaked at each step would be 0.14 MB; the allocators of Python and the libraries keep less than 8 MB.
     assert resident() - before[1] < 8e6
     return driver.read()
 
@@ -85,5 +85,5 @@ def reference() -> Read:
 @pytest.mark.parametrize("name", ENGINES)
 def test_20000_steps_neither_leak_nor_compile_nor_drift(name: str, reference: Read, agreed: Callable[..., None]) -> None:
     where = f"keras-{os.environ['KERAS_BACKEND']}" if name == "keras" else name
-    # Ten times how far two runs of NumPy's end apart when each gradient of one is the next larger number.
+    # The bound is ten times the final difference of two NumPy runs, in one of which each gradient is the next larger number.
     agreed("20,000 steps, float32", where, deviation(soak(name, "float32"), reference, axis=None).error, 4e-5)

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded training: saved on two processes, loaded on any number, and continued, bit for bit."""
+"""Test that checkpoints saved on two processes load on any number of processes and continue bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = {
     "compact": Case({"state_dtype": "bfloat16", "stochastic_rounding": True}, dtype=torch.bfloat16),
     "bfloat16": Case({}, dtype=torch.bfloat16),
 }
-#: Each form of two kinds of state, and each kind of state at least once.
+#: Each form with two kinds of state, and each kind of state at least once.
 SAVED = [
     ("plain", "VSGD"),
     ("plain", "compact"),

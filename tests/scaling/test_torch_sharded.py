@@ -1,4 +1,4 @@
-"""Training by several processes of torch.distributed ends where one process ends that has the mean of their gradients."""
+"""Test that training by several processes of torch.distributed equals one process with the mean of their gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scaling.torch_problem import Case, fsdp2  # noqa: E402
 from vsgd.torch.noise_scale import NoiseScaleMeter  # noqa: E402
 
 TWO, FOUR = "torch, 2 processes", "torch, 4 processes"
-# By default numba's where it is installed.
+# The default engine is numba's, if it is installed.
 ENGINES = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
 COMPACT = {"state_dtype": "bfloat16"}
 STORAGES = {
@@ -30,10 +30,10 @@ STORAGES = {
     "state rounded at random to bfloat16": Case(COMPACT),
     "state and parameters rounded at random to bfloat16": Case({**COMPACT, "stochastic_rounding": True}, dtype=torch.bfloat16),
 }
-#: Each storage by each engine; the rules in turn, so that each meets every storage and every engine.
+#: Each storage with each engine; the rules alternate, so that each meets every storage and every engine.
 CELLS = [(*cell, kind) for cell, kind in zip(product(STORAGES, ENGINES), cycle(["VSGD", "ConstantVSGD"]), strict=False)]
 
-# How many elements of weights and biases two ranks hold: shared evenly, unevenly, and by one alone.
+# How many elements of weights and biases two ranks hold: shared evenly, unevenly, and held by one rank alone.
 SHARDS = [[12, 2, 8, 2, 3, 1], [12, 2, 4, 1, 0, 0]]
 
 
@@ -69,7 +69,7 @@ def test_hsdp_and_fsdp2_on_tensor_parallelism(options: dict[str, Any], on: On, a
     seen = on("torch 4", "torch_sharded.fsdp", Case(options), 2, 2)
     assert [here for _, here in seen] == SHARDS * 2
     agreed("HSDP, 2 x 2", FOUR, max(strayed for strayed, _ in seen))
-    # One engine on both sides: where shards are no contiguous pieces, state in bfloat16 is not numba's.
+    # Use one engine on both sides, because numba does not step bfloat16 state of shards that are not contiguous.
     strayed = max(on("torch 4", "torch_sharded.tensor_parallel", Case({**options, "foreach": False}), 2, 2))
     agreed("FSDP2 on tensor parallelism, 2 x 2, equal gradients", FOUR, strayed)
 
@@ -101,7 +101,7 @@ def test_tensor_parallel(engine: str, on: On, agreed: Agreed) -> None:
         ("torch 4", "11", "foreach", 0.0),
         ("torch 4", "0w", "foreach", 0.0),
         ("torch 4", "w1", "loop", 0.0),
-        # numba leaves it to the loop, which rounds by other last bits: by another noise it would stray by thousandths.
+        # numba leaves this case to the loop, whose last bits differ; different noise would cause a deviation of thousandths.
         ("torch 2", "1", "default", 1e-6),
     ],
 )
@@ -139,7 +139,7 @@ def test_what_is_said_of_the_gradients_is_of_all_shards(kind: str, on: On, agree
     one, other = on("torch 2", "torch_sharded.seen", Case({}, kind))
     assert one == other
     for what, strayed in one.items():
-        # Sums of shards are summed in another order.
+        # The sums over shards are in another order.
         agreed(f"{what} on FSDP2, relatively", TWO, strayed, 1e-6)
 
 
@@ -147,9 +147,9 @@ def test_a_prior_strength_is_that_of_the_whole_gradients(on: On, agreed: Agreed)
     one, other = on("torch 2", "torch_sharded.strengths")
     assert one == other
     for name in ("rows", "columns", "replicated"):
-        # Sums of 24 numbers in another order.
+        # The sums of 24 numbers are in another order.
         agreed("prior_strength_from, sharded gradients", TWO, abs(one[name] / one["whole"] - 1), 5e-7)
-    # 3 and -1 times a gradient are twice it: what is a part of a sum is summed before it is squared.
+    # 3 and -1 times a gradient add up to twice the gradient: parts of a sum must be summed before they are squared.
     agreed("prior_strength_from, partial gradients", TWO, abs(one["partial"] / one["doubled"] - 1), 5e-7)
 
 

@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of checkpoints: how far what was saved, loaded and continued strayed from one process."""
+"""Save, load and continue on each rank in the tests of checkpoints, and return the deviation from one process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-BEFORE, AFTER = range(3), range(3, 6)  # the seeds of the gradients before the checkpoint, and after it
+BEFORE, AFTER = range(3), range(3, 6)  # the seeds of the gradients before and after the checkpoint
 
 
 def fresh(case: Case) -> Trained:
-    """A model that is sharded where there are ranks."""
+    """Return a new model, sharded if there are ranks."""
     model = network(case)
     if dist.is_initialized():
         shard(model, case, dist.get_world_size())
@@ -28,18 +28,18 @@ def fresh(case: Case) -> Trained:
 
 
 def before(trained: Trained) -> Trained:
-    """What has come as far as the checkpoint."""
+    """Train up to the checkpoint."""
     steps(trained, BEFORE)
     return trained
 
 
 def plain(case: Case) -> Trained:
-    """One process that has come as far as the checkpoint."""
+    """Return one process's training up to the checkpoint."""
     return before(trained_of(network(case), case))
 
 
 def continued(trained: Trained, case: Case) -> float:
-    """How far it strayed where it was loaded, and some steps later."""
+    """Return the largest deviation, after loading and after some more steps."""
     other = plain(case)
     loaded = strayed(trained, other)
     for each in (trained, other):
@@ -48,7 +48,7 @@ def continued(trained: Trained, case: Case) -> float:
 
 
 def save(case: Case, folder: str, form: str) -> None:
-    """Save what has come so far; where asynchronously, while the training goes on."""
+    """Save a training at the checkpoint; if asynchronous, while the training continues."""
     trained = before(fresh(case))
     options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
     model, optimizer = get_state_dict(*trained, options=options)
@@ -56,14 +56,14 @@ def save(case: Case, folder: str, form: str) -> None:
     if form != "asynchronous":
         dcp.save(states, checkpoint_id=folder)
         return
-    # A group of its own: what it tells the other ranks must not mix with what the training does.
+    # Use a separate group, so that its messages to other ranks do not mix with the training's.
     saving = dcp.async_save(states, checkpoint_id=folder, process_group=dist.new_group(backend="gloo"))
     steps(trained, AFTER)
     saving.result()
 
 
 def load(case: Case, folder: str, form: str) -> float:
-    """How far a new model strayed, loaded and continued."""
+    """Load into a new model, and return its deviation, also after some more steps."""
     trained = fresh(case)
     options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
     model, optimizer = get_state_dict(*trained, options=options)
@@ -74,7 +74,7 @@ def load(case: Case, folder: str, form: str) -> float:
 
 
 def gathered(case: Case) -> float:
-    """How far a model strayed that was given the state that one rank had got whole."""
+    """Return the deviation of a model that got its state from one rank, which had gathered it."""
     trained, other = before(fresh(case)), fresh(case)
     whole = get_optimizer_state_dict(*trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.no_grad():
@@ -86,7 +86,7 @@ def gathered(case: Case) -> float:
 
 
 def refused(case: Case) -> tuple[dict[str, str], float]:
-    """What is said of state that is not sharded like the parameters, and how far the optimizers strayed by it."""
+    """Return the error messages for state that is sharded unlike the parameters, and the optimizers' deviation afterwards."""
     sharded, one = before(fresh(case)), plain(case)
     saved = sharded.optimizer.state_dict()
     local = {

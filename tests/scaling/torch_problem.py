@@ -1,4 +1,4 @@
-"""A small network, trained by several ranks, and by one process on the mean of the ranks' gradients."""
+"""A small network, trained by several ranks, or by one process with the mean of the ranks' gradients."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Case(NamedTuple):
     """What is trained, and how.
 
     Attributes:
-        options: the optimizer's.
-        kind: its class.
-        dtype: of the parameters.
-        computed_in: of the forward and backward pass, where it is another.
-        device: where.
+        options: the optimizer's options.
+        kind: the optimizer's class.
+        dtype: the parameters' dtype.
+        computed_in: the dtype of the forward and backward pass, if it differs.
+        device: the device of the training.
     """
 
     options: dict[str, Any]
@@ -58,21 +58,21 @@ def trained_of(model: nn.Module, case: Case) -> Trained:
 
 
 def network(case: Case) -> nn.Sequential:
-    """Rows of weights that 2 ranks can share evenly, unevenly, and not at all."""
+    """Return a network whose rows of weights 2 ranks can share evenly, unevenly, and not at all."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
     return model.to(case.device, case.dtype)
 
 
 def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int, case: Case) -> Tensor:
-    """The loss on the examples that a rank has at a step."""
+    """Return the loss on a rank's examples at a step."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 1, generator=generator)
     return (model(x.to(case.device, case.dtype)).double() - y.to(case.device)).square().mean()
 
 
 def train(model: Callable[[Tensor], Tensor], optimizer: Any, case: Case, rank: int | None = None) -> None:
-    """This rank's part of a training, or another's: what wraps the model is to make the gradients those of all ranks."""
+    """Run a rank's part of a training, by default this rank's; the model's wrapper must combine the gradients of all ranks."""
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step, dist.get_rank() if rank is None else rank, case).backward()
@@ -80,7 +80,7 @@ def train(model: Callable[[Tensor], Tensor], optimizer: Any, case: Case, rank: i
 
 
 def reference(case: Case, ranks: int) -> Trained:
-    """The same training in one process."""
+    """Run the same training in one process."""
     model, optimizer = trained_of(network(case), case)
     for step in range(STEPS):
         parts = [_gradients(model, case, step, rank) for rank in range(ranks)]
@@ -99,7 +99,7 @@ def _gradients(model: nn.Module, case: Case, step: int, rank: int) -> list[Tenso
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:
-    """In the order in which a mesh of pairs sums, so that no bit differs."""
+    """Return the mean, summed in the order of a mesh of pairs, so that no bit differs."""
     sums = list(parts)
     while len(sums) > 1:
         sums = [one + other for one, other in zip(sums[::2], sums[1::2], strict=True)]
@@ -107,7 +107,7 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
 
 
 def steps(trained: Trained, seeds: Iterable[int] = range(STEPS)) -> None:
-    """Steps on gradients that depend on the seed only, however the parameters are sharded."""
+    """Take steps with gradients that depend only on the seed, however the parameters are sharded."""
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for param in trained.model.parameters():
@@ -116,7 +116,7 @@ def steps(trained: Trained, seeds: Iterable[int] = range(STEPS)) -> None:
 
 
 def laid_like(param: Any, values: Tensor) -> Tensor:
-    """Whole values, of which each rank takes what lies where its part of a sharded tensor does."""
+    """Return whole values as a tensor sharded like the parameter, with each rank's own part."""
     if not isinstance(param, DTensor):
         return values
     size, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -127,12 +127,12 @@ def laid_like(param: Any, values: Tensor) -> Tensor:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A tensor, gathered where it is sharded."""
+    """Return a tensor, gathered if it is sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def strayed(one: Trained, other: Trained) -> float:
-    """The largest difference of any parameter, state array or step count."""
+    """Return the largest difference of any parameter, state array or step count."""
     farthest = 0.0
     for param, same in zip(one.model.parameters(), other.model.parameters(), strict=True):
         state, same_state = one.optimizer.state[param], other.optimizer.state[same]
@@ -142,7 +142,7 @@ def strayed(one: Trained, other: Trained) -> float:
 
 
 def apart(one: Any, other: Any) -> float:
-    """The largest difference of two tensors, relative to the other's largest value; infinite where they are not alike."""
+    """Return the largest difference of two tensors, relative to the other's largest value; infinity if dtypes differ."""
     one, other = whole(one), whole(other)
     if one.dtype != other.dtype:
         return math.inf
@@ -150,5 +150,5 @@ def apart(one: Any, other: Any) -> float:
 
 
 def mesh_of(*shape: int, device: str = "cpu") -> DeviceMesh:
-    """All ranks, in rows and columns where two numbers are given."""
+    """Return a mesh of all ranks, in rows and columns if two numbers are given."""
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])

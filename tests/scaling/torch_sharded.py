@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of sharded training: how far it strayed from one process, or what it saw."""
+"""Train on each rank in the tests of sharded training, and return the deviation from one process, or observations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vsgd.torch.noise_scale import NoiseScaleMeter
 
 
 def ddp(case: problem.Case) -> tuple[float, list[Any]]:
-    """How far it strayed, and the bytes of this rank's replica."""
+    """Return the deviation of DDP, and the bytes of this rank's replica."""
     model, optimizer = problem.trained_of(problem.network(case), case)
     problem.train(DistributedDataParallel(model), optimizer, case)
     bits = [tensor.view(torch.uint8).numpy().tobytes() for tensor in model.state_dict().values()]
@@ -32,7 +32,7 @@ def ddp(case: problem.Case) -> tuple[float, list[Any]]:
 
 
 def zero(case: problem.Case) -> tuple[float, int]:
-    """How far the parameters strayed, and how many of them have their state here."""
+    """Return the deviation of the parameters, and how many of them have their state on this rank."""
     model, plain = problem.trained_of(problem.network(case), case)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), type(plain), weight_decay=0.1, **case.options)
     problem.train(DistributedDataParallel(model), optimizer, case)
@@ -42,7 +42,7 @@ def zero(case: problem.Case) -> tuple[float, int]:
 
 
 def shard(model: nn.Sequential, case: problem.Case, *shape: int) -> None:
-    """FSDP2 over all ranks; over rows and columns of them, hybrid."""
+    """Shard with FSDP2 over all ranks, or hybrid over rows and columns of them."""
     policy = MixedPrecisionPolicy(param_dtype=case.computed_in, reduce_dtype=case.computed_in and torch.float32)
     for module in (*(layer for layer in model if isinstance(layer, nn.Linear)), model):
         fully_shard(module, mesh=problem.mesh_of(*shape, device=case.device), mp_policy=policy)
@@ -57,7 +57,7 @@ def train_fsdp(case: problem.Case, *shape: int) -> problem.Trained:
 
 
 def fsdp(case: problem.Case, *shape: int) -> tuple[float, list[int]]:
-    """How far it strayed whose steps communicate nothing, and how many elements of each parameter are here."""
+    """Return FSDP2's deviation and the size of this rank's shard of each parameter; assert that a step communicates nothing."""
     model, optimizer = trained = train_fsdp(case, *(shape or (dist.get_world_size(),)))
     for param in model.parameters():
         for name, state in optimizer.state[param].items():
@@ -70,12 +70,15 @@ def fsdp(case: problem.Case, *shape: int) -> tuple[float, list[int]]:
     assert seen.get_total_counts() == 0
     with CommDebugMode() as seen:
         nn.utils.get_total_norm(grads).full_tensor()
-    assert seen.get_total_counts() > 0  # so they would be seen
+    assert seen.get_total_counts() > 0  # shows that the mode counts communication
     return far, [param.to_local().numel() for param in model.parameters()]
 
 
 def tensor_parallel(case: problem.Case, *shape: int) -> float:
-    """How far it strayed on data that ranks share; over rows and columns by equal gradients, FSDP2 sharding anew over rows."""
+    """Return the deviation of tensor parallelism on shared data.
+
+    Over rows and columns, the gradients are equal, and FSDP2 also shards over rows.
+    """
     mesh, models = problem.mesh_of(*shape), [problem.network(case), problem.network(case)]
     parallelize_module(models[0], mesh["shard"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     if mesh.ndim == 2:
@@ -90,10 +93,13 @@ def tensor_parallel(case: problem.Case, *shape: int) -> float:
 
 
 def placed(case: problem.Case, placements: str, compiled: bool = False) -> float:
-    """How far parameters strayed that lie so, by equal gradients: for each dimension of the mesh a digit, or w for whole."""
+    """Return the deviation of sharded parameters with equal gradients.
+
+    `placements` has, for each dimension of the mesh, the sharded dimension of the parameters, or w for whole.
+    """
     ranks = problem.mesh_of(*[2] * len(placements))
     where = [Replicate() if name == "w" else Shard(int(name)) for name in placements]
-    # Several: what is rounded at random depends on a parameter's place in the optimizer.
+    # Use several parameters, because stochastic rounding depends on a parameter's place in the optimizer.
     values = [torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape) for shape in ((7, 5), (3, 2, 5))]
     plain, sharded = (
         problem.trained_of(nn.ParameterList([nn.Parameter(place(each)) for each in values]), case)
@@ -102,7 +108,7 @@ def placed(case: problem.Case, placements: str, compiled: bool = False) -> float
     problem.steps(plain)
     with contextlib.ExitStack() as stack:
         if compiled:
-            # Without its caches, in which a rank finds what another has compiled for a shard of another size.
+            # Disable the caches, in which a rank would find code compiled by another for a shard of another size.
             name = "force_disable_caches"  # in another module in torch 2.6
             config = torch.compiler.config
             stack.enter_context((config if hasattr(config, name) else torch._inductor.config).patch({name: True}))
@@ -112,7 +118,7 @@ def placed(case: problem.Case, placements: str, compiled: bool = False) -> float
 
 
 def gradients_placed_otherwise() -> list[float]:
-    """How far a step strayed by a gradient that is yet to be summed, and by one that is whole where its parameter is not."""
+    """Return the deviations of a step by a gradient that is not yet summed, and by a whole one of a sharded parameter."""
     mesh = problem.mesh_of(2)
     values, grad = torch.linspace(-1, 1, 4), torch.tensor([0.5, -2.0, 0.25, 1.0])
     share = 0.25 if dist.get_rank() == 0 else 0.75
@@ -129,7 +135,7 @@ def gradients_placed_otherwise() -> list[float]:
 
 
 def steps_counted_at_lr_0() -> list[float]:
-    """The counts after a first step at lr 0, where one rank's gradients alone are zero, and where all are."""
+    """Return the counts after a first step at lr 0, when the gradients of one rank are zero, and when all are."""
     mesh = problem.mesh_of(2)
     counts = []
     for values in ([0.0, 0.0, 1.0, 1.0], [0.0] * 4):
@@ -142,7 +148,7 @@ def steps_counted_at_lr_0() -> list[float]:
 
 
 def seen(case: problem.Case) -> dict[str, float]:
-    """How far, relatively, what is said of the gradients strayed from what one process says."""
+    """Return the relative deviations of monitor, noise scale, surprise and posterior from one process."""
     views = []
     for model, optimizer in (train_fsdp(case, dist.get_world_size()), problem.reference(case, dist.get_world_size())):
         looks: list[Any] = []
@@ -163,7 +169,7 @@ def seen(case: problem.Case) -> dict[str, float]:
 
 
 def calibrated(case: problem.Case, *shape: int) -> tuple[float, float, list[int]]:
-    """How far FSDP2 strayed, the unit over one process', and how often the first two steps communicated."""
+    """Return FSDP2's deviation, its unit divided by one process's, and how often each of the first two steps communicated."""
     model = problem.network(case)
     shard(model, case, *(shape or (dist.get_world_size(),)))
     trained = problem.trained_of(model, case)
@@ -186,10 +192,10 @@ def _relatively_apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def strengths() -> dict[str, float]:
-    """The prior strength of the same gradients, whole and placed in every way; shards even, uneven and empty."""
+    """Return the prior strength of the same gradients, whole and in every placement; shards are even, uneven and empty."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(shape, generator=generator) for shape in ((4, 6), (3, 5), (1,))]
-    if torch.__version__ >= (2, 7):  # gloo of torch 2.6 takes no complex numbers
+    if torch.__version__ >= (2, 7):  # gloo of torch 2.6 does not support complex numbers
         whole.append(torch.complex(whole[0], whole[0].flip(0)))
     mesh = problem.mesh_of(dist.get_world_size())
     placed = {
@@ -204,7 +210,7 @@ def strengths() -> dict[str, float]:
 
 
 def noise_scale(micro_batches: int) -> tuple[MeasuredNoiseScale, int]:
-    """What the meter measures under DDP, and how many collectives a step of it adds to DDP's own."""
+    """Return what the meter measures under DDP, and how many collectives its step adds to DDP's."""
     case = problem.Case({}, dtype=torch.float64)
     model = DistributedDataParallel(problem.network(case))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -222,7 +228,7 @@ def noise_scale(micro_batches: int) -> tuple[MeasuredNoiseScale, int]:
 
 
 def sharded_noise_scale() -> None:
-    """Refused, for its hooks see no gradients of one rank."""
+    """Use the meter on a sharded model, which it rejects because its hooks see no gradients of a single rank."""
     case = problem.Case({})
     model = problem.network(case)
     shard(model, case, dist.get_world_size())
@@ -230,7 +236,7 @@ def sharded_noise_scale() -> None:
 
 
 def observed() -> tuple[float, float, list[int]]:
-    """How far posterior and surprise of sharded gradients are from whole ones', and how often both communicated."""
+    """Return the deviations of posterior and surprise of sharded gradients from whole ones', and how often both communicate."""
     mesh = problem.mesh_of(dist.get_world_size(), device="cpu")
     whole = nn.Parameter(torch.zeros(7, 3, dtype=torch.float64))
     sharded = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))

@@ -1,4 +1,4 @@
-"""What the tests of trainers need: one thread, their recipes, and what two processes saw, started once for all."""
+"""Shared by the tests of trainers: one thread, their recipes, and the results of two processes, started once for all tests."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Seen = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture
 def recipe(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The documentation's program for the trainer that the test's module names."""
-    monkeypatch.chdir(tmp_path)  # where a recipe may leave its checkpoint
+    """Load the documentation's program for the trainer that the test's module names."""
+    monkeypatch.chdir(tmp_path)  # a recipe may write its checkpoint here
     with loaded(RECIPES / f"with_{request.module.TRAINER}.py") as module:
         yield module
 
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What each of two processes saw of a training, by the training's name."""
+    """Return the results of each of two processes, by the training's name."""
     dist = pytest.importorskip("torch.distributed")
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this build of torch has no gloo")

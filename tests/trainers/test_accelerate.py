@@ -1,4 +1,4 @@
-"""Accelerate, on the recipe of the documentation: each training ends where a plain loop ends, bit for bit."""
+"""Test that each training by Accelerate, with the documentation's recipe, equals a plain loop bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINER = "accelerate"
 
 @pytest.fixture(autouse=True)
 def no_other_accelerator() -> Iterator[None]:
-    """A process has one state of all accelerators, which remembers their precision and where their loaders are."""
+    """Reset the process's single state of all accelerators, which stores their precision and the position of their loaders."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -46,7 +46,7 @@ def test_the_recipe(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> N
 
 
 class Prepared(NamedTuple):
-    """A training that Accelerate drives."""
+    """A training that Accelerate runs."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -73,7 +73,7 @@ class Prepared(NamedTuple):
         return Trained(self.accelerator.unwrap_model(self.model), self.optimizer.optimizer)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])  # of 29 batches, 2 are left at the end
+@pytest.mark.parametrize("accumulate", [1, 3])  # of 29 batches, 2 remain at the end
 @pytest.mark.parametrize("clip", ["nothing", "norm", "value"])
 def test_accumulated_and_clipped(clip: str, accumulate: int, in_order: DataLoader[Any]) -> None:
     training = Prepared.fresh(gradient_accumulation_steps=accumulate)
@@ -94,7 +94,7 @@ def test_in_bfloat16(in_order: DataLoader[Any]) -> None:
 def test_resumed_from_a_saved_state(in_order: DataLoader[Any], tmp_path: Path) -> None:
     uninterrupted = Prepared.fresh()
     for index, batch in enumerate(uninterrupted.accelerator.prepare(in_order)):
-        if index == 10:  # amid the warm-up
+        if index == 10:  # during the warm-up
             uninterrupted.accelerator.save_state(str(tmp_path))
         ended = uninterrupted.train([batch])
     AcceleratorState._reset_state(reset_partial_state=True)

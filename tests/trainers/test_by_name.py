@@ -1,4 +1,4 @@
-"""The recipe that chooses VSGD by name: what each library makes is the optimizer that its configuration describes."""
+"""Test the recipe that chooses VSGD by name: each library makes the optimizer that its configuration describes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_dotted_path_makes_the_optimizer_with_its_options(by_name: ModuleType,
     assert list_options(made) == list_options(expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # of Lightning's command line
+@pytest.mark.filterwarnings("ignore")  # for Lightning's command line
 def test_lightnings_command_line_makes_the_optimizer_that_it_names(by_name: ModuleType) -> None:
     made = by_name.create_with_lightning_cli()
     assert type(made) is vsgd.torch.VSGD
@@ -44,7 +44,7 @@ def test_lightnings_command_line_makes_the_optimizer_that_it_names(by_name: Modu
 def test_timm_makes_the_optimizer_that_is_registered(by_name: ModuleType) -> None:
     pytest.importorskip("timm")
     made = by_name.create_with_timm(nn.Linear(2, 1))
-    # timm decays no vectors.
+    # timm does not decay vectors.
     groups = [{"params": [torch.ones(1)], "weight_decay": decay} for decay in (0.0, 0.01)]
     assert type(made) is vsgd.torch.VSGD
     assert list_options(made) == list_options(vsgd.torch.VSGD(groups, lr=0.01))

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, on the recipe of the documentation: each training ends where a plain loop ends, bit for bit."""
+"""Test that each training by Hugging Face's Trainer, with the documentation's recipe, equals a plain loop bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def loss_in_bfloat16(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def grouped(model: nn.Module) -> VSGD:
-    """No decay of biases and of what normalizes."""
+    """Return the optimizer with no decay of biases and normalizations."""
     groups: dict[float, list[nn.Parameter]] = {0.01: [], 0.0: []}
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
@@ -44,8 +44,8 @@ def grouped(model: nn.Module) -> VSGD:
 
 
 def epochs(trainer: transformers.Trainer, number: int) -> Iterator[Any]:
-    """The batches of each epoch."""
-    transformers.set_seed(trainer.args.seed)  # as the Trainer does, which is what orders the batches
+    """Yield the batches of each epoch."""
+    transformers.set_seed(trainer.args.seed)  # like the Trainer, whose batch order depends on it
     loader = trainer.get_train_dataloader()
     for epoch in range(number):
         loader.set_epoch(epoch)
@@ -65,7 +65,7 @@ def ungrouped(model: nn.Module) -> VSGD:
     return VSGD(model.parameters(), lr=0.01)
 
 
-#: By the recipe's function: the optimizer and its schedule.
+#: The optimizer and its schedule, by the recipe's function.
 TRAININGS: dict[str, tuple[Callable[[nn.Module], VSGD], Callable[[VSGD], Any]]] = {
     "train_with_trainer_groups": (
         grouped,
@@ -88,7 +88,7 @@ def test_the_recipe(name: str, recipe: ModuleType, tmp_path: Path) -> None:
 
 
 def trainer_of(recipe: ModuleType, folder: Path, **options: Any) -> transformers.Trainer:
-    """As in the recipe, for ten steps of a constant learning rate."""
+    """Return the recipe's trainer, by default with ten steps of a constant learning rate."""
     given = {"max_steps": 10, "weight_decay": 0.01, "lr_scheduler_type": "constant", **options}
     arguments = recipe.make_arguments(str(folder), **given)
     kind = (VSGD, {"lr": 0.01})
@@ -113,7 +113,7 @@ def test_accumulated_clipped_and_in_bfloat16(
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resumed_from_a_checkpoint(bf16: bool, recipe: ModuleType, tmp_path: Path) -> None:
-    # Amid the second of two epochs, and amid a warm-up.
+    # The checkpoint is within the second of two epochs, and within a warm-up.
     options = {"max_steps": 40, "save_steps": 35, "warmup_steps": 38, "lr_scheduler_type": "linear", "bf16": bf16}
     uninterrupted = trainer_of(recipe, tmp_path, **options)
     uninterrupted.train()

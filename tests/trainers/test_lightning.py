@@ -1,4 +1,4 @@
-"""Lightning's Trainer, on the recipe of the documentation: each training ends where a plain loop ends, bit for bit."""
+"""Test that each training by Lightning's Trainer, with the documentation's recipe, equals a plain loop bit for bit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader  # noqa: E402
 from trainers.torch_plain import QUIET_LIGHTNING, assert_ends, loss_of  # noqa: E402
 
 pytestmark = [
-    # Lightning's own: it asks torch's tree of a batch in an old way.
+    # Lightning itself uses torch's tree of a batch in a deprecated way.
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-    # The digits are in memory.
+    # The digits are in memory, and need no workers.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
 ]
 TRAINER = "lightning"
 
 
 def fit(make: Any, batches: Any, dtype: torch.dtype = torch.float32, *, ckpt_path: Path | None = None, **options: Any) -> Any:
-    torch.manual_seed(0 if ckpt_path is None else 1)  # 1: nothing is right before it is loaded
+    torch.manual_seed(0 if ckpt_path is None else 1)  # 1: only loading restores the right values
     trainer = lightning.Trainer(**QUIET_LIGHTNING, **options)
     trainer.fit(make().to(dtype), batches, ckpt_path=ckpt_path)
     return trainer
@@ -50,7 +50,7 @@ CLIPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])  # of 29 batches, 2 are left at the end of an epoch
+@pytest.mark.parametrize("accumulate", [1, 3])  # of 29 batches, 2 remain at the end of an epoch
 @pytest.mark.parametrize("clip", CLIPS)
 def test_accumulated_and_clipped(clip: str, accumulate: int, recipe: ModuleType) -> None:
     trainer = fit(recipe.Digits, recipe.make_loader(), max_epochs=1, accumulate_grad_batches=accumulate, **CLIPS[clip])
@@ -88,9 +88,9 @@ def test_precision(precision: str, recipe: ModuleType, tmp_path: Path) -> None:
 
     options = {"max_epochs": 1, "precision": precision, "gradient_clip_val": 1.0}
     trainer = fit(recipe.Digits, recipe.make_loader(), **options)
-    # The state of bfloat16 parameters is float32, and a checkpoint keeps it so.
+    # The state of bfloat16 parameters is float32, and a checkpoint preserves it.
     trainer.save_checkpoint(tmp_path / "ended.ckpt")
-    # Of this precision before: Lightning loads first and converts then, which in float32 would lose digits of float64.
+    # Start with this precision: Lightning loads before it converts, which in float32 would lose digits of float64.
     resumed = fit(recipe.Digits, recipe.make_loader(), dtype, ckpt_path=tmp_path / "ended.ckpt", **options)
     for each in (trainer, resumed):
         assert_ends(trained_by(each), [recipe.make_loader()], dtype, loss_of=precise_loss, clip="norm")
@@ -99,11 +99,11 @@ def test_precision(precision: str, recipe: ModuleType, tmp_path: Path) -> None:
 
 
 def test_resumed_from_a_checkpoint(recipe: ModuleType, tmp_path: Path) -> None:
-    # In the same order in each epoch: Lightning keeps no generator of the batches' order.
+    # Use the same order in each epoch, because Lightning does not save a generator of the batches' order.
     batches = DataLoader(recipe.make_loader().dataset, batch_size=64)
     uninterrupted = fit(recipe.Digits, batches, max_epochs=3, accumulate_grad_batches=2)
     first = fit(recipe.Digits, batches, max_epochs=1, accumulate_grad_batches=2)
-    assert first.lr_scheduler_configs[0].scheduler.get_last_lr()[0] < 0.01  # amid the warm-up
+    assert first.lr_scheduler_configs[0].scheduler.get_last_lr()[0] < 0.01  # during the warm-up
     first.save_checkpoint(tmp_path / "first.ckpt")
     resumed = fit(recipe.Digits, batches, max_epochs=3, accumulate_grad_batches=2, ckpt_path=tmp_path / "first.ckpt")
     assert strayed(trained_by(resumed), trained_by(uninterrupted)) == 0

@@ -1,4 +1,4 @@
-"""Each trainer in two processes, on the recipes of the documentation: it ends where a plain loop in one process ends."""
+"""Test that each trainer in two processes, with the documentation's recipe, equals a plain loop in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training in plain torch, with which those of the trainers are compared."""
+"""A training in plain torch, the reference for the trainers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Clip = Callable[[Iterable[Tensor]], Any]
 
 
-#: A trainer of Lightning's that leaves and prints nothing.
+#: Options of a Lightning trainer that writes and prints nothing.
 QUIET_LIGHTNING: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -30,10 +30,10 @@ QUIET_LIGHTNING: dict[str, Any] = {
 
 
 def untouched(params: Iterable[Tensor]) -> None:
-    """Gradients that are not cut."""
+    """Leave gradients unclipped."""
 
 
-#: How gradients may be cut, as torch does it.
+#: How gradients may be clipped, by torch's functions.
 CLIPS: dict[str, Clip] = {
     "nothing": untouched,
     "norm": partial(nn.utils.clip_grad_norm_, max_norm=1.0),
@@ -47,7 +47,7 @@ def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 
 def fresh(dtype: torch.dtype = torch.float32) -> tuple[Trained, LinearLR]:
-    """What the recipes train but for Hugging Face's, made anew."""
+    """Return a new model with its optimizer and warm-up, as in all recipes except Hugging Face's."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)).to(dtype)
     optimizer = VSGD(network.parameters(), lr=0.01, weight_decay=0.01)
@@ -63,15 +63,15 @@ def train(
     clip: str = "nothing",
     schedulers: Sequence[Any] = (),
 ) -> Trained:
-    """Train.
+    """Train a model.
 
     Args:
-        trained: what is trained.
-        epochs: the batches of each.
-        loss_of: of a model and a batch.
-        accumulate: how many batches a step takes the mean gradient of; those left at an epoch's end weigh no more.
-        clip: what cuts the gradients, of `CLIPS`.
-        schedulers: count the steps.
+        trained: the model and its optimizer.
+        epochs: the batches of each epoch.
+        loss_of: returns the loss of a model and a batch.
+        accumulate: how many batches a step averages over; the remaining ones at an epoch's end keep the same weight.
+        clip: how gradients are clipped, of `CLIPS`.
+        schedulers: take a step after each step.
     """
     model, optimizer = trained
     for batches in epochs:
@@ -87,18 +87,18 @@ def train(
 
 
 def train_plainly(epochs: Iterable[Iterable[Batch]], dtype: torch.dtype = torch.float32, **how: Any) -> Trained:
-    """Train what the recipes train, anew, with their warm-up."""
+    """Train the recipes' model, newly made, with their warm-up."""
     trained, warm_up = fresh(dtype)
     return train(trained, epochs, schedulers=[warm_up], **how)
 
 
 def assert_ends(trained: Trained, epochs: Iterable[Iterable[Batch]], dtype: torch.dtype = torch.float32, **how: Any) -> None:
-    """Compare a trainer's training with the plain one, bit for bit."""
+    """Assert that a trainer's training equals the plain one, bit for bit."""
     assert strayed(trained, train_plainly(epochs, dtype, **how)) == 0
 
 
 def together(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:
-    """The batches, so many at a time, the last time what is left."""
+    """Yield lists of `number` batches; the last list has the remaining ones."""
     each = iter(batches)
     while part := list(islice(each, number)):
         yield part

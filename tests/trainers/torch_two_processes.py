@@ -1,6 +1,6 @@
-"""What two processes run, by torchrun: trainings of each trainer, and how far they strayed from a plain loop in one.
+"""Run each trainer in two processes, by torchrun, and report how far it deviates from a plain loop in one process.
 
-The plain loop takes the mean gradient of two batches at a step, those that the two processes have.
+Each step of the plain loop takes the mean gradient of two batches, one of each process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-# Last, so that an installed vsgd comes before the checkout's.
+# Append, so that an installed vsgd takes precedence over the checkout's.
 sys.path.append(str(Path(__file__).parents[2]))
 
 from research.scripts import loaded
@@ -36,12 +36,12 @@ Seen = dict[str, Any]
 
 
 def some(digits: Any) -> Any:
-    """As many as two processes see in so many steps."""
+    """Return as many digits as two processes use in `STEPS` steps."""
     return Subset(digits, range(2 * 64 * STEPS))
 
 
 def in_turn(data: Any, epochs: int) -> Iterator[Iterable[Any]]:
-    """What the processes see in each epoch: a batch of one, a batch of the other."""
+    """Yield the processes' batches of each epoch: a batch of one, then a batch of the other."""
     for epoch in range(epochs):
         shares = []
         for rank in range(2):
@@ -52,7 +52,7 @@ def in_turn(data: Any, epochs: int) -> Iterator[Iterable[Any]]:
 
 
 def seen(processes: int, trained: Trained, ended: Trained) -> Seen:
-    """How far a training strayed, and a digest of every bit of this process's replica."""
+    """Return a training's deviation, and a digest of every bit of this process's replica."""
     bits = hashlib.sha256()
     for param in trained.model.parameters():
         for value in (param, *trained.optimizer.state[param].values()):
@@ -61,7 +61,7 @@ def seen(processes: int, trained: Trained, ended: Trained) -> Seen:
 
 
 def accelerate(folder: Path) -> Seen:
-    """Each process has every second batch."""
+    """Train with Accelerate, where each process gets every second batch."""
     from accelerate import Accelerator
 
     with loaded(RECIPES / "with_accelerate.py") as recipe:
@@ -82,7 +82,7 @@ def accelerate(folder: Path) -> Seen:
 
 
 def huggingface(folder: Path) -> Seen:
-    """Each process has every second batch; a schedule counts its steps."""
+    """Train with Hugging Face, where each process gets every second batch and a schedule counts the steps."""
     import transformers
 
     with loaded(RECIPES / "with_huggingface.py") as recipe:
@@ -108,7 +108,7 @@ def lightning_fit(recipe: ModuleType, model: Any, strategy: Any, options: dict[s
     import lightning
 
     trainer = lightning.Trainer(devices=2, strategy=strategy, **QUIET_LIGHTNING, **options)
-    # Lightning shares it out in a new order in each epoch, though it says nothing of an order.
+    # Lightning distributes the data in a new order in each epoch, although the loader does not shuffle.
     trainer.fit(model, DataLoader(some(recipe.make_loader().dataset), batch_size=64), **fitting)
     return trainer
 
@@ -119,7 +119,7 @@ def lightning_seen(recipe: ModuleType, trainer: Any, clip: str) -> Seen:
 
 
 def lightning_ddp(folder: Path) -> Seen:
-    """Replicas, their gradients cut."""
+    """Train replicas with clipped gradients."""
     with loaded(RECIPES / "with_lightning.py") as recipe:
         torch.manual_seed(0)
         trainer = lightning_fit(recipe, recipe.Digits(), "ddp", {"max_epochs": 1, "gradient_clip_val": 1.0})
@@ -127,7 +127,7 @@ def lightning_ddp(folder: Path) -> Seen:
 
 
 def lightning_fsdp2(folder: Path) -> Seen:
-    """Parameters and state sharded; saved after one of two epochs, and resumed."""
+    """Train with sharded parameters and state; save after one of two epochs, and resume."""
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
@@ -150,10 +150,10 @@ def lightning_fsdp2(folder: Path) -> Seen:
 
 
 def deepspeed_zero(folder: Path) -> Seen:
-    """The recipe; and each stage of ZeRO, saved after one of two epochs, and resumed."""
+    """Train with the recipe, and with each stage of ZeRO; save after one of two epochs, and resume."""
     import deepspeed
 
-    # It would be compiled now, for inference alone.
+    # Otherwise it would be compiled now, although only inference needs it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with loaded(RECIPES / "with_deepspeed.py") as recipe:
         engine, data = recipe.main(), recipe.make_loader().dataset
@@ -171,7 +171,7 @@ def deepspeed_zero(folder: Path) -> Seen:
 
 
 def gathered_apart(engine: Any, data: Any, epochs: int) -> float:
-    """How far the parameters of either process strayed, gathered where they are shared out."""
+    """Return the deviation of the parameters of both processes, gathered if they are sharded."""
     import deepspeed
 
     ended = train_plainly(in_turn(data, epochs), accumulate=2)
@@ -179,7 +179,7 @@ def gathered_apart(engine: Any, data: Any, epochs: int) -> float:
         return max(apart(*pair) for pair in zip(engine.module.parameters(), ended.model.parameters(), strict=True))
 
 
-#: By the package that each needs, and what of it.
+#: The trainings, by the package that each needs and the variant.
 RUNS: dict[str, Callable[[Path], Seen]] = {
     "accelerate": accelerate,
     "transformers": huggingface,
@@ -190,10 +190,10 @@ RUNS: dict[str, Callable[[Path], Seen]] = {
 
 
 def main() -> None:
-    """`python torch_two_processes.py FOLDER`, by torchrun: leaves in FOLDER what each process saw of what is installed."""
+    """Write the results of this process's trainings to FOLDER: `python torch_two_processes.py FOLDER`, by torchrun."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    os.chdir(folder)  # where a recipe may leave its checkpoint
+    os.chdir(folder)  # a recipe may write its checkpoint here
     results = {name: run(folder) for name, run in RUNS.items() if find_spec(name.partition(",")[0])}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
 

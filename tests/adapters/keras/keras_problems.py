@@ -1,4 +1,4 @@
-"""What the tests of the Keras adapter share: float64 on every backend, state by name, and a model whose gradients are known."""
+"""Shared by the tests of the Keras adapter: float64 on every backend, state by name, and a model with known gradients."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BACKEND = keras.backend.backend()
 
 @contextlib.contextmanager
 def floatx(dtype: str) -> Iterator[None]:
-    """Keras' default float dtype, with 64 bits allowed to JAX where it is float64."""
+    """Set Keras' default float dtype, and enable 64 bits in JAX for float64."""
     before = keras.config.floatx()
-    keras.config.dtype_policy()  # Keras makes it when it is first asked for, and never again
+    keras.config.dtype_policy()  # Keras makes it at the first call, and never again
     keras.config.set_floatx(dtype)
     try:
         with allow_float64() if dtype == "float64" else contextlib.nullcontext():
@@ -36,7 +36,7 @@ def allow_float64() -> contextlib.AbstractContextManager[Any]:
 
 
 def make(kind: str, **hyper: Any) -> Any:
-    """An optimizer by the names of the other adapters."""
+    """Make an optimizer, with arguments by the names of the other adapters."""
     names = {"lr": "learning_rate", "eps": "epsilon"}
     return getattr(vsgd.keras, kind)(**{names.get(name, name): value for name, value in hyper.items()})
 
@@ -54,14 +54,14 @@ def to_numpy(variable: Any) -> np.ndarray:
 
 
 def read(optimizer: Any, variables: Sequence[Any]) -> list[dict[str, np.ndarray]]:
-    """The value and state of each variable, the state found by its name among the optimizer's variables."""
+    """Return the value and state of each variable; the state is looked up by name among the optimizer's variables."""
     named = {variable.name: variable for variable in optimizer.variables}
     names = RULES[type(optimizer).__name__].state_names
     return [{"param": to_numpy(each), **{name: to_numpy(named[f"{each.name}_{name}"]) for name in names}} for each in variables]
 
 
 def stateless(optimizer: Any, variables: Sequence[Any], transform: Callable[[Any], Any] = lambda function: function) -> Any:
-    """`apply` by way of `stateless_apply`, transformed, as JAX needs it."""
+    """Return an `apply` that uses a transformed `stateless_apply`, which JAX needs."""
     pure = transform(optimizer.stateless_apply)
 
     def apply(grads: Sequence[Any]) -> None:
@@ -75,7 +75,7 @@ def stateless(optimizer: Any, variables: Sequence[Any], transform: Callable[[Any
 
 
 def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
-    """`optimizer.apply`, compiled as the backend's `fit` has it."""
+    """Return `optimizer.apply`, compiled like the backend's `fit`."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -87,20 +87,20 @@ def jitted_apply(optimizer: Any, variables: list[Any]) -> Any:
     pytest.skip("torch.compile has its test in test_keras_training.py")
 
 
-# Parameters of two shapes, and gradients of theirs.
+# Parameters of two shapes, and their gradients.
 _shapes = ((3,), (2, 1, 3))
 _draw = np.random.default_rng(3).standard_normal
 PARAMS = [_draw(shape) for shape in _shapes]
 GRADS = [[_draw(shape) for shape in _shapes] for _ in range(12)]
 FLOAT32 = [param.astype(np.float32) for param in PARAMS]
 
-#: All that can be rounded stochastically is.
+#: Options that round everything stochastically that can be.
 COMPACT: dict[str, Any] = {"state_dtype": "bfloat16", "stochastic_rounding": True}
 kinds = pytest.mark.parametrize("kind", RULES)
 storages = pytest.mark.parametrize("options", [{}, COMPACT], ids=["float32", "compact"])
 
 
-# A linear model with a mean squared error, so that NumPy knows each gradient.
+# A linear model with a mean squared error, so that NumPy can compute each gradient.
 FEATURES, OUTPUTS, SAMPLES, BATCH = 5, 2, 64, 16
 _rng = np.random.default_rng(7)
 X = _rng.standard_normal((SAMPLES, FEATURES)).astype(np.float32)
@@ -117,12 +117,12 @@ def linear_model(optimizer: Any, **compile_options: Any) -> Any:
 
 
 def fit(model: Any, epochs: int) -> list[float]:
-    """The loss of each epoch; batches in order."""
+    """Train with the batches in order, and return the loss of each epoch."""
     return model.fit(X, Y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0).history["loss"]
 
 
 def numpy_fit(kind: str, epochs: int, **hyper: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias after the same training in float64, by the NumPy adapter and gradients in closed form."""
+    """Return kernel and bias after the same training in float64, by the NumPy adapter and closed-form gradients."""
     kernel, bias = KERNEL.astype(np.float64), BIAS.astype(np.float64)
     optimizer = getattr(vsgd.numpy, kind)([kernel, bias], **hyper)
     for _ in range(epochs):

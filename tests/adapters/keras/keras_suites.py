@@ -1,7 +1,7 @@
-"""Runs the tests that Keras ships for its optimizers, with VSGD in Adam's place: `python keras_suites.py`.
+"""Run Keras' own optimizer tests with VSGD in place of Adam: `python keras_suites.py`.
 
-Prints how many tests ran on the backend of this process; exits with 1 where one failed. Run it in a process of its own, for it
-puts our classes into Keras.
+The script prints how many tests ran on the backend of this process, and exits with 1 if one failed. Run it in a separate
+process, because it replaces classes in Keras.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vsgd.keras import VSGD, ConstantVSGD
 BACKEND = keras.backend.backend()
 SPARSE = BACKEND != "torch"
 
-#: For each module and class: the tests that hold for any optimizer, as far as they run Adam and the backend has what they need.
+#: For each module and class, the tests that apply to any optimizer, run Adam, and need nothing that the backend lacks.
 SUITES: dict[tuple[str, str], list[str]] = {
     ("adam_test", "AdamTest"): [
         *("test_weight_decay", "test_clip_norm", "test_clip_value", "test_ema", "test_ema_overwrite_frequency"),
@@ -38,7 +38,7 @@ SUITES: dict[tuple[str, str], list[str]] = {
 
 
 def load(name: str, cls: type[keras.optimizers.Optimizer]) -> Any:
-    """Import a module of tests such that tests with parameters run for this class, and tests of Adam do so too."""
+    """Import a test module so that parameterized tests and Adam's tests run for this class."""
     module = f"keras.src.optimizers.{name}"
     sys.modules.pop(module, None)
     parameters, named_parameters = parameterized.parameters, parameterized.named_parameters

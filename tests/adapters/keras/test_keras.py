@@ -1,6 +1,9 @@
-"""The Keras adapter's numbers where no driver takes them, and what Keras' base class does around the update: clipping, decay,
-averages, accumulation, `stateless_apply`, and variables that are not stepped. All on the backend of this process;
-`test_keras_backends.py` runs this file and the contract on the others, and `matrix/` has its trajectories."""
+"""Test what no driver covers in the Keras adapter, and what Keras' base class does around the update.
+
+The base class does clipping, decay, averages, accumulation, `stateless_apply`, and variables that are not stepped. All tests
+run on the backend of this process. `test_keras_backends.py` runs this file on the other backends, and `matrix/` tests the
+adapter's trajectories.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow
 
 
 def assert_follows_the_authors(name: str, dtype: str, tolerance: float, engine: str = "keras", **rate: Any) -> None:
-    """Their gradients, at their rates if none is given, lead where theirs led."""
+    """Assert that the authors' gradients, at their rates by default, give the authors' trajectory."""
     case = golden(name)
     # As float64: the base class takes a Python float through float32 on TensorFlow.
     hyper = {name: np.float64(value) for name, value in case.hyper.items()}
@@ -70,7 +73,7 @@ def test_schedules_and_callables_equal_numbers() -> None:
 
 def test_float64_variables_keep_their_precision_where_float32_is_keras_default() -> None:
     assert keras.config.floatx() == "float32"
-    # With a callable, for Keras holds a number in its default dtype.
+    # Use a callable, because Keras stores a number in its default dtype.
     assert_follows_the_authors("defaults", "float64", 1e-10, lr=lambda: 0.1)
 
 
@@ -103,7 +106,7 @@ def test_tf_variables_in_a_gradient_tape_loop() -> None:
 def test_sparse_gradients_equal_dense_ones(options: dict[str, Any]) -> None:
     import tensorflow as tf
 
-    # The rows that none of them shows follow their state as with gradients of zero.
+    # Rows without a gradient follow their state as with gradients of zero.
     values = np.random.default_rng(3).standard_normal((3, 3, 3)).astype(np.float32)
     grads = [
         tf.IndexedSlices(tf.constant(value), tf.constant(rows), tf.constant([6, 3]))
@@ -169,15 +172,15 @@ def test_rounded_variables_may_be_spared_weight_decay() -> None:
     optimizer = make("VSGD", lr=0.01, weight_decay=0.01, **COMPACT)
     optimizer.exclude_from_weight_decay(var_names=["p1"])
     for _ in range(100):
-        optimizer.apply([keras.ops.zeros(4096, "bfloat16")] * 2, variables)  # no step of its own
+        optimizer.apply([keras.ops.zeros(4096, "bfloat16")] * 2, variables)  # the gradient moves nothing
     decayed, spared = (to_numpy(each).astype(float) / old for each, old in zip(variables, before, strict=True))
-    # The mean of 4096 elements; each strays by at most 100 roundings of 2**-7, some 0.03 in all.
+    # Each of the 4096 averaged elements is off by about 0.03, from at most 100 roundings of 2**-7.
     assert decayed.mean() == pytest.approx((1 - 1e-4) ** 100, abs=0.002)
     assert (spared == 1).all()
 
 
 def powers_in_a_step(count: int) -> int:
-    """How many powers an `apply` on so many variables computes, in the graph or the jaxpr."""
+    """Return how many powers an `apply` on this many variables computes, in the graph or the jaxpr."""
     variables = variables_of([np.ones(2, np.float32)] * count)
     optimizer = make("VSGD")
     optimizer.build(variables)
@@ -186,7 +189,7 @@ def powers_in_a_step(count: int) -> int:
         import tensorflow as tf
 
         operations = tf.function(optimizer.apply).get_concrete_function(grads).graph.get_operations()
-        # And the update of a variable is one compiled call.
+        # The update of a variable is one compiled call.
         assert sum("_XlaMustCompile" in each.node_def.attr for each in operations) == count
         assert not [each for each in operations if each.type in ("RealDiv", "Sqrt") and each.outputs[0].shape.rank]
         return sum(each.type == "Pow" for each in operations)
@@ -226,7 +229,7 @@ def test_clipped_gradients_equal_those_clipped_by_hand() -> None:
     norms = [np.sqrt(sum((grad**2).sum() for grad in grads)) for grads in GRADS]
     clipped = [[grad * min(1, 0.7 / norm) for grad in grads] for grads, norm in zip(GRADS, norms, strict=True)]
     with floatx("float64"):
-        # float32's rounding: TensorFlow and JAX take the norm's bound through float32.
+        # The tolerance is float32's rounding: TensorFlow and JAX take the norm's bound through float32.
         assert_equal(run("keras", "VSGD", PARAMS, GRADS, global_clipnorm=0.7), run("numpy", "VSGD", PARAMS, clipped), 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Every Keras backend that is installed, each in processes of its own, since a process has but one."""
+"""Run the tests on every installed Keras backend, in separate processes, because a process has only one backend."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pass_tests(backend: str, *chosen: str) -> None:
 def test_the_adapter_passes_its_tests_on(backend: str) -> None:
     if os.environ.get("KERAS_BACKEND") == backend:
         pytest.skip("this process runs them")
-    # The contract runs here on this process's backend, and on each of them in an environment of its own.
+    # This process runs the contract on its own backend; separate environments run it on the others.
     pass_tests(backend, *FILES, "vsgd/keras", "vsgd/backends/keras.py")
 
 

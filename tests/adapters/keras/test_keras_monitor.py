@@ -1,4 +1,4 @@
-"""The Keras callback, on the backend of this process: what it tells in `fit`, when, and where it writes."""
+"""Test what the Keras callback reports in `fit`, when, and where it writes, on the backend of this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vsgd.posterior import Posterior  # noqa: E402
 
 
 def watch(model: Any, every: int, epochs: int, *sinks: Any) -> list[Look]:
-    """What a monitor saw of a training: 4 batches an epoch."""
+    """Return the looks that a monitor takes in a training of 4 batches an epoch."""
     looks: list[Look] = []
     callback = MonitorCallback(Monitor(looks, *sinks, every=every, smoothing=0), batch_size=BATCH)
     model.fit(X, Y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback])
@@ -30,7 +30,7 @@ def watch(model: Any, every: int, epochs: int, *sinks: Any) -> list[Look]:
 @kinds
 def test_what_is_seen_is_what_the_posterior_says_and_watching_changes_nothing(kind: str) -> None:
     model, alone = linear_model(make(kind)), linear_model(make(kind))
-    # The last look is after the last batch, so that the optimizer still has what was seen.
+    # The last look is after the last batch, so the optimizer still has the state that the monitor saw.
     looks = watch(model, 6, 3)
     assert [look.step for look in looks] == [6, 12]
     optimizer, variables = model.optimizer, model.trainable_variables

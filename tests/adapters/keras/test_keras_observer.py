@@ -1,4 +1,4 @@
-"""The observer of Keras: in `fit`, in files, under a loss scale, with schedules; what it refuses."""
+"""Test the Keras observer in `fit`, in files, under a loss scale and with schedules, and the errors that it raises."""
 
 from __future__ import annotations
 

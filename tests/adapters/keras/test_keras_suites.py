@@ -1,4 +1,4 @@
-"""The tests that Keras ships for its optimizers, run with VSGD in Adam's place on each backend, in processes of their own."""
+"""Run Keras' own optimizer tests with VSGD in place of Adam, on each backend, in separate processes."""
 
 from __future__ import annotations
 

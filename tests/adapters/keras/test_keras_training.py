@@ -1,4 +1,4 @@
-"""Training Keras models with VSGD, and saving them, on the backend of this process, as `test_keras.py`."""
+"""Test training and saving Keras models with VSGD, on the backend of this process, like `test_keras.py`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_fit_equals_numpy(kind: str, jit_compile: Any) -> None:
     model = linear_model(make(kind, lr=0.05), jit_compile=jit_compile)
     losses = fit(model, epochs=5)
     assert losses[-1] < 0.5 * losses[0]
-    # 20 steps of up to 0.05, in float32.
+    # There are 20 steps of up to 0.05, in float32.
     assert_weights(model, numpy_fit(kind, 5, lr=0.05))
 
 
@@ -72,7 +72,7 @@ def test_a_model_compiled_by_torch_rounds_too() -> None:
         model = linear_model(make("VSGD", lr=0.05, state_dtype="bfloat16"), jit_compile=jit_compile)
         fit(model, epochs=3)
         ends.append(np.concatenate([to_numpy(each).ravel() for each in model.optimizer.variables[2:]]))
-    # The gradients differ in their last digits; other noise would leave hardly an element.
+    # The gradients differ in their last digits; with different noise, almost no element would agree.
     assert np.mean(ends[0] == ends[1]) > 0.8
 
 
@@ -128,14 +128,14 @@ def test_an_overflow_under_loss_scaling_skips_the_step() -> None:
     inner = make("VSGD")
     optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0)
     optimizer.build(variables)
-    # On JAX, Keras' loss scaling knows no other way.
+    # On JAX, Keras' loss scaling works only this way.
     apply = stateless(optimizer, variables) if BACKEND == "jax" else lambda grads: optimizer.apply(grads, variables)
     apply(tensors([np.full(3, 1024, np.float32)]))
     before = read(inner, variables)
     apply(tensors([np.asarray([1, np.inf, 1], np.float32)]))
     assert_equal(read(inner, variables), before)
     assert to_numpy(inner.iterations) == 1
-    # The step that counted saw the gradient unscaled.
+    # The step that counted used the unscaled gradient.
     np.testing.assert_allclose(before[0]["mu_g"], 1 / 31, rtol=1e-6)
 
 
@@ -147,7 +147,7 @@ def test_its_learning_rate_can_be_set_by_callbacks() -> None:
     assert not np.array_equal(model.get_weights()[1], BIAS)
 
 
-# Saving: the optimizer's configuration, its variables, and the files of models.
+# Saving: the optimizer's configuration, its variables, and model files.
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -190,7 +190,7 @@ def test_it_is_found_by_its_registered_name_and_older_ones_have_the_papers_shape
 @storages
 @kinds
 def test_a_saved_model_continues_bit_by_bit(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    # Not with an average of the weights: on JAX, Keras 3.15 then fails in the second fit, with Adam as well.
+    # Leave out an average of the weights: with it, Keras 3.15 on JAX fails in the second fit, with Adam as well.
     model = linear_model(make(kind, lr=0.05, weight_decay=0.01, clipnorm=1.0, **options))
     fit(model, epochs=3)
     model.save(tmp_path / "model.keras")

@@ -1,4 +1,4 @@
-"""The MLX optimizer on MLX's own networks, files and dtypes; the tests of all engines hold it against the others."""
+"""Test the MLX optimizer on MLX's own networks, files and dtypes; the tests of all engines compare it with the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The NumPy optimizer: in place, whole or not at all."""
+"""Test that the NumPy optimizer updates in place, and either completely or not at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_lr_and_decay_are_attributes() -> None:
     param = np.ones(2)
     optimizer = VSGD([param])
     optimizer.lr, optimizer.weight_decay = 0.5, 0.1
-    optimizer.step([np.zeros(2)])  # no direction: the decay alone
+    optimizer.step([np.zeros(2)])  # the direction is 0, so only the decay acts
     np.testing.assert_array_equal(param, 1 - 0.5 * 0.1)
 
 

@@ -1,7 +1,7 @@
-"""Runs a test module that optax ships, with our optimizers in place of its own: `python optax_suites.py MODULE CLASS`.
+"""Run one of optax' own test modules with our optimizers in place of its own: `python optax_suites.py MODULE CLASS`.
 
-Prints how many tests ran; exits with 1 where one failed or was skipped. Run it in a process of its own, for it puts our names
-into optax.
+The script prints how many tests ran, and exits with 1 if one failed or was skipped. Run it in a separate process, because it
+adds our names to optax.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OURS = ("vsgd", "constant_vsgd")
 LEARNING_RATE = {"learning_rate": 1e-2}
 UNWRAPPED = {"wrapper_name": None, "wrapper_kwargs": None}
 
-#: For each module: what its tests are parametrised by.
+#: For each module, the parameters of its tests.
 CASES: dict[str, Any] = {
     "optax.contrib._common_test": [{"opt_name": name, "opt_kwargs": LEARNING_RATE, **UNWRAPPED} for name in OURS],
     "optax._src.alias_test": [{"opt_name": name, "opt_kwargs": LEARNING_RATE} for name in OURS],
@@ -35,7 +35,7 @@ CASES: dict[str, Any] = {
 
 
 def load(name: str) -> Any:
-    """Import the module such that tests that run for each of its optimizers run for each of ours, and others not at all."""
+    """Import the module so that tests of each of its optimizers run for each of ours, and other parameterized tests do not."""
     product, named_parameters = parameterized.product, parameterized.named_parameters
     cases = CASES[name]
 
@@ -60,7 +60,7 @@ def main() -> None:
         setattr(alias, name, getattr(vsgd.optax, name))
     tests = unittest.defaultTestLoader.loadTestsFromTestCase(getattr(load(module_name), class_name))
     result = unittest.TextTestRunner(stream=sys.stderr).run(tests)
-    # Older ones ran each also by `pmap`.
+    # Older versions also ran each test with `pmap`.
     skipped = [(test, reason) for test, reason in result.skipped if not reason.startswith("Only 1 device")]
     for test, reason in skipped:
         print(f"skipped: {test}: {reason}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the optax transformations promise beyond the contract: weight decay, dtypes, errors, and what optax' own tests ask."""
+"""Test what the optax transformations promise beyond the contract: weight decay, dtypes, errors, and optax' own tests."""
 
 from __future__ import annotations
 
@@ -163,5 +163,5 @@ def test_optax_own_suites_pass_whole(module: str, case: str, number: int) -> Non
         pytest.skip(f"this optax does not ship {module}")
     done = run(str(Path(__file__).with_name("optax_suites.py")), module, case)
     assert done.returncode == 0, done.stderr
-    # The number in optax 0.2.8; later ones may have more.
+    # This is the number in optax 0.2.8; later versions may have more.
     assert int(done.stdout) >= number

@@ -1,4 +1,4 @@
-"""`prior_strength="auto"` under the transformations and wrappers of JAX and optax."""
+"""Test `prior_strength="auto"` under the transformations and wrappers of JAX and optax."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ def test_wrappers_leave_it_as_it_is(make: Callable[..., Any]) -> None:
     assert_near(injected, expected)
     assert float(state.inner_state[0].gradient_unit) == pytest.approx(UNIT)
     assert_near(run(optax.flatten(make(**AUTO)))[0], expected)
-    # Each half of a gradient is accumulated: the sum calibrates.
+    # The halves of each gradient are accumulated, and their sum calibrates.
     halves = [jax.tree.map(lambda grad, sign=sign: grad * (1 + sign), grads) for grads in GRADS for sign in (0.5, -0.5)]
     assert_near(run(optax.MultiSteps(make(**AUTO), 2), grads=halves)[0], expected)
-    # Not finite at first: skipped by a wrapper, or by the solver itself.
+    # The first gradient is not finite, and a wrapper or the solver itself skips it.
     spoilt = [jax.tree.map(lambda grad: grad * jnp.nan, GRADS[0]), *GRADS]
     assert_near(run(optax.apply_if_finite(make(**AUTO), 3), grads=spoilt)[0], expected)
     assert_near(run(make(**AUTO), grads=spoilt)[0], expected)
@@ -89,7 +89,7 @@ def test_wrappers_leave_it_as_it_is(make: Callable[..., Any]) -> None:
 def test_the_gradient_is_not_measured_again() -> None:
     solver = vsgd.optax.vsgd(**AUTO)
     primitives = [each.primitive.name for each in jax.make_jaxpr(solver.update)(GRADS[0], solver.init(PARAMS), PARAMS).eqns]
-    # Only in a branch that later steps do not take.
+    # The measurement is only in a branch that later steps do not take.
     assert primitives.count("cond") == 1
     assert not {"reduce_max", "reduce_sum"} & {*primitives}
 

@@ -1,4 +1,4 @@
-"""The recipe of the documentation for weight decay in JAX: what decays, and that it trains."""
+"""Test the documentation's recipe for weight decay in JAX: which parameters decay, and that it trains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recipe() -> Iterator[ModuleType]:
 
 
 def params(layers: tuple[int, ...] = ()) -> Any:
-    """Of layers that are stacked, where there are some."""
+    """Return parameters, with stacked layers if `layers` is given."""
     keys = iter(jax.random.split(jax.random.key(0), 3))
     shapes = {"first": {"kernel": (3, 4), "bias": (4,)}, "norm": {"scale": (4,)}}
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""VSGD in the hands of flax and equinox: what their trainers do with it is what plain optax does."""
+"""Test that training with VSGD in flax and equinox equals training with plain optax."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def loss_of(predicted: Any) -> Any:
 
 
 def assert_trained(params: Any, solver: Any, start: Any, loss: Callable[[Any], Any]) -> None:
-    """The parameters are those of plain optax after so many steps, which have halved the loss."""
+    """Assert that the parameters equal those of plain optax after `STEPS` steps, which halve the loss."""
     state, expected = solver.init(start), start
     step, compute_gradients = make_step(solver), jax.jit(jax.grad(loss))
     for _ in range(STEPS):
@@ -33,13 +33,13 @@ def assert_trained(params: Any, solver: Any, start: Any, loss: Callable[[Any], A
     leaves, expected_leaves = jax.tree.leaves(params), jax.tree.leaves(expected)
     assert len(leaves) == len(expected_leaves) == 4
     for leaf, each in zip(leaves, expected_leaves, strict=True):
-        # Programs differ, and with them the order of a sum in the gradients, in float32 and 30 steps.
+        # The programs differ, and therefore the order of sums in the gradients, in float32 and over 30 steps.
         np.testing.assert_allclose(leaf, each, rtol=0, atol=1e-4)
 
 
 @solvers
 def test_flax_nnx_optimizer(make: Callable[..., Any]) -> None:
-    pytest.importorskip("flax", minversion="0.11")  # whose `update` takes the model
+    pytest.importorskip("flax", minversion="0.11")  # from this version on, `update` takes the model
     from flax import nnx
 
     rngs = nnx.Rngs(0)

@@ -1,4 +1,4 @@
-"""Looking at the state of an optax transformation: what is told equals what the posterior says."""
+"""Test that the monitor's summary of an optax state agrees with the posterior."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_optax_state_tells_what_its_posterior_says(make: Any, dtype: str) -> 
 
 def test_an_optax_state_in_bfloat16_is_surprised_by_the_gradient_as_it_is() -> None:
     solver = scale_by_constant_vsgd(state_dtype="bfloat16")
-    # Not a number of bfloat16: rounded, it would be off by much of its distance to the mean.
+    # bfloat16 cannot represent this number; rounded, it would be off by much of its distance to the mean.
     grads = {"a": jnp.full(5, 1.001, jnp.float32)}
     state = solver.init(grads)
     for _ in range(30):

@@ -1,4 +1,4 @@
-"""The observer in optax chains: masks, wrappers, devices, and next to VSGD."""
+"""Test the observer in optax chains: with masks and wrappers, on several devices, and next to VSGD."""
 
 from __future__ import annotations
 

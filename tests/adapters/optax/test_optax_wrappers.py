@@ -1,4 +1,4 @@
-"""The optax transformations on trees, in optax' wrappers and those of JAX, and with hyperparameters that are arrays."""
+"""Test the optax transformations on trees, in wrappers of optax and JAX, and with array hyperparameters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_none_changes_nothing_for_the_others(make: Callable[..., Any], dtype: An
         assert_same(others["b"], updates["b"])
     for tree, old_tree in zip(get_arrays(without[0]), get_arrays(start[0]), strict=True):
         assert tree["a"] is old_tree["a"]
-    # None among the parameters is no parameter: it is not counted.
+    # A None among the parameters is not a parameter and is not counted.
     ended, state = train(solver, {"0": None, **params}, [{"0": None, **grad} for grad in grads])
     assert ended["0"] is None
     assert state[0].mu_g["0"] is None
@@ -80,7 +80,7 @@ def test_what_is_masked_out_passes_through(make: Callable[..., Any], dtype: Any,
 def test_multi_steps_equal_the_mean_gradient(make: Callable[..., Any], dtype: Any, options: dict[str, Any]) -> None:
     with x64():
         grads = gradients(12, 200, dtype=jnp.float32 if options else dtype)
-        # Where it can be chosen, it is float32 by default; in older ones it is the parameters'.
+        # If the accumulator's dtype can be set, it is float32 by default; in older versions it is the parameters' dtype.
         newer = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
         accumulator = {"accumulator_dtype": grads[0].dtype} if newer else {}
         solver = optax.MultiSteps(make(0.1, **options), every_k_schedule=4, **accumulator)
@@ -97,7 +97,7 @@ def test_apply_if_finite_leaves_a_bad_step_out(make: Callable[..., Any], bad: fl
     broken = [*grads[:2], grads[2].at[1].set(bad), *grads[2:]]
     params, state = train(optax.apply_if_finite(make(0.1), max_consecutive_errors=3), jnp.ones(3), broken)
     assert state.total_notfinite == 1
-    # It compiles the step, which contracts products and sums.
+    # The wrapper compiles the step, which contracts products and sums.
     assert_same((params, state.inner_state), train(make(0.1), jnp.ones(3), grads), rtol=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_injected_hyperparameters_equal_numbers_and_can_be_scheduled_and_set(mak
     rate, decay = (lambda count: 0.1 / (1 + count)), {"weight_decay": 0.1}
     params, state = train(injected(rate, variance_ratio=optax.constant_schedule(7.0), **decay), jnp.ones(5), grads)
     plain, plain_state = train(make(rate, variance_ratio=7.0, **decay), jnp.ones(5), grads)
-    # Coefficients from float32 hyperparameters are rounded once more than from Python's.
+    # Coefficients from float32 hyperparameters are rounded once more than those from Python's.
     assert_same((params, state.inner_state[0]), (plain, plain_state[0]), rtol=2e-6)
     solver = injected(0.1)
     state = solver.init(jnp.ones(5))
@@ -129,7 +129,7 @@ def test_injected_hyperparameters_rounded_to_half_precision_compute_in_float32(m
     assert {leaf.dtype for leaf in jax.tree.leaves(state.inner_state[0][1:])} == {jnp.dtype(jnp.float32)}
     for leaf in jax.tree.leaves((params, state)):
         assert jnp.isfinite(leaf).all()
-    # It is a run with these rounded values and nothing else; a prior_strength of 0 in float16 is the smallest number there.
+    # The run equals one with these rounded values; a prior_strength that is 0 in float16 becomes float16's smallest number.
     rule = core.VSGD if make is vsgd else core.CONSTANT_VSGD
     numbers = {name: value for name, value in rule.hyperparameters()._asdict().items() if value is not None}
     rounded = {name: float(jnp.asarray(value, dtype)) for name, value in numbers.items()}
@@ -146,7 +146,7 @@ def test_injected_hyperparameters_of_rounded_state_and_its_seed(make: Callable[.
     result, state = train(injected(0.1, **COMPACT), params, grads)
     expected = train(make(0.1, **COMPACT), params, grads)
     assert_near((result, state.inner_state), expected, 0, rounded=True)
-    # The seed is an array among the others, and may be set.
+    # The seed is an array like the others, and can be set.
     solver = injected(0.1, **{**COMPACT, "seed": 8})
     assert equal_share(train(solver, params, grads)[0], result) < 0.9
     state = solver.init(params)
@@ -170,7 +170,7 @@ def test_vmap_over_optimizers(make: Callable[..., Any]) -> None:
     settings = [(0.1, 0.9, 1e-8), (0.01, 0.6, 1e-4), (0.05, 1.0, 1e-2)]
     together = jax.vmap(run)(*(jnp.asarray(column) for column in zip(*settings, strict=True)))
     for i, setting in enumerate(settings):
-        # Hyperparameters are rounded once more than Python's, and vectors are of another length.
+        # Array hyperparameters are rounded once more than Python's, and the vectors have another length.
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), run(*setting), rtol=5e-6)
 
 
@@ -223,7 +223,7 @@ def test_scan_and_cond_and_a_loop_agree(make: Callable[..., Any], dtype: Any, op
 def test_one_trace_serves_all_steps(make: Callable[..., Any], params: Any) -> None:
     solver = optax.inject_hyperparams(make)(0.1)
     weak = jax.tree.map(jnp.asarray, params)
-    # Strong types, as every step's parameters have; the state must be so by itself.
+    # Use strong types, like every step's parameters; the state must have strong types without that.
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), params)
     step = make_step(solver)
     state = solver.init(weak)
@@ -237,7 +237,7 @@ def test_one_trace_serves_all_steps(make: Callable[..., Any], params: Any) -> No
 def test_donated_buffers_are_used(make: Callable[..., Any], dtype: Any, options: dict[str, Any]) -> None:
     grads = gradients(4, 3000)
     solver = make(0.1, weight_decay=0.1, **options)
-    # A buffer that cannot be used, or is donated twice, is a warning or an error.
+    # A buffer that cannot be used, or is donated twice, causes a warning or an error.
     step, plain_step = make_step(solver, donate_argnums=(0, 1)), make_step(solver)
     expected, expected_state = jnp.ones(3000, dtype), solver.init(jnp.ones(3000, dtype))
     params, state = jax.tree.map(jnp.copy, (expected, expected_state))
@@ -266,7 +266,7 @@ def test_a_description_of_parameters_is_enough_for_init() -> None:
     assert (state.b_g.shape, state.b_g.dtype) == ((2, 8), jnp.float32)
 
 
-# Adam's are 40 and 0; a kernel for each of its three outputs, where one kernel for all would move 28.
+# Adam's numbers are 40 and 0; it uses a kernel for each of its three outputs, where a single kernel would move 28.
 @pytest.mark.parametrize(("make", "moved", "temporary"), [(vsgd, 108, 12), (constant_vsgd, 60, 8)])
 def test_bytes_that_a_compiled_step_moves_and_keeps(make: Callable[..., Any], moved: int, temporary: int) -> None:
     if jax.default_backend() != "cpu":
@@ -276,7 +276,7 @@ def test_bytes_that_a_compiled_step_moves_and_keeps(make: Callable[..., Any], mo
     params = jnp.ones(number)
     with BY_XLA:
         compiled = make_step(solver, donate_argnums=(0, 1)).lower(params, solver.init(params), params).compile()
-    # Beside the arrays there are some scalars.
+    # The tolerance allows for some scalars besides the arrays.
     assert compiled.cost_analysis()["bytes accessed"] <= moved * number + 1000
     assert compiled.memory_analysis().temp_size_in_bytes <= temporary * number + 10_000
 

@@ -1,6 +1,6 @@
-"""Steps by numba's handler in XLA: where it is chosen, what it is to compute there, and what it must survive.
+"""Test steps by numba's handler in XLA: where it is chosen, what it must compute there, and what it must survive.
 
-What each step computes, in all dtypes and rules, is the contract's and the matrix's, by the driver `optax-jit-numba`.
+The contract and the matrix test what each step computes, in all dtypes and rules, by the driver `optax-jit-numba`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GRADS = [jax.tree.map(lambda leaf, i=i: i * leaf, PARAMS) for i in (0.1, 0.7, -0
 
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """What each lowering chooses: a handler's name, or None for XLA."""
+    """Return the choice of each lowering: a handler's name, or None for XLA."""
     choices: list[str | None] = []
 
     def choose(*arguments: Any, original: Any = jax_step._choose_handler) -> str | None:
@@ -52,7 +52,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         return choices[-1]
 
     monkeypatch.setattr(jax_step, "_choose_handler", choose)
-    # What was lowered before is not lowered again.
+    # JAX does not lower again what its caches hold.
     jax.clear_caches()
     return choices
 
@@ -94,7 +94,7 @@ def run_rematerialized(solver: Any) -> Any:
 
 
 def run_twins(solver: Any) -> Any:
-    """Three runs at once, and then three of these each with other gradients of one state."""
+    """Run three runs at once, then from one of their states three steps with different gradients."""
 
     def start(params: Any) -> Any:
         return solver.update(params, solver.init(params), params)[1]
@@ -131,7 +131,7 @@ def test_the_handler_is_chosen_and_agrees_with_xla(
     assert jax.tree.structure(results) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
         one, other = (np.asarray(each, np.float64) for each in (one, other))
-        if options:  # a last digit of float32 decides in one of some thousand roundings
+        if options:  # one of some thousand roundings depends on a last digit of float32
             assert np.isclose(one, other, rtol=2e-5, atol=2e-6).mean(where=np.isfinite(other)) > 0.995 if other.size else True
         else:
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
@@ -158,7 +158,7 @@ def test_a_donated_step_needs_memory_for_three_arrays_and_others_keep_their_inpu
     analysis = make_step(solver, donate_argnums=(0, 1)).lower(params, state, params).compile().memory_analysis()
     assert len(chosen) == 12
     assert None not in chosen
-    # Directions are used up while the next ones are computed.
+    # Each direction is consumed while the next ones are computed.
     assert analysis.temp_size_in_bytes <= 3 * params[0].nbytes + 10_000
     before = jax.tree.map(np.array, (params, state))
     jax.block_until_ready(make_step(solver)(params, state, params))
@@ -171,7 +171,7 @@ def test_small_arrays_share_a_call_for_each_pair_of_dtypes() -> None:
     params |= {"one complex": jnp.ones(2, jnp.complex64), "none": None, "empty": jnp.zeros((0, 3))}
     solver = vsgd(0.1)
     text = make_step(solver).lower(params, solver.init(params), params).as_text()
-    # One for the large array, one for all small ones in float32; those in bfloat16 are one too few.
+    # One call for the large array, one for all small float32 arrays; the bfloat16 arrays are one too few for a call.
     assert len(re.findall(r"custom_call @vsgd_", text)) == 2
 
 
@@ -188,7 +188,7 @@ def test_an_array_that_shares_a_call_varies_over_the_axes_of_its_own() -> None:
     assert_same(sharded, vsgd(0.1).update(params, vsgd(0.1).init(params), params)[0], rtol=1e-6)
 
 
-# --- Where XLA compiles the step. ---
+# --- Cases where XLA compiles the step. ---
 
 
 @pytest.mark.parametrize("broken", ["jax.ffi.register_ffi_target", "vsgd.backends.xla_handler.compile_handler"])
@@ -241,7 +241,7 @@ def test_an_exported_step_holds_no_handler(chosen: list[str | None]) -> None:
 
 
 class Frame:
-    """A call frame as XLA makes it, for one array, with an API of ctypes' functions."""
+    """A call frame like XLA's, for one array, with an API of ctypes functions."""
 
     def __init__(self, size: int, schedule: Callable[[int, int], int], threads: int | None) -> None:
         from vsgd.backends import xla_handler
@@ -327,7 +327,7 @@ LATER: list[tuple[int, int]] = []
 def test_the_step_is_whole_however_tasks_are_run(threads: int | None, schedule: Any, errors: int) -> None:
     made = Frame(300_000, schedule, threads)
     assert made.call() == 0
-    while LATER:  # a late task finds nothing to do, though the frame is gone
+    while LATER:  # a late task finds nothing to do, although the frame is gone
         made.frame[:] = 0
         run_at_once(*LATER.pop())
     assert made.errors_destroyed == errors

@@ -1,4 +1,4 @@
-"""What steps by numba's handler must survive, each in a process of its own."""
+"""Scripts in which steps by numba's handler must not fail, each run in a separate process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_threads(folder: Path) -> None:
 
 
 def run_fork(folder: Path) -> None:
-    """Step in a child that was forked when a handler was compiled; where JAX itself has run, it cannot run in a child."""
+    """Step in a child that was forked after a handler was compiled; JAX must not have run, or it cannot run in the child."""
     jax_step._register_handler(core.VSGD, "float32", "float32")
     child = os.fork()
     if child == 0:
@@ -76,7 +76,7 @@ def run_fork(folder: Path) -> None:
 
 
 def run_kernels(folder: Path) -> None:
-    """Step by several handlers of one process, which come from disk if another process has compiled them."""
+    """Step by several handlers in one process, which loads them from disk if another process has compiled them."""
     done = folder / "compiled"
     params = jnp.linspace(-1, 1, SIZE)
     for make, rule in ((vsgd, core.VSGD), (constant_vsgd, core.CONSTANT_VSGD)):
@@ -105,7 +105,7 @@ def run_saved(folder: Path) -> None:
             serialize_executable.deserialize_and_load(*pickle.loads(saved.read_bytes()))
     lowered = jax.jit(solver.update).lower(*arguments)
     if not saved.exists():
-        # Not from the persistent cache, which holds no code to save.
+        # Bypass the persistent cache, which holds no code to save.
         jax.config.update("jax_enable_compilation_cache", False)
         saved.write_bytes(pickle.dumps(serialize_executable.serialize(lowered.compile())))
     loaded = serialize_executable.deserialize_and_load(*pickle.loads(saved.read_bytes()))

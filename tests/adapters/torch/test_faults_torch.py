@@ -1,4 +1,4 @@
-"""Damaged checkpoints of the torch adapter: a sentence, and not one bit of the optimizer changed."""
+"""Test that damaged checkpoints of the torch adapter raise a clear error and change no bit of the optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ StateDict = dict[str, Any]
 
 
 def trained(cls: Any = VSGD) -> tuple[Any, list[Any]]:
-    """An optimizer with two groups of one parameter each, some steps in."""
+    """Return an optimizer with two groups of one parameter each, after some steps."""
     params, _ = problem()
     optimizer = cls([{"params": [params[0]]}, {"params": [params[1]]}])
     train(optimizer, params, range(3))
@@ -29,7 +29,7 @@ def trained(cls: Any = VSGD) -> tuple[Any, list[Any]]:
 
 
 def change(*path: Any, to: Any) -> Callable[[StateDict], StateDict]:
-    """Replace what is at this place of a state dict."""
+    """Return a function that replaces a state dict's value at this path."""
 
     def apply(good: StateDict) -> StateDict:
         reduce(getitem, path[:-1], good)[path[-1]] = to
@@ -39,7 +39,7 @@ def change(*path: Any, to: Any) -> Callable[[StateDict], StateDict]:
 
 
 def drop(*path: Any) -> Callable[[StateDict], StateDict]:
-    """Remove what is at this place of a state dict."""
+    """Return a function that removes a state dict's value at this path."""
 
     def apply(good: StateDict) -> StateDict:
         del reduce(getitem, path[:-1], good)[path[-1]]
@@ -116,7 +116,7 @@ def test_a_faulty_checkpoint_changes_nothing(fault: str) -> None:
     torch.testing.assert_close(params, its_params, rtol=0, atol=0)
 
 
-# --- Anything anywhere. ---
+# --- Any value at any place. ---
 
 JUNK = st.sampled_from(
     [None, True, -1, 0, 2, 0.5, float("nan"), 10**400, "text", b"bytes", [], [1, 2], {}, {"a": 1}, *map(torch.ones, (0, 1, 5))]
@@ -124,7 +124,7 @@ JUNK = st.sampled_from(
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested dicts and lists."""
+    """Return the paths of all values in nested dicts and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [each for key, value in items for each in ((*path, key), *places(value, (*path, key)))]
 
@@ -150,7 +150,7 @@ def mutated(draw: st.DrawFn, good: StateDict) -> StateDict:
 
 
 def assert_whole_or_nothing(optimizer: Any, params: list[Any], bad: Any) -> None:
-    """It loads, or is refused and nothing changed; either way the optimizer steps on."""
+    """Assert that a state dict loads, or is rejected without any change, and that the optimizer can step afterwards."""
     before = copy.deepcopy(optimizer.state_dict())
     try:
         optimizer.load_state_dict(bad)
@@ -159,7 +159,7 @@ def assert_whole_or_nothing(optimizer: Any, params: list[Any], bad: Any) -> None
         assert after["param_groups"] == before["param_groups"]
         torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
     for group in optimizer.param_groups:
-        # Flags may have been damaged to ones that are some, and that a step on this machine refuses, as torch's own do.
+        # Reset flags that the damage may have set and that a step on this machine would reject, as torch's own optimizers do.
         group.update(capturable=False, differentiable=False, fused=None)
     train(optimizer, params, range(1))
 
@@ -185,6 +185,6 @@ def test_a_damaged_file_loads_whole_or_not_at_all(data: st.DataObject) -> None:
         content[at] ^= data.draw(st.integers(1, 255))
     try:
         read = torch.load(io.BytesIO(bytes(content)), weights_only=True)
-    except Exception:  # torch's own reader saw it, and says so by errors and warnings of many types
+    except Exception:  # torch's own reader noticed the damage, and raises errors and warnings of many types
         return
     assert_whole_or_nothing(optimizer, params, read)

@@ -1,4 +1,4 @@
-"""The kernel's disk cache: it is used, never out of date, and not needed."""
+"""Test that the kernel's disk cache is used, never out of date, and not required."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEP = """
 """
 
 
-# Numba finds no place in any of those that it tries.
+# Makes numba find no location for its cache.
 NOWHERE = """
     import numba.core.caching as caching
     caching.CacheImpl._locator_classes = []
@@ -39,15 +39,15 @@ NOWHERE = """
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A copy of the package."""
+    """Copy the package."""
     shutil.copytree(Path(vsgd.__file__).parent, tmp_path / "vsgd", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "vsgd"
 
 
 def run(folder: Path, script: str = STEP) -> list[int]:
-    """Cache hits and misses of a fused step, checked against the loop, in a new process with the package of this folder."""
-    # No bytecode files: numba's key tells a function of one from the same function of its source. Where pip installed the
-    # package, every run has the files.
+    """Return cache hits and misses of a fused step, checked against the loop, in a new process with this folder's package."""
+    # Write no bytecode files: numba's key distinguishes a function loaded from one from the same function of its source. Where
+    # pip installed the package, every run has the files.
     environment = {"NUMBA_CACHE_DIR": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     return list(map(int, run_script(script, folder=folder, **environment)))
 
@@ -56,7 +56,7 @@ def test_an_edited_core_is_compiled_anew(package: Path) -> None:
     core = package / "core.py"
     assert run(package.parent) == [0, 1]
     assert run(package.parent) == [1, 0]
-    # The loop runs what stands in the file: the two disagree where the cache serves what stood there before.
+    # The loop runs the code in the file, so the two disagree if the cache returns the old code.
     for old, new in [("decay - lr * direction", "decay + lr * direction"), ("drift = gain * innovation", "drift = innovation")]:
         core.write_text(core.read_text().replace(old, new))
         assert run(package.parent) == [0, 1]

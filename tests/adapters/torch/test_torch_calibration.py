@@ -1,4 +1,4 @@
-"""`prior_strength="auto"` where torch alone has the case: late groups, compilation, scaled gradients, checkpoints, adapters."""
+"""Test `prior_strength="auto"` in cases of torch alone: late groups, compilation, scaled gradients, checkpoints, adapters."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_low_rank_factors_that_begin_at_zero_train() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    best = torch.linalg.svdvals(target)[2:].square().sum() / 8  # of a matrix of rank 2
+    best = torch.linalg.svdvals(target)[2:].square().sum() / 8  # the best matrix of rank 2
     assert losses[-1] < best + 0.2 * (losses[0] - best)
 
 

@@ -1,4 +1,4 @@
-"""`torch.compile(optimizer.step)`: one graph, no compiling anew, the same steps."""
+"""Test that `torch.compile(optimizer.step)` makes one graph, does not recompile, and takes the same steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads and forks: what users do around an optimizer, with the kernel that has threads of its own."""
+"""Test threads and forks around an optimizer whose kernel has its own threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from vsgd.torch import VSGD
 
-SIZE = 300_000  # enough that the kernel uses its threads
+SIZE = 300_000  # large enough for the kernel to use its threads
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 
 
@@ -44,7 +44,7 @@ def test_optimizers_step_in_several_threads_at_once(engine: dict[str, Any]) -> N
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_concurrent_steps_survive_each_threading_layer_of_numba(layer: str) -> None:
     pytest.importorskip("numba")
-    # In a process of its own: the layer is chosen once, and workqueue ends the process where calls overlap.
+    # Use a new process: numba chooses the layer once, and workqueue ends the process when calls overlap.
     script = """
         import sys, numba
         numba.config.THREADING_LAYER = sys.argv[1]
@@ -58,8 +58,8 @@ def test_concurrent_steps_survive_each_threading_layer_of_numba(layer: str) -> N
 @forks
 def test_a_forked_child_steps_by_itself() -> None:
     pytest.importorskip("numba")
-    # In a process of its own: the child of a fork inherits threads and locks. The child calls nothing else of torch that is
-    # parallel, for torch's own threads do not survive a fork either.
+    # Use a new process, because the child of a fork inherits threads and locks. The child calls no other parallel torch
+    # function, because torch's own threads do not survive a fork either.
     script = """
         import hashlib, os, torch
         from vsgd.torch import VSGD

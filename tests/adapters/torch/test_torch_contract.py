@@ -1,4 +1,4 @@
-"""What torch's own tests require of Adam, required of VSGD."""
+"""Test that VSGD meets what torch's own tests require of Adam."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_schedulers_step_equals_setting_the_number(makers: Any, tensor_lr: boo
     assert VSGD(others).step() is None
     for _ in range(20):
         reference.param_groups[0]["lr"] = float(optimizer.param_groups[0]["lr"])
-        with torch.no_grad():  # the closure runs with gradients all the same
+        with torch.no_grad():  # the closure runs with gradients nevertheless
             loss = optimizer.step(closure)
         assert loss == reference.step(other_closure)
         for scheduler in schedulers:
@@ -84,7 +84,7 @@ def test_a_schedulers_step_equals_setting_the_number(makers: Any, tensor_lr: boo
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_hyperparameters_may_be_tensors_of_one_number(cls: type, engine: dict[str, Any], shape: tuple[int, ...]) -> None:
     kappas = ["kappa1", "kappa2"] if cls is VSGD else ["kappa"]
-    # Exact in float32, so that nothing but the kind differs.
+    # The values are exact in float32, so that only the type differs.
     numbers = {"lr": 2.0**-7, "variance_ratio": 8.0, "prior_strength": 2.0**-20, "eps": 2.0**-10, "weight_decay": 0.125}
     numbers |= dict.fromkeys(kappas, 0.75)
     tensors: dict[str, Any] = {name: torch.full(shape, value) for name, value in numbers.items()}
@@ -173,6 +173,6 @@ def test_grad_scaler_unscales_and_skips_what_is_not_finite(cls: type, engine: di
         scaler.update()
         if seed != 2:
             train(plain, others, range(seed, seed + 1))
-    # Scales are powers of two: unscaling is exact.
+    # Scales are powers of two, so unscaling is exact.
     assert_close(params, others, rtol=0, atol=0)
     assert scaler.get_scale() == 512.0

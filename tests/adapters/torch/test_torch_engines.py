@@ -1,4 +1,4 @@
-"""The torch adapter's engines: the same numbers from each, for parameters of all kinds."""
+"""Test that the torch adapter's engines compute the same numbers, for parameters of all kinds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vsgd.torch import VSGD
 
 
 def train_assorted(cls: type, **options: Any) -> tuple[list[nn.Parameter], Any]:
-    """Parameters of all kinds: 0-d, empty, all dtypes, dense in another order, with gaps, one that never has a gradient."""
+    """Train parameters of all kinds: 0-d, empty, all dtypes, other memory orders, with gaps, one that never has a gradient."""
     shapes = ((), (0, 3), (33, 9), (4, 3, 5, 5), (6, 5), (6, 8), (11,), (8, 3), (13,), (5, 2), (3,))
     tensors = randn_like([torch.empty(shape) for shape in shapes], seed=0)
     tensors[3] = tensors[3].to(memory_format=torch.channels_last)
@@ -30,7 +30,7 @@ def train_assorted(cls: type, **options: Any) -> tuple[list[nn.Parameter], Any]:
     for t in range(6):
         for index, param in enumerate(params[:-1]):
             grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-            # Some gradients in the parameter's order of memory, some not; one parameter joins late.
+            # Some gradients have the parameter's memory order, and some do not; one parameter joins late.
             param.grad = grad if index % 3 else torch.empty_like(param.detach()).copy_(grad)
             if index == 2 and t < 2:
                 param.grad = None
@@ -45,7 +45,7 @@ def test_all_engines_agree_on_all_kinds_of_parameters(cls: type, block: int, mon
     reference, reference_optimizer = train_assorted(cls, foreach=False)
     for engine in (*ENGINES[1:], {}):
         params, optimizer = train_assorted(cls, **engine)
-        # Fused, the compiler contracts a*b+c to one rounding: the last bits differ.
+        # The fused engine's compiler contracts a*b+c to one rounding, so the last bits differ.
         tolerance = {"rtol": 0, "atol": 0} if "foreach" in engine else {}
         assert_close(params, reference, **tolerance)
         for param, other in zip(params, reference, strict=True):
@@ -64,7 +64,7 @@ def test_autograd_runs_through_a_differentiable_step(cls: type, hyper: tuple[flo
     options = {"weight_decay": weight_decay, "maximize": maximize, "differentiable": True}
 
     def stepped(lr: Tensor, param: Tensor, grad: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        # Clones, for a leaf that is tracked may not change in place; not detached: gradcheck needs the graph.
+        # Clone, because a tracked leaf may not change in place; do not detach, because gradcheck needs the graph.
         param = param.clone()
         param.grad = grad.clone()
         optimizer = cls([param.detach().requires_grad_()], lr=lr, **options)
@@ -86,7 +86,7 @@ def test_autograd_runs_through_a_differentiable_step(cls: type, hyper: tuple[flo
 def test_coefficients_on_the_device_equal_those_on_the_host(
     cls: type, foreach: bool, tensor_lr: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # No CPU can capture a graph; that the step reads nothing back can be had here all the same.
+    # The CPU cannot capture a graph, but this test can still check that the step reads nothing back.
     monkeypatch.setattr("vsgd.torch.optimizer.list_capturable_devices", lambda: ["cpu"])
     monkeypatch.setattr("vsgd.backends.torch.leaves.CPU_BLOCK", 4)
     (params, _), (others, _) = problem(dtype=torch.float64), problem(dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
             # Counts differ between parameters, and so do their coefficients.
             param.grad = other.grad = None if index == 1 and seed < 3 else grads[index]
         with monkeypatch.context() as patch:
-            if captured.state:  # the first step looks whether lr is 0, which a warm-up before the capture has behind it
+            if captured.state:  # the first step checks whether lr is 0; warm-up precedes a capture
                 patch.setattr(Tensor, "item", lambda _: pytest.fail("a value was read back to the host"))
             captured.step()
         host.step()
@@ -110,7 +110,7 @@ def test_coefficients_on_the_device_equal_those_on_the_host(
 @engines
 @pytest.mark.parametrize("shape", [(400_000,), (3, 2)], ids=str)
 def test_state_that_no_longer_fits_is_an_error_and_no_write_elsewhere(engine: dict[str, Any], shape: tuple[int, ...]) -> None:
-    # As when a parameter's data was exchanged, in pruning or resizing.
+    # Pruning or resizing exchanges a parameter's data like this.
     param = nn.Parameter(torch.ones(2, 3))
     optimizer = VSGD([param], **engine)
     train(optimizer, [param], range(1))
@@ -122,7 +122,7 @@ def test_state_that_no_longer_fits_is_an_error_and_no_write_elsewhere(engine: di
 @engines
 @pytest.mark.parametrize("kind", ["negative", "conjugate"])
 def test_a_lazy_gradient_counts_as_what_it_is(kind: str, engine: dict[str, Any]) -> None:
-    # Memory of the other sign, with a bit that says so, as the imaginary part of a conjugate has.
+    # The memory holds the negative values, with a bit that marks it, like the imaginary part of a conjugate.
     grad = torch.tensor([1.0, -2.0, 3.0, -4.0])
     lazy = torch._neg_view(grad) if kind == "negative" else torch.complex(grad, grad).conj()
     params = [nn.Parameter(torch.ones_like(lazy)) for _ in range(2)]
@@ -155,7 +155,7 @@ def test_blocks_and_layouts_have_the_noise_of_their_places(engine: dict[str, Any
         optimizer = VSGD([param], **engine, state_dtype="bfloat16")
         train(optimizer, [param], range(3))
         ends[name] = optimizer.state[param]["b_g"]
-    # The gaps are not in the state, which lies as the first one does.
+    # The state has no gaps, so its layout equals that of the first one.
     assert (ends["one"] == ends["gapped"]).float().mean() > 0.999
-    # The transposed state lies in another order, and is rounded with other noise.
+    # The transposed state has another memory order, and is rounded with different noise.
     assert (ends["one"] == ends["transposed"]).float().mean() < 0.9

@@ -1,4 +1,4 @@
-"""What a step does on a GPU besides its numbers: streams, waits, graphs, and more elements than 32 bits count."""
+"""Test what a step does on a GPU apart from its numbers: streams, waits, graphs, and more elements than 32 bits can count."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_replayed_graph_equals_single_steps(cls: type, engine: dict[str, Any],
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    # A graph that reads freed memory would see these numbers.
+    # A graph that reads freed memory would read these numbers.
     junk = [torch.full((size,), 7, device="cuda") for size in (4, 64, 1024, 8192)] * 8
     for _ in range(5):
         graph.replay()

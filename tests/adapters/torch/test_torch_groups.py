@@ -1,4 +1,4 @@
-"""The recipe of the documentation for weight decay in PyTorch: what decays, and that it trains."""
+"""Test the documentation's recipe for weight decay in PyTorch: which parameters decay, and that it trains."""
 
 from __future__ import annotations
 

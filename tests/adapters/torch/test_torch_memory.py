@@ -1,4 +1,4 @@
-"""A step needs little memory beside the parameters, their gradients and the state."""
+"""Test that a step needs little memory in addition to the parameters, their gradients and the state."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ MEASURE = """
 @engines
 def test_a_step_needs_at_most_64_mb(engine: dict[str, bool]) -> None:
     (peak,) = run_script(MEASURE, repr(engine))
-    # 192 MiB of parameters, of which 5% are 10 MiB: the larger bound holds. One temporary of a parameter's size breaks it.
+    # The parameters take 192 MiB, 5% of which is 10 MiB: the larger bound applies. One temporary of a parameter exceeds it.
     assert int(peak) <= 64e6

@@ -1,4 +1,4 @@
-"""Watching a torch optimizer: what is told, when it looks, where it writes, and that it changes nothing."""
+"""Test watching a torch optimizer: what the monitor reports, when it looks, where it writes, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vsgd.torch.monitor import watch
 def start(
     cls: Any = VSGD, dtypes: Any = ("float32",), shapes: Any = ((7, 3), (), (0,), (11,)), steps: int = 3, **flags: Any
 ) -> Any:
-    """Parameters, and their optimizer after some steps."""
+    """Return parameters, and their optimizer after some steps."""
     params = [torch.nn.Parameter(torch.ones(shape, dtype=getattr(torch, dtype))) for dtype in dtypes for shape in shapes]
     optimizer = cls([{"params": params[:2]}, {"params": params[2:], "prior_strength": 1e-3}], **flags)
     train(optimizer, params, range(steps))
@@ -52,7 +52,7 @@ def test_what_is_seen_is_what_the_posterior_says(
         with optimizer.register_step_pre_hook(tell):
             train(optimizer, params, range(4, 5))
     (seen,), ((scales, surprises, known),) = looks, told
-    names[-1] = (str(len(params) - 1), params[-1])  # which was given none
+    names[-1] = (str(len(params) - 1), params[-1])  # this parameter has no name
     assert seen.step == 4
     assert set(seen.tensors) == {name for name, param in names if param.numel()}
     for index, (name, param) in enumerate(names):
@@ -78,7 +78,7 @@ def test_large_tensors_are_sampled_and_cut_into_blocks(monkeypatch: pytest.Monke
     ]:
         for quantile, share in ((summary.snr_10, 0.1), (summary.snr_50, 0.5), (summary.snr_90, 0.9)):
             assert np.mean(snr < quantile) == pytest.approx(share, abs=0.05)
-    assert looks[0].overall.noise_trace == pytest.approx(float(scales.overall.trace), rel=1e-5)  # of all elements
+    assert looks[0].overall.noise_trace == pytest.approx(float(scales.overall.trace), rel=1e-5)  # over all elements
 
 
 def test_what_has_no_gradient_has_no_surprise_and_what_has_no_state_or_elements_is_left_out() -> None:
@@ -119,7 +119,7 @@ def test_the_hook_ends_when_removed_and_is_in_no_copy() -> None:
     optimizer.step()
     assert len(looks) == 1
     saved = io.BytesIO()
-    torch.save(optimizer, saved)  # a hook could not be pickled: it is a closure
+    torch.save(optimizer, saved)  # a hook could not be pickled, because it is a closure
     saved.seek(0)
     for other in (copy.deepcopy(optimizer), torch.load(saved, weights_only=False)):
         train(other, [param for group in other.param_groups for param in group["params"]], range(1))

@@ -1,4 +1,4 @@
-"""The meter of the noise scale: each step against gradients of its parts that autograd gives one by one."""
+"""Test the noise-scale meter: compare each step with the gradients of its parts, computed one by one by autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 8
 
 
 class Network(nn.Module):
-    """A weight used twice, one that may be complex, a number, one that few parts use, and ones without elements or gradient."""
+    """A network with a shared, a possibly complex, a scalar and a rarely used weight, and ones without elements or gradient."""
 
     def __init__(self, dtype: torch.dtype = torch.complex64) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class Network(nn.Module):
 
 
 def losses(model: Network, step: int, parts: int = 3, factor: float = 1.0) -> Iterator[Tensor]:
-    """The loss of each part of a step."""
+    """Yield the loss of each part of a step."""
     generator = torch.Generator().manual_seed(step)
     for part in range(parts):
         yield factor * model(torch.randn(SIZE, 3, generator=generator), rare=part == 1).square().mean()
 
 
 def compute_truth(model: Network, *args: Any) -> tuple[float, float]:
-    """Trace and squared norm by the variance over the parts, in units of the sum of their losses."""
+    """Return trace and squared norm from the variance over the parts, in units of the sum of their losses."""
     rows = []
     for loss in losses(model, *args):
         grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
@@ -59,7 +59,7 @@ def start(model: Network | None = None, **options: Any) -> tuple[Network, torch.
 
 
 def take_step(model: Network, optimizer: torch.optim.Optimizer, *args: Any) -> tuple[float, float]:
-    """Take a step, and return the truth of it."""
+    """Take a step, and return its true trace and squared norm."""
     truth = compute_truth(model, *args)
     optimizer.zero_grad()
     for loss in losses(model, *args):
@@ -135,7 +135,7 @@ def test_no_step_waits_for_a_value() -> None:
             loss.backward()
         optimizer.step()
         with pytest.raises(AssertionError):
-            meter._found[0][0].item()  # so it would be seen
+            meter._found[0][0].item()  # the mode notices a read
     assert meter.read().steps == 1
 
 

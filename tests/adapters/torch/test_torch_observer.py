@@ -1,4 +1,4 @@
-"""The gradient observer of torch: where it attaches, what it survives, what it refuses."""
+"""Test where torch's gradient observer attaches, what it survives, and what it rejects."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_attached_to_an_optimizer_it_sees_each_steps_gradients_and_changes_nothi
     with attached.attach(optimizers[1]):
         for step in range(6):
             take_step(step)
-    take_step(6)  # no longer seen
+    take_step(6)  # the observer no longer sees it
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(attached.posterior(other), by_hand.posterior(one), rtol=0, atol=0)
@@ -84,7 +84,7 @@ def test_half_precision_double_precision_and_frozen_parameters() -> None:
     observer.observe()
     assert observer.posterior(half).mean.dtype == torch.float32
     assert observer.posterior(double).mean.tolist() == [0.5, 0.5]  # a quarter of the first gradient
-    assert observer.surprise() == {}  # nothing was expected of the first gradient
+    assert observer.surprise() == {}  # the first gradient has no prediction
     observer.observe()
     assert list(observer.surprise()) == ["half", "double"]
     with pytest.raises(ValueError, match="param is frozen, which has no gradient yet, but one must be observed first"):

@@ -1,4 +1,4 @@
-"""A fused step that repeats the last one: whatever changes in between, it is the step that the loop would take."""
+"""Test that a fused step that repeats the previous one equals the loop's step, whatever changes in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start(**engine: Any) -> tuple[Params, VSGD]:
 
 
 def assert_as_the_loop(steps: int, prepare: Callable[[int, Params, VSGD], Any]) -> tuple[Params, VSGD]:
-    """Compare fused steps with the loop's; before each, `prepare` changes what the gradients of its seed are set on."""
+    """Compare fused steps with the loop's; before each, `prepare` sets the gradients of its seed and makes changes."""
     (params, fused), (others, loop) = start(fused=True), start(foreach=False)
     for seed in range(steps):
         for each, optimizer in ((params, fused), (others, loop)):
@@ -116,7 +116,7 @@ CHANGES: dict[str, Change] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_counts(change: str) -> None:
     def prepare(seed: int, params: Params, optimizer: VSGD) -> None:
-        if seed in (3, 5):  # where the last step was the first of its kind, and where it repeated one
+        if seed in (3, 5):  # after a step that was the first of its kind, and after one that repeated a step
             CHANGES[change](params, optimizer)
         set_grads(params, seed)
 
@@ -139,7 +139,7 @@ def test_a_gradient_of_another_kind_counts_as_what_it_is(kind: str) -> None:
         set_grads(params, seed)
         if seed in (3, 5, 6):
             grad = GRADIENTS[kind](params[0].grad)
-            if kind == "of another dtype":  # where its memory was exchanged behind autograd's back
+            if kind == "of another dtype":  # its memory was exchanged without autograd's notice
                 params[0].grad.data = grad
             else:
                 params[0].grad = grad

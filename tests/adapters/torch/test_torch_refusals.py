@@ -1,4 +1,4 @@
-"""What a step of the torch adapter refuses in one group of parameters leaves all groups as they were."""
+"""Test that an error in one parameter group of the torch adapter leaves all groups unchanged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAULTS: dict[str, tuple[Callable[[VSGD, Patch], Any], type[Exception], str]] = {
     "no kernel": (fused_without_a_kernel, RuntimeError, "`fused=True` requires .* but one is on meta"),
     "broken kernel": (fused_that_cannot_be_imported, ImportError, "fused=True cannot be imported: broken"),
     "capturable": (lambda optimizer, patch: optimizer.param_groups[1].update(capturable=True), *CAPTURABLE),
-    # The fused engine has planned the next step of the first group.
+    # The fused engine has already planned the next step of the first group.
     "capturable later": (lambda optimizer, patch: optimizer.param_groups[0].update(capturable=True), *CAPTURABLE),
     "a count with a gradient": (a_count_with_a_gradient, RuntimeError, "`requires_grad` is not supported for `step`"),
 }

@@ -1,4 +1,4 @@
-"""`schedulefree.ScheduleFreeWrapper` around VSGD: a constant rate ends as if it had fallen, and a run resumes."""
+"""Test `schedulefree.ScheduleFreeWrapper` around VSGD: a constant rate ends like a falling one, and a run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts and checkpoints: what is saved comes back bit by bit, in full precision, also from other implementations."""
+"""Test that state dicts and checkpoints restore the state bit by bit, in full precision, also from other implementations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vsgd.torch import VSGD
 
 
 def saved_and_loaded(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as an attacker's file is read: no code runs."""
+    """Return a state dict after saving and loading it as an untrusted file, which runs no code."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -72,14 +72,14 @@ def test_state_that_was_looked_at_before_the_first_gradient_loads() -> None:
     params, _ = problem()
     optimizer = VSGD(params)
     train(optimizer, params[:1], range(2))
-    assert optimizer.state[params[1]] == {}  # which makes an entry, as in every defaultdict
+    assert optimizer.state[params[1]] == {}  # indexing makes an entry, as in every defaultdict
     optimizer.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     train(optimizer, params, range(2, 4))
     assert [optimizer.state[param]["step"].item() for param in params] == [4, 2]
 
 
 def authors_state_dict(case: str, step: int) -> dict[str, Any]:
-    """What the authors' code would have saved: from their recorded arrays, in the form of their `VSGD.state_dict()`."""
+    """Return what the authors' code would have saved: their recorded arrays, in the form of their `VSGD.state_dict()`."""
     known = golden(case)
     defaults = {"ghattg": 30.0, "ps": 1e-8, "tau1": 0.81, "tau2": 0.9, "weight_decay": 0.0, "eps": 1e-8}
     hyper = json.loads((TESTS / "golden" / "cases.json").read_text())[case]["hyper"]
@@ -140,7 +140,7 @@ def test_a_checkpoint_with_decay_through_the_gradient_is_refused() -> None:
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_a_dry_run_makes_state_on_any_device(device: str, tensor_lr: bool) -> None:
-    # As torch.distributed.checkpoint makes it; of a model without memory; on the CPU, of an optimizer for a GPU.
+    # torch.distributed.checkpoint takes such a step, for a model without memory ("meta") or a GPU's optimizer on the CPU.
     param = nn.Parameter(torch.zeros(3, device=device))
     param.grad = torch.zeros_like(param)
     optimizer = VSGD([param], lr=torch.tensor(0.0) if tensor_lr else 0.0, capturable=device == "cpu")
@@ -151,7 +151,7 @@ def test_a_dry_run_makes_state_on_any_device(device: str, tensor_lr: bool) -> No
 
 @pytest.mark.parametrize("case", ["lr is not 0", "a gradient is not 0", "there is state"])
 def test_any_other_step_at_zero_is_counted(case: str) -> None:
-    # A warm-up may begin at lr 0, and gradients may vanish: only both, at the very first step, is no step of training.
+    # A warm-up may begin at lr 0, and gradients may vanish: only both, in the very first step, mean a dry run.
     param = nn.Parameter(torch.ones(3))
     optimizer = VSGD([param], lr=0.1 if case != "a gradient is not 0" else 0.0)
     param.grad = torch.tensor([0.0, float(case == "a gradient is not 0"), 0.0])

@@ -1,6 +1,6 @@
-"""The Triton kernel: interpreted, it is NumPy's step bit for bit; compiled, it moves no byte twice and rounds exactly.
+"""Test the Triton kernel: interpreted, it equals NumPy's step bit for bit; compiled, it moves no byte twice and rounds exactly.
 
-Interpreting must be asked for before Triton is imported, so `torch_interpreted.py` runs in its own process.
+The interpreter must be enabled before Triton is imported, so `torch_interpreted.py` runs in a separate process.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def test_interpreted_it_is_numpys_step() -> None:
 
 
 def wide(stored: Any) -> Any:
-    """The arithmetic's dtype, for state of this one."""
+    """Return the arithmetic's dtype for state of this dtype."""
     return tl.float32 if stored is tl.bfloat16 else stored
 
 
 def compiled(
     folder: Path, kind: str, param: Any, stored: Any, capability: int, *, rounds: bool = False, aligned: bool = True
 ) -> tuple[Counter[str], int]:
-    """How often each PTX instruction stands in the kernel, and how many scalars a step has."""
+    """Return how often each PTX instruction occurs in the kernel, and how many scalars a step has."""
     rule = RULES[kind]
     types = (param, param, *(stored for _ in rule.state_names))
     count = len(rule.coefficients(1, rule.hyperparameters())) + 3
@@ -81,7 +81,7 @@ def compiled(
 
 
 def moved(instructions: Counter[str], operation: str, *, vectors: bool) -> int:
-    """Bytes that a thread's loads or stores move, in vectors or one by one."""
+    """Return the bytes that a thread's loads or stores move, in vectors or one by one."""
     pattern = re.compile(operation + r"\.global" + (r"\.v(\d)" if vectors else "()") + r"\.[bfsu](\d+)")
     found = ((pattern.fullmatch(name), times) for name, times in instructions.items())
     return sum(int(match[1] or 1) * int(match[2]) // 8 * times for match, times in found if match)
@@ -111,9 +111,9 @@ def test_compiled_it_moves_what_it_must_and_rounds_exactly(
     elements = fused_cuda.CHUNK // threads
     narrow, state = param.primitive_bitwidth // 8, len(RULES[kind].state_names) * stored.primitive_bitwidth // 8
     read, written = elements * (2 * narrow + state), elements * (narrow + state)
-    # A whole chunk in vectors; then, for the end of a tensor, each element by itself. Beside them the table: a chunk's two
-    # numbers, a size and a row, an address for each array in either case; the scalars; for noise a key and, in either case, a
-    # place.
+    # The kernel reads a whole chunk in vectors, or, for the end of a tensor, each element separately. It also reads the table:
+    # a chunk's two numbers, a size and a row, an address for each array in either case; the scalars; for noise a key and, in
+    # either case, a place.
     table = 8 * (2 + 2 + 2 * (2 + len(RULES[kind].state_names))) + scalars * size // 8 + (4 + 2 * 8) * rounds
     assert moved(instructions, "ld", vectors=True) == read
     assert moved(instructions, "ld", vectors=False) == read + table
@@ -121,12 +121,12 @@ def test_compiled_it_moves_what_it_must_and_rounds_exactly(
     assert not [name for name in instructions if re.search(r"shared|fma|approx|full|ftz", name)]
     assert instructions[f"div.rn.f{size}"] == 2 * elements * (2 if kind == "VSGD" else 1)
     assert instructions[f"sqrt.rn.f{size}"] == 2 * elements
-    # Each with its rounding said, which keeps the assembler from contracting them.
+    # Each instruction states its rounding, which keeps the assembler from contracting it.
     assert not [name for name in instructions if re.fullmatch(r"(add|sub|mul)\.f\d+", name)]
     assert instructions[f"mul.rn.f{size}"]
     if tl.bfloat16 in (param, stored):
         assert [name for name in instructions if name.startswith("cvt.rn.bf16")]
-    # In 32 bits: the hash's two for each element, and one for each rounded array but the first of the state, whose factor is 1.
+    # In 32 bits: the hash's two per element, and one per rounded array except the state's first, whose factor is 1.
     factors = (len(RULES[kind].state_names) - 1) * (stored is tl.bfloat16) + (param is tl.bfloat16)
     assert instructions["mul.lo.s32"] == 2 * elements * (2 + factors) * rounds
 
@@ -175,7 +175,7 @@ def test_it_is_numpys_step_bit_for_bit(kind: str, dtype: str, maximize: bool) ->
     rng = np.random.default_rng(0)
 
     def draw() -> list[np.ndarray]:
-        # Shorter than a chunk, none at all, whole chunks, and whole chunks with a rest.
+        # Shorter than a chunk, empty, whole chunks, and whole chunks with a rest.
         return [rng.standard_normal(size).astype(dtype) for size in (5, 0, 2048, 2500)]
 
     params = draw()
@@ -193,7 +193,7 @@ def test_it_is_numpys_step_bit_for_bit(kind: str, dtype: str, maximize: bool) ->
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", RULES)
 def test_it_rounds_as_the_definition_says(kind: str, dtype: str, capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that the kernel takes every step.
+    # Make the kernel take every step.
     monkeypatch.setattr(loop.Loop, "step", None)
     monkeypatch.setattr(foreach.Foreach, "step", None)
     flags = {"fused": True, "device": DEVICE, "capturable": capturable}

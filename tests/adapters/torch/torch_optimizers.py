@@ -1,4 +1,4 @@
-"""A small problem for torch's optimizers, the engines that can run here, and how two runs are compared."""
+"""A small problem for torch's optimizers, the engines that can run here, and comparisons of two runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ engines = pytest.mark.parametrize("engine", ENGINES, ids=str)
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
-    """A small regression with two parameters, and its closure."""
+    """Return the two parameters of a small regression, and its closure."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator, dtype=dtype) for size in ((5, 4), (5,), (4,)))
     params = [nn.Parameter(weight), nn.Parameter(bias)]
@@ -49,7 +49,7 @@ def randn_like(params: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def set_grads(params: Sequence[Tensor], seed: int) -> None:
-    """Gradients that depend on the seed only."""
+    """Set gradients that depend only on the seed."""
     for param, grad in zip(params, randn_like(params, seed), strict=True):
         param.grad = grad
 
@@ -57,7 +57,7 @@ def set_grads(params: Sequence[Tensor], seed: int) -> None:
 def train(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], seeds: range, step: Callable[[], Any] | None = None
 ) -> None:
-    """Steps on gradients that depend on the seed only."""
+    """Take steps with gradients that depend only on the seeds."""
     for seed in seeds:
         set_grads(params, seed)
         (step or optimizer.step)()
@@ -72,7 +72,7 @@ def assert_same_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) 
 
 
 def run_script(script: str, *arguments: str, folder: Path = TESTS.parent, **environment: str) -> list[str]:
-    """What a script prints, in words, in a process of its own that starts in this folder."""
+    """Run a script in a new process that starts in this folder, and return the words it prints."""
     path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     environment = {**os.environ, "PYTHONPATH": path, **environment}

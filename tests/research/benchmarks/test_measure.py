@@ -1,4 +1,4 @@
-"""What the benchmarks measure: their statistics, what they count, and which results go together. No time is asserted."""
+"""Test the benchmarks' statistics and counts, and which results belong together. No time is asserted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from reporting.pages import format_table, replace_section
 
 
 def test_a_paired_ratio_by_hand() -> None:
-    # 2 / 1, 3 / 2 and 8 / 2; one round was sat out.
+    # The ratios are 2 / 1, 3 / 2 and 8 / 2; in one round the competitor did not run.
     assert timing.compute_paired_ratio([2.0, 3.0, None, 8.0], [1.0, 2.0, 5.0, 2.0]) == (2.0, 1.75, 3.0)
 
 
 class Machine:
-    """A clock, and steps that move it; the machine grows slower by a factor with every round."""
+    """A clock, and steps that advance it; the machine slows down by a factor in every round."""
 
     def __init__(self, factor: float = 2.0) -> None:
         self.factor = factor
@@ -87,7 +87,7 @@ def test_a_shape_that_is_none(word: str) -> None:
 
 def test_moving_memory_adds_every_element_once() -> None:
     memory = machine.Memory(8000)
-    # Two arrays of 1000 float32, of which one is read, the other read and written.
+    # Two arrays of 1000 float32: one is read, the other is read and written.
     assert memory.moved == 3 * 4000
     for move in (memory._add_by_one_thread, memory._add_by_all_threads):
         before = memory._a.copy()
@@ -143,4 +143,4 @@ def test_the_accuracy_of_compact_state_is_reported(tmp_path: Path) -> None:
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
     means = [[float(cell.split("±")[0]) for cell in row.split("|")[2:-1]] for row in rows]
     for wide, compact, difference in zip(*means, strict=True):
-        assert compact - wide == pytest.approx(difference, abs=0.06 * wide)  # of two digits each
+        assert compact - wide == pytest.approx(difference, abs=0.06 * wide)  # each has two digits

@@ -1,4 +1,4 @@
-"""The benchmarks' suites: every competitor steps, and their commands run. No time is asserted."""
+"""Test that every competitor of the benchmarks' suites steps, and that the suites' commands run. No time is asserted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from research.scripts import run
 
 from benchmarks import catalogue, machine, measure, shapes
 
-# The numbers of state that competitors have for each parameter.
+# The numbers of state that each competitor stores per parameter.
 STATE = {
     "torch": {
         **dict.fromkeys(("AdamW(fused=True)", "AdamW()", "AdamW(foreach=True)"), 2),
@@ -101,7 +101,7 @@ def test_a_run_of_a_suite(suite: str, tmp_path: Path) -> None:
         # A step reads parameter, gradient and state, and writes parameter and state.
         state = 4 * STATE[suite][name]
         assert found["traffic_bytes"] == (12 + 2 * state) * 128, name
-        # And a count of steps.
+        # The state includes a count of steps.
         assert state <= found["state_bytes_per_parameter"] < state + 0.1, name
         assert set(found["against"]) == set(results["baselines"])
         assert len(found["seconds"]) == 1
@@ -135,7 +135,7 @@ def test_temporaries_of_the_parameters_size_show() -> None:
     pytest.importorskip("torch")
     if not machine.can_measure_peak():
         pytest.skip("the system does not let the peak start anew")
-    # Torch's lists of tensors make a copy of 16 MB of parameters, its fused kernel none.
+    # Torch's lists of tensors copy 16 MB of parameters; its fused kernel copies none.
     lists, fused = (
         probed("torch", "parameters=4000000", f"AdamW({mode}=True)", **machine.RETURN_MEMORY)["transient_bytes"]
         for mode in ("foreach", "fused")

@@ -1,4 +1,4 @@
-"""Batches: what augmentation may make of an image, and what a pass over the images is."""
+"""Test what augmentation may do to an image, and what a pass over the images contains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = np.arange(10, dtype=np.int32)
 
 
 def views(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
-    """All that augmentation may make of an image, and how: shifted by 4 pixels at most, black beyond, and mirrored."""
+    """Return all views that augmentation may make, and how: shifted by up to 4 pixels, black outside, and mirrored."""
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     found = {}
     for down in range(9):
@@ -34,7 +34,7 @@ def test_every_shift_and_mirroring_comes_equally_often() -> None:
     rng = np.random.default_rng(0)
     seen = [VIEWS[i][each.tobytes()] for _ in range(300) for i, each in enumerate(batches.augment_images(IMAGES, rng))]
     counts = np.array([seen.count(how) for how in VIEWS[0].values()])
-    # 3000 draws of 162: binomial, of mean 18.5 and deviation 4.3; five deviations.
+    # 3000 draws of 162 views: binomial, with mean 18.5 and deviation 4.3; five deviations.
     assert counts.min() > 0
     assert counts.max() < 40
     assert np.mean([mirrored for *_, mirrored in seen]) == pytest.approx(0.5, abs=0.05)
@@ -48,9 +48,9 @@ def test_a_pass_has_no_image_twice_and_passes_differ() -> None:
     every = train_batches()
     passes = [[int(label) for step in range(first, first + 3) for label in every[step][1]] for first in (0, 3, 6, 9)]
     for each in passes:
-        assert len(set(each)) == 9  # the tenth of 10 is left out
+        assert len(set(each)) == 9  # a batch size of 3 leaves out the tenth image
     assert len(set(map(tuple, passes))) == 4
-    # All images come in time.
+    # Over several passes, all images occur.
     assert {label for each in passes for label in each} == set(range(10))
 
 

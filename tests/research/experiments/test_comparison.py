@@ -1,4 +1,4 @@
-"""The comparison's protocol, on the committed records; `test_committed_pages.py` has its tables."""
+"""Test the comparison's protocol on the committed records; `test_committed_pages.py` tests its tables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_choices_and_the_target_are_made_on_the_tuning_seeds_and_tested_on_fresh
 
     found = Comparison(tasks.TASKS[TASK], find)
     for entrant in ENTRANTS:
-        # A trial that two arms chose comes once.
+        # A trial that two arms chose occurs once.
         trials = list(dict.fromkeys(found.choose_trial(entrant, arm) for arm in ARMS))
         settings = [(each.trial, each.seed) for each in found.list_test_settings(entrant)]
         assert settings == [(trial, seed) for trial in trials for seed in TEST_SEEDS]

@@ -1,4 +1,4 @@
-"""The data sets: read as they are published, checked, and where they cannot be had, said in a sentence."""
+"""Test that data sets are read in their published formats and checked, and that missing ones raise a clear error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from research import paper_archives
 from experiments import datasets
 
 
-@pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")  # the plain unpickler takes NumPy's old name
+@pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")  # the plain unpickler accepts NumPy's old name
 def test_cifar100_is_read_as_its_page_says(tmp_path: Path) -> None:
     path = paper_archives.cifar100(tmp_path)
     found = datasets.find_archive("cifar100", tmp_path)
@@ -40,7 +40,7 @@ def test_tiny_imagenet_is_read_with_its_labels(tmp_path: Path) -> None:
     assert found.digest == hashlib.md5(path.read_bytes()).hexdigest()
     images = found.read()
     assert sorted(images.train_y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert images.test_y.tolist() == [1, 0, 2, 1, 0]  # in the order of the names of the classes
+    assert images.test_y.tolist() == [1, 0, 2, 1, 0]  # sorted by the names of the classes
     assert images.train_x.shape[1:] == images.test_x.shape[1:] == (64, 64, 3)
     means = np.concatenate([images.train_x, images.test_x]).mean((1, 2))
     colours = np.array([paper_archives.COLOURS[name] for name in sorted(paper_archives.COLOURS)])
@@ -52,7 +52,7 @@ def test_tiny_imagenet_is_read_with_its_labels(tmp_path: Path) -> None:
 
 
 class Harm:
-    """Touches a file in the working directory as it is unpickled."""
+    """Creates a file in the working directory when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (Path("harm"),)
@@ -62,7 +62,7 @@ def write_tar(name: str, value: object) -> None:
     paper_archives.write_tar(Path("cifar-100-python.tar.gz"), {name: pickle.dumps(value)})
 
 
-#: Of which source, what is said, and what is in the folder.
+#: The source, the expected message, and a function that prepares the folder.
 REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("cifar100", "but must be a folder with cifar-100-python.tar.gz, which http.* offers$", lambda: None),
     ("cifar100", "must be CIFAR-100's archive from .*, but cannot be read: ", lambda: SOURCE.write_bytes(b"no archive")),
@@ -102,7 +102,7 @@ def test_what_is_published_is_downloaded_once_and_what_cannot_be_is_named(
     home, web = tmp_path / "home", tmp_path / "web"
     for folder in (home, web):
         folder.mkdir()
-    # What is downloaded is kept apart from the user's.
+    # Keep downloads apart from the user's.
     monkeypatch.setattr(keras.utils, "get_file", functools.partial(keras.utils.get_file, cache_dir=home))
 
     def download(name: str, **source: str) -> datasets.Archive:

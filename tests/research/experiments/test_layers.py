@@ -1,4 +1,4 @@
-"""What is measured of each tensor, by the gradients that SGD shows and by closed forms; and long runs whose gains are set."""
+"""Test what is measured of each tensor, by SGD's gradients and closed forms, and long runs whose gains are set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def root_mean_square(array: np.ndarray) -> float:
 
 def test_the_first_step_is_as_the_gradients_and_the_prior_say() -> None:
     found = layers.watch_tensors(SETTING, [1])
-    # At a learning rate of 1 SGD moves by the gradient.
+    # At a learning rate of 1, SGD moves by the gradient.
     plain = bench.Bench(tasks.TASKS[TASK], keras.optimizers.SGD(1.0))
     batches = plain.start(200)
     before = values(plain.model)
@@ -61,7 +61,7 @@ def test_the_command_writes_a_row_for_each_large_tensor(tmp_path: Path, monkeypa
     steps = layers.watch_tensors(SETTING, [1, 5])
     square = sum(size * seen[0].gradient ** 2 for _, size, seen in steps) / sum(size for _, size, _ in steps)
     assert f"at steps 1, 3, 5; the first gradient's mean square is {square:.1e}:" in text
-    # Of three layers, one has a bias of ten.
+    # There are three layers, one of them with a bias of ten elements.
     assert (text.count("/kernel`"), text.count("/bias`")) == (3, 2)
 
 
@@ -102,7 +102,7 @@ def test_the_command_makes_a_row_for_each_run(
     assert capsys.readouterr().out == text
     head, _, held, default, *others = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
     assert head[2:4] == ["train loss, step 5", "train loss, step 10"]
-    # The same run until gains are set.
+    # Both runs are equal until gains are set.
     assert (held[2], held[4]) == (default[2], default[4])
     assert held[5] != default[5]
     assert 0 < float(held[4]) < 100

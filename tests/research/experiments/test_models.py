@@ -1,4 +1,4 @@
-"""The paper's networks: how many parameters they have, on paper, and where they start; and what each optimizer is."""
+"""Test the paper's networks, by their number of parameters and their initial values, and what each optimizer is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import keras
 from experiments import datasets, models, paper
 from experiments.optimizers import OPTIMIZERS
 
-# What the networks have for C classes. The first numbers of both VGGs are what their convolutions are published with; each
-# channel adds a scale and a shift. ResNeXt's blocks have no biases, ConvMixer's do.
+# The networks' parameters for C classes. The first numbers of both VGGs are published for their convolutions; each channel adds
+# a scale and a shift. ResNeXt's blocks have no biases, ConvMixer's do.
 PARAMETERS = {
     "vgg16": lambda classes: 14_714_688 + 2 * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512) + 513 * classes,
     "vgg19": lambda classes: 20_024_384 + 2 * (2 * 64 + 2 * 128 + 4 * 256 + 8 * 512) + 513 * classes,
@@ -49,7 +49,7 @@ def test_the_number_of_parameters(name: str, data: str) -> None:
 
 
 def test_images_shrink_where_the_papers_networks_have_it() -> None:
-    powers = (64, 32, 16, 8, 4, 2)  # other sides have a padding's border
+    powers = (64, 32, 16, 8, 4, 2)  # other sides include the padding's border
     found = {}
     for name in paper.MODELS:
         shapes = [layer.output.shape for layer in build(name, "tiny-imagenet").layers]
@@ -68,13 +68,13 @@ def test_images_are_normalised_by_channel() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "deviation"),
     [
-        # Normal, 2 over the outputs' fan for convolutions; of so many values that the deviation is known to 1%.
+        # Normal, with variance 2 over the outputs' fan for convolutions; the values determine the deviation to 1%.
         ("vgg16", (3, 3, 256, 256), math.sqrt(2 / (9 * 256))),
         ("vgg16", (3, 3, 256, 512), math.sqrt(2 / (9 * 512))),
         ("vgg16", (512, 100), 0.01),
         ("resnext", (3, 3, 256, 2048), math.sqrt(2 / (9 * 2048))),
         ("resnext", (1024, 100), math.sqrt(2 / 1024)),
-        # Uniform up to one over the root of the inputs' fan.
+        # Uniform, up to one over the root of the inputs' fan.
         *(
             ("convmixer", shape, 1 / math.sqrt(3 * fan))
             for shape, fan in (((5, 5, 256, 1), 25), ((1, 1, 256, 256), 256), ((2, 2, 3, 256), 12), ((256, 100), 256))

@@ -1,4 +1,4 @@
-"""The paper's experiments: their settings, and runs from the command line to the table, on tiny archives."""
+"""Test the paper's experiments: their settings, and runs from the command line to the table, on tiny archives."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from experiments import comparison, datasets, paper, paper_report, records, task
 from experiments.__main__ import main
 
 BACKEND = keras.backend.backend()
-# Where steps are compiled, each kind of network and each data set once: that takes its time.
+# Backends that compile steps run each kind of network and each data set only once, because compiling takes long.
 RUNS = list(paper.EXPERIMENTS) if BACKEND == "torch" else ["cifar100-vgg16", "cifar100-resnext", "tiny-imagenet-convmixer"]
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both archives."""
+    """Return a folder with both archives."""
     folder = tmp_path_factory.mktemp("archives")
     paper_archives.cifar100(folder, test=2)
     paper_archives.tiny_imagenet(folder, test=2)
@@ -49,7 +49,7 @@ def test_four_steps_of_each_and_once_only(
     archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str, optimizer: str
 ) -> None:
     command = run_of(archives, tmp_path, experiment, optimizer, "--iterations", "4", "--evaluate-every", "2", "--seed", "3")
-    # Keras writes by TensorFlow, which is not loaded beside another backend here.
+    # Keras writes with TensorFlow, which this test does not load together with another backend.
     main([*command, "--tensorboard"] if BACKEND == "tensorflow" else command)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith(f"{experiment}-{optimizer}-{BACKEND}-seed3-")
@@ -61,7 +61,7 @@ def test_four_steps_of_each_and_once_only(
         2 * [["accuracy", "loss", "step"]] + [["step", "test_accuracy", "test_loss"]]
     )
     steps, tests = ([each for each in lines if name in each] for name in ("loss", "test_loss"))
-    # As good as guessing, to begin with.
+    # At first, the loss is that of guessing.
     classes = 100 if experiment.startswith("cifar") else 200
     assert 0.7 * math.log(classes) < steps[0]["loss"] < 2 * math.log(classes)
     (record,) = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
@@ -84,8 +84,8 @@ def test_four_steps_of_each_and_once_only(
 def test_the_table_has_no_number_of_tiny_archives(
     archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`paper` does the missing ones of the given runs, and reports."""
-    # The paper's settings in all but length; were its data the published ones, its results would be in the table.
+    """The command `paper` finishes the missing runs of those given, and reports."""
+    # The settings are the paper's except for the length; with the published data, the results would be in the table.
     quick = paper.Experiment("cifar100", "convmixer", batch_size=2, iterations=1, halve_every=1)
     monkeypatch.setitem(paper.EXPERIMENTS, "cifar100-convmixer", quick)
     monkeypatch.setattr(paper, "COMPARED", ("adam", "adamw"))
@@ -96,7 +96,7 @@ def test_the_table_has_no_number_of_tiny_archives(
     assert "cifar100-convmixer, adamw, seed 0: already finished" in capsys.readouterr().out
     found = records.read_jsonl(tmp_path / "results" / "paper.jsonl")
     assert sorted(each["key"]["optimizer"] for each in found) == sorted(paper.COMPARED)
-    # The authors' table alone.
+    # The page has only the authors' table.
     (table,) = re.findall(r"^\| CIFAR.*(?:\n\|.*)+", page.read_text(), flags=re.MULTILINE)
     assert "the authors' test accuracy" in table
     assert len(table.splitlines()) == 2 + len(paper_report.PUBLISHED)
@@ -132,7 +132,7 @@ def test_everything_that_runs_is_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert "60000 steps of 64 images, learning rate halved every 20000" in listed
 
 
-# The settings, and the table of what was run with them
+# The settings, and the table of runs with them
 
 VGG16 = "cifar100-vgg16"
 
@@ -148,7 +148,7 @@ def test_the_settings() -> None:
     rates = {name: paper.make_settings(VGG16, name).learning_rate for name in paper.COMPARED}
     assert rates == {"vsgd": 0.1, "constant-vsgd": 0.1, "adam": 0.001, "adamw": 0.001, "sgd": 0.1}
     assert paper.make_settings(VGG16, "sgd").hyper == {"momentum": 0.9}
-    # One that the paper does not compare runs at its own default.
+    # An optimizer that the paper does not compare runs at its own default.
     assert paper.make_settings(VGG16, "lion").learning_rate == 0.001
 
 
@@ -179,7 +179,7 @@ def test_cells_are_means_over_seeds_of_the_last_accuracy_and_curves_are_drawn(tm
     found = [record(*which, seed, 0.6 + 0.02 * seed) for which in every for seed in range(3)]
     page = page_of(tmp_path, [*found, record(VGG16, "sgd", 1, 0.7, backend="torch")])
     assert "On Keras' jax backend, a GPU with keras 3:" in page
-    # Backends are told apart.
+    # The page separates backends.
     assert page.index("62.00 ± 2.00 (3 seeds)") < page.index("On Keras' torch backend") < page.index("70.00 (1 seed)")
     # The sample standard deviation of 60, 62 and 64 is 2.
     assert page.count("62.00 ± 2.00 (3 seeds)") == len(every)

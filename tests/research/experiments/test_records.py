@@ -1,4 +1,4 @@
-"""The records of runs: whole whatever is killed, and found again by what identifies the run."""
+"""Test that records of runs stay whole when a process is killed, and are found by what identifies the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs over processes: what is finished is kept, and not repeated, when all is killed; and the sweep, which is made of them."""
+"""Test runs over processes, where a kill preserves finished runs and none is repeated, and the sweep, which uses such runs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def finish(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
 def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -> None:
     path = tmp_path / "quadratic.jsonl"
-    # Which ends when the workers have ended, for they hold its output.
+    # The call ends when the workers have ended, because they hold its output.
     done = run_python(keras.backend.backend(), "-m", "research.small_comparison", str(tmp_path), "--die-after", "2")
     assert done.returncode == -signal.SIGKILL, done.stdout
     kept = path.read_bytes()
     assert 2 <= len(records.read_jsonl(path)) < small_comparison.RUNS
-    path.write_bytes(kept + kept[:50])  # as if one had been killed as it wrote
+    path.write_bytes(kept + kept[:50])  # as if a process had been killed while writing
 
     finish(tmp_path)
     whole = path.read_bytes()
@@ -45,7 +45,7 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     (environment,) = records.read_jsonl(tmp_path / "environments.jsonl")
     assert {each["environment"] for each in after} == {environment["key"]["environment"]}
     assert environment["versions"]["keras"] == keras.__version__
-    # Nothing is left to do, and nothing is written.
+    # Nothing is left to do, so nothing is written.
     finish(tmp_path)
     assert path.read_bytes() == whole
 
@@ -73,11 +73,11 @@ def test_what_is_not_there_is_named_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
-# The sweep's
+# The sweep
 
 
 def test_the_command_runs_what_is_missing_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of made-up runs, one is left to do.
+    # All runs but one are made up, so one is left to do.
     backend = keras.backend.backend()
     small = [grid._replace(tasks=("quadratic",), trials=(Trial(0.03, "cosine"),)) for grid in sweep.GRIDS[:2]]
     monkeypatch.setattr(sweep, "GRIDS", small)

@@ -1,4 +1,4 @@
-"""The comparison's statistics beside closed forms; `test_committed_pages.py` has them in tables."""
+"""Test the comparison's statistics against closed forms; `test_committed_pages.py` tests them in tables."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_steps_to_a_target_are_of_the_first_look_that_reaches_it() -> None:
 
 
 def test_the_useful_range_of_a_parabola_in_the_logarithm() -> None:
-    # Within 1% of 2 at |log10(rate) - log10(0.01)| <= 0.1 x 2.
+    # The values are within 1% of 2 at |log10(rate) - log10(0.01)| <= 0.1 x 2.
     rates = np.logspace(-4, 0, 401)
     values = 2 + 0.5 * np.log10(rates / 0.01) ** 2
     found = find_useful_range(list(rates), list(values))
-    # A second optimum is not counted in, and next to a rate that diverges the range ends.
+    # The range excludes a second optimum, and ends next to a diverging rate.
     assert find_useful_range([1, 10, 100, 1000], [1.0, 2.0, 1.001, 2.0]) == (1, pytest.approx(10**0.01), True, False)
     assert find_useful_range([0.01, 0.1, 1.0], [math.inf, 1.0, math.inf]) == (0.1, 0.1, False, False)
     assert find_useful_range([0.01, 0.1], [math.inf, math.inf]) is None
     assert found is not None
     assert (found.open_below, found.open_above) == (False, False)
-    # Chords of a parabola, 0.01 apart, are at most 0.5 x 0.005^2 above it; that over the slope of 0.2 there moves an end.
+    # The chords of a parabola, 0.01 apart, are at most 0.5 x 0.005^2 above it. Divided by the slope of 0.2, that moves an end.
     assert math.log10(found.low) == pytest.approx(-2.2, abs=1e-4)
     assert math.log10(found.factor) == pytest.approx(0.4, abs=2e-4)

@@ -1,4 +1,4 @@
-"""The study of one setting and of budgets: its runs, its choice, and its analysis."""
+"""Test the study of one setting and of budgets: its runs, its choice, and its analysis."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shorten(name: str) -> tasks.Task:
 @pytest.mark.parametrize(
     ("entrant", "schedule", "peer"),
     [
-        # Keras multiplies the momentum, and not the step, by the learning rate, which must then be constant.
+        # Keras multiplies the momentum, instead of the step, by the learning rate, which must then be constant.
         ("sgd", "constant", lambda: keras.optimizers.SGD(0.01, momentum=0.9)),
         ("vsgd", "cosine", lambda: vsgd.keras.VSGD(0.01)),
         ("calibrated", "cosine", lambda: vsgd.keras.ConstantVSGD(0.01, prior_strength="auto", forgetting_floor=0.01)),
@@ -52,7 +52,7 @@ def test_a_compiled_step_for_all_settings_trains_as_keras_does(entrant: str, sch
     found = Bench(task, ENTRANTS[entrant]).run(setting, seed=3)
     expected = keras_bench.Bench(task, peer()).run(3, setting.list_rates(STEPS))
     np.testing.assert_allclose(found.losses, expected.losses, rtol=2e-5)
-    np.testing.assert_allclose(found.curve, expected.curve, atol=1e-3)  # of 2000 examples, two may be on the edge
+    np.testing.assert_allclose(found.curve, expected.curve, atol=1e-3)  # two of 2000 examples may be on the edge
     assert found.final is not None
     assert expected.final is not None
     for split, values in expected.final.items():
@@ -94,7 +94,7 @@ def test_a_run_that_diverges_has_no_end_and_keeps_its_looks() -> None:
 
 
 def test_a_schedule_free_run_is_evaluated_at_its_average() -> None:
-    """Defazio et al. (2024): the gradient is taken between the point z that is stepped and the average x, here half-way."""
+    """The gradient is taken between the stepped point z and the average x, here half-way (Defazio et al., 2024)."""
     task = dataclasses.replace(tasks.TASKS["quadratic"], steps=2)
     found = Bench(task, ENTRANTS["schedule-free-adamw"]).run(Setting(0.1, "constant", 0.0, 0.5, 0.0), seed=5)
     (point,) = (each.astype(np.float64) for each in keras_bench.make_initial_values(task, 5))
@@ -161,7 +161,7 @@ def test_random_trials_fill_their_spans_and_are_the_same_draws_for_all() -> None
 
 def test_the_setting_with_the_least_mean_gap_is_chosen() -> None:
     def find(run: protocol.Run) -> dict[str, Any]:
-        # The best rate of every optimizer is 2^2 times its center with a warm-up, 2^-1 without, each a little worse.
+        # Every optimizer's best rate is 2^2 times its center with a warm-up, and 2^-1 times without, which is slightly worse.
         entrant = ENTRANTS[run.entrant]
         goal = 2.0 if run.setting.warm_up else -1.0
         miss = abs(math.log2(run.setting.learning_rate / entrant.center) - goal) + (0 if run.setting.warm_up else 0.1)
@@ -197,7 +197,7 @@ def test_finished_runs_are_kept_and_packed(tmp_path: Path) -> None:
 
 
 def test_the_expected_best_of_random_subsets_is_the_mean_over_all_of_them() -> None:
-    gaps = np.random.default_rng(0).random(7)  # ranked by a validation metric that knows nothing of the test
+    gaps = np.random.default_rng(0).random(7)  # ranked by a validation metric that is independent of the test
     for size, expected in enumerate(analysis.compute_expected_best(gaps, 5), 1):
         best = [gaps[min(subset)] for subset in itertools.combinations(range(7), size)]
         assert expected == pytest.approx(statistics.fmean(best))
@@ -227,7 +227,7 @@ def test_gaps_profiles_and_targets() -> None:
     assert results.count_lost("vsgd") == 0
     steps = analysis.count_target_steps(results)
     every = results.task.every / results.task.steps
-    # 0.05 is 95% of AdamW's way from 1 to 0.
+    # A loss of 0.05 is 95% of AdamW's way from 1 to 0.
     assert (steps["vsgd"], steps["adamw"], steps["muon"]) == (every, 2 * every, math.inf)
     with pytest.raises(ValueError, match="is missing, but the analysis needs all runs"):
         analysis.Results(analysis.Condition(name, "cosine"), settings, lambda run: None)
@@ -274,11 +274,11 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
     finds = dict.fromkeys(("selection", "one-setting", "budget", "rates"), find)
     report.write_pages(finds, settings, *pages, tmp_path)
     results, appendix = (page.read_text(encoding="utf-8") for page in pages)
-    # The first entrant is the best; the way from no training, 1, to it is 0.9.
+    # The first entrant is the best, and 0.9 better than the untrained loss of 1.
     titles = [line.split("|")[1].strip() for line in results.splitlines() if re.search(r"\| 0 of \d+ +\|", line)]
     assert titles == [entrant.title for entrant in ENTRANTS.values()]
     difference = 100 * (ends["calibrated"] - ends["adamw"]) / 0.9
     (row,) = (line for line in appendix.splitlines() if re.match(r"\| all tasks +\| AdamW +\|", line))
-    # The noise moves each mean by at most 0.001 of the way's 0.9, so a difference by at most 0.23%.
+    # The noise moves each mean by at most 0.001 of 0.9, and so a difference by at most 0.23%.
     assert float(row.split("|")[3].split()[0]) == pytest.approx(difference, abs=0.23)
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"forest", "curves"}

@@ -1,4 +1,4 @@
-"""The study's tests, which need Keras' JAX backend, run whatever this process's backend is."""
+"""Run the study's tests, which need Keras' JAX backend, whatever this process's backend is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study's tasks: their data, networks and baselines."""
+"""Test the study's tasks: their data, networks and baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from experiments.bench import Bench  # noqa: E402
 from experiments.study import baselines, data, networks  # noqa: E402
 from experiments.study.tasks import NEW_TASKS, load_base  # noqa: E402
 
-# Batch sizes differ only in the batches.
+# Tasks that differ only in the batch size need one test.
 SMALL = [name for name, _ in zip(list(NEW_TASKS)[::2], baselines.BASELINES, strict=True)]
 
 
@@ -53,7 +53,7 @@ def test_no_example_is_in_two_splits(name: str) -> None:
     rows = [np.unique(np.column_stack([split.x, split.y]), axis=0) for split in splits.values()]
     joined = np.concatenate(rows)
     repeated = len(joined) - len(np.unique(joined, axis=0))
-    # Texts repeat phrases, so that only their blocks differ.
+    # Texts repeat phrases, so only their blocks differ.
     assert repeated == 0 or splits["train"].x.shape[1] == data.CONTEXT
 
 
@@ -108,20 +108,20 @@ def test_low_rank_updates_start_at_the_base_network_and_leave_its_weights() -> N
 
 
 def test_the_ngram_interpolates_as_witten_and_bell_do() -> None:
-    # The text aabab as pairs of a context and the next character; c, the third of the alphabet, never occurs.
+    # The text aabab, as pairs of a context and the next character; c, the third letter of the alphabet, never occurs.
     train = tasks.Split(np.array([[0], [0], [1], [0]]), np.array([0, 1, 0, 1]))
     test = tasks.Split(np.array([[0], [1], [2]]), np.array([1, 2, 0]))
-    # Without a context, 2 of 4 are a, 2 are b, of 2 kinds: (2 + 2/3) / 6 for a and b, (0 + 2/3) / 6 for c.
+    # Without a context, the 4 characters are 2 a and 2 b, of 2 kinds: (2 + 2/3) / 6 for a and b, (0 + 2/3) / 6 for c.
     a = b = (2 + 2 / 3) / (4 + 2)
     c = (2 / 3) / (4 + 2)
-    # After a, 3 characters of 2 kinds, of which 2 are b; after b, 1 of 1 kind, none c; c is new.
+    # After a come 3 characters of 2 kinds, 2 of them b; after b comes 1 of 1 kind, which is not c; c is new.
     expected = [(2 + 2 * b) / (3 + 2), (0 + 1 * c) / (1 + 1), a]
     found = baselines.compute_ngram_loss(train, test, characters=3, order=2)
     assert found == pytest.approx(-np.log(expected).mean(), rel=1e-12)
 
 
 def test_pairs_of_words_are_counted_up_to_a_distance() -> None:
-    # Of the text 0 1 9 0 1 with 9 outside the vocabulary, at distances 1 and 2.
+    # The text is 0 1 9 0 1, with 9 outside the vocabulary, at distances 1 and 2.
     found = data.count_pairs(np.array([0, 1, 9, 0, 1]), size=2, near=2)
     np.testing.assert_array_equal(found, [[0, 2], [1, 0]])
 

@@ -1,4 +1,4 @@
-"""The small tasks and their runs, on the Keras backend of this process."""
+"""Test the small tasks and their runs, on the Keras backend of this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def short(name: str, steps: int = STEPS) -> tasks.Task:
 
 @functools.cache
 def bench_of(name: str, entrant: str) -> bench.Bench:
-    """One for all tests: compiling takes the longest."""
+    """Return one bench for all tests, because compiling takes the longest."""
     return bench.Bench(short(name), ENTRANTS[entrant].make())
 
 
@@ -39,7 +39,7 @@ def to_numpy(tensor: Any) -> np.ndarray:
 def test_the_quadratics_noise_has_the_curvatures_for_variances() -> None:
     batches = islice(tasks.TASKS["quadratic"].load_data().batches(np.random.default_rng(0)), 2000)
     noise = np.stack([batch.x[0] for batch in batches])
-    # Of 2000 normal numbers a mean is known to 1 / sqrt(2000) of the deviation, a variance to sqrt(2 / 2000): five of them.
+    # Five relative deviations: 1 / sqrt(2000) for a mean of 2000 normal numbers, and sqrt(2 / 2000) for a variance.
     np.testing.assert_allclose(noise.mean(axis=0) / np.sqrt(tasks.CURVATURES), 0, atol=0.112)
     np.testing.assert_allclose(noise.var(axis=0) / tasks.CURVATURES, 1, atol=0.158)
 
@@ -52,15 +52,15 @@ def test_each_step_has_its_learning_rate_and_its_batch() -> None:
     for rate, batch in zip(rates, task.load_data().batches(np.random.default_rng(7)), strict=False):
         losses.append(np.sum(tasks.CURVATURES * point**2) / 2 + batch.x[0] @ point)
         point -= rate * (tasks.CURVATURES * point + batch.x[0])
-    # In float32, of sums of 100 numbers.
+    # The losses are float32 sums of 100 numbers.
     np.testing.assert_allclose(found.losses, losses, rtol=0, atol=1e-5)
     assert found.final["test"]["loss"] == pytest.approx(np.sum(tasks.CURVATURES * point**2) / 2, abs=1e-5)
 
 
 def begin(entrant: str, seed: int) -> list[np.ndarray]:
-    """Return what a run of a VAE begins with: the model's variables, then the batches of more than an epoch."""
+    """Return the initial state of a VAE's run: the model's variables, then the batches of more than an epoch."""
     run = bench_of("digits-vae", entrant)
-    run.run(seed + 1, [0.01] * 3)  # of which nothing must remain
+    run.run(seed + 1, [0.01] * 3)  # nothing of this run must remain
     batches = islice(run.start(seed), 20)
     return [*map(to_numpy, run.model.variables), *(array for batch in batches for array in (*batch.x, batch.y))]
 
@@ -73,7 +73,7 @@ def test_runs_of_a_seed_have_equal_weights_and_batches_whatever_the_optimizer() 
             np.testing.assert_array_equal(ours, theirs)
     other = begin("vsgd", 4)
     equal = [each.ndim for each, another in zip(first, other, strict=True) if np.array_equal(each, another)]
-    assert equal == [1] * 5  # the biases, which begin at 0
+    assert equal == [1] * 5  # the biases, which start at 0
 
 
 def test_a_run_is_the_same_whatever_ran_before_and_one_that_diverges_has_no_final_metrics() -> None:
@@ -111,7 +111,7 @@ def windows(split: tasks.Split) -> list[str]:
 
 def test_characters_are_windows_of_a_part_of_the_text_whose_targets_are_the_next_ones() -> None:
     data, text = tasks.make_character_data(), tasks.read_text()
-    # Of ten blocks of 1024 characters, one goes to each of the last two.
+    # Each of the last two splits gets one of ten blocks of 1024 characters.
     blocks = [text[start : start + 1024] for start in range(0, len(text) - 1023, 1024)]
     train = [each for number, each in enumerate(blocks) if number % 10 < 8]
     parts = {"train": train, "validation": blocks[8::10], "test": blocks[9::10]}
@@ -140,14 +140,14 @@ def test_the_negative_elbo_is_that_of_the_distributions() -> None:
     mean, log_variance = rng.standard_normal((2, 3, networks.CODE)).astype(np.float32)
     found = networks.compute_negative_elbo(*map(keras.ops.convert_to_tensor, (pixels, np.hstack([logits, mean, log_variance]))))
     distortion = -stats.bernoulli.logpmf(pixels, 1 / (1 + np.exp(-logits))).sum(axis=1)
-    # The divergence of the code from the standard normal, by integration.
+    # The divergence of the code from the standard normal, by numerical integration.
     codes = np.linspace(-15, 15, 20_001)[:, None, None]
     code, prior = stats.norm(mean, np.exp(log_variance / 2)), stats.norm()
     divergence = integrate.trapezoid(code.pdf(codes) * (code.logpdf(codes) - prior.logpdf(codes)), codes, axis=0).sum(axis=1)
     np.testing.assert_allclose(to_numpy(found), distortion + divergence, rtol=1e-5)
 
 
-# A part of what whole runs gain: from 2.6 to 0.3, from 0.1 to 0.6 and 0.9 of accuracy, from 5 to 2.4, from 46 to 24 or 25.
+# A part of the gain of whole runs: from 2.6 to 0.3, from 0.1 to 0.6 and 0.9 of accuracy, from 5 to 2.4, from 46 to 24 or 25.
 @pytest.mark.parametrize(
     ("name", "entrant", "steps", "gain"),
     [

@@ -1,4 +1,4 @@
-"""Training that was interrupted ends, bit for bit, where it would have ended; and what a run's course is."""
+"""Test that an interrupted training ends bit for bit like an uninterrupted one, and what a run records."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ IMAGES = datasets.Images(
     test_x=RNG.integers(0, 256, (7, 8, 8, 3), np.uint8),
     test_y=RNG.integers(0, 4, 7).astype(np.int32),
 )
-# Checkpoints after 3, 6, 9 and 12 steps; a pass over the images is 5 steps.
+# There are checkpoints after 3, 6, 9 and 12 steps; a pass over the images is 5 steps.
 SETTINGS = {"batch_size": 4, "iterations": 12, "evaluate_every": 3, "seed": 0}
 
 
 class InterruptionError(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for any cause that ends a process."""
 
 
 class Interrupting(keras.callbacks.Callback):
@@ -44,7 +44,7 @@ class Interrupting(keras.callbacks.Callback):
 
 
 def new_model(seed: int) -> keras.Model:
-    """One with batch normalisation, whose moving averages count, too."""
+    """Return a model with batch normalisation, whose moving averages count too."""
     keras.utils.set_random_seed(seed)
     network = [keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(), keras.layers.ReLU()]
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
@@ -52,7 +52,7 @@ def new_model(seed: int) -> keras.Model:
 
 
 def fitted(folder: Path, seed: int = 0, callbacks: Iterable[keras.callbacks.Callback] = ()) -> list[np.ndarray]:
-    """All that the model and its optimizer hold at the end."""
+    """Return all arrays of the model and its optimizer after training."""
     model = new_model(seed)
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5, staircase=True)
     optimizer = OPTIMIZERS["vsgd"].make(schedule)
@@ -68,7 +68,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folders of runs that ended after four steps, one after the first checkpoint, and after ten."""
+    """Return the folders of runs that ended after four steps, which is one after the first checkpoint, and after ten."""
     folders = {steps: tmp_path_factory.mktemp("interrupted") for steps in (4, 10)}
     for steps, folder in folders.items():
         with pytest.raises(InterruptionError):
@@ -76,8 +76,8 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return folders
 
 
-# What else a process that is killed may leave, file by file in the order of writing: the steps it took, the file, its text or,
-# without a text, that its end is missing.
+# What else a killed process may leave, file by file in the order of writing: the steps it took, the file, and its text; without
+# a text, the file's end is missing.
 LEFT = {
     "whole": (10, None, None),
     "an older epoch beside the weights": (10, "training_metadata.json", '{"epoch": 2, "batch": 0}'),
@@ -105,7 +105,7 @@ def test_it_goes_on_as_if_nothing_had_happened(
     if file is not None:
         path = folder / "backup" / file
         path.write_bytes(path.read_bytes()[:-100] if text is None else text.encode())
-    # From other initial weights, which must not matter where there is a checkpoint.
+    # The initial weights differ, which must not matter if there is a checkpoint.
     assert_same(fitted(folder, seed=0 if steps == 4 else 1), folder, uninterrupted)
 
 
@@ -124,7 +124,7 @@ def test_a_test_whose_metrics_were_not_written_is_done_again(
         with pytest.raises(InterruptionError):
             fitted(tmp_path)
     assert_same(fitted(tmp_path, seed=1), tmp_path, uninterrupted)
-    # What is trained to the end takes no step.
+    # A finished training takes no further step.
     assert_same(fitted(tmp_path, seed=1, callbacks=[Interrupting(0)]), tmp_path, uninterrupted)
 
 
@@ -135,7 +135,7 @@ def cross_entropy(logits: Any, labels: np.ndarray) -> Any:
 
 
 def test_metrics_are_of_each_batch_alone(tmp_path: Path) -> None:
-    """The steps' from the initial weights, the tests' from the weights after 3 steps, computed by NumPy."""
+    """The steps' metrics come from the initial weights, the tests' from the weights after 3 steps; NumPy computes both."""
     model = new_model(0)
     shown = batches.TrainBatches(IMAGES.train_x, IMAGES.train_y, 4, 0, 0, 12)
     expected = [cross_entropy(model(shown[step][0], training=True), shown[step][1]) for step in range(2)]
