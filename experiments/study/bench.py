@@ -12,7 +12,7 @@ import optax
 from optax import contrib
 
 from experiments.bench import Outcome, assign_initial_values, perform_run, read_values, split_inputs
-from experiments.study.entrants import Entrant, Setting
+from experiments.study.entrants import Axes, Entrant, Setting
 from experiments.tasks import Split, Task
 
 
@@ -95,12 +95,24 @@ class Bench:
         return {name: float(value) for name, value in self._measure(carry, self.data.splits[split]).items()}
 
 
-def find_hidden_matrices(model: keras.Model) -> list[bool]:
-    """Find the trainable arrays that Muon steps: matrices, except embeddings and those of the last layer with a matrix.
+def find_hidden_matrices(model: keras.Model) -> list[Axes | None]:
+    """Find the trainable arrays that Muon steps: all kernels but those of the last layer and of depthwise convolutions.
 
     Args:
         model: with variables.
+
+    Returns:
+        For each array its axes as a matrix; None for an array that AdamW steps.
     """
-    names = [each.path if len(each.shape) == 2 and "embedding" not in each.path else "" for each in model.trainable_variables]
-    last = next((name for name in reversed(names) if name), "").rpartition("/")[0]
-    return [bool(name) and name.rpartition("/")[0] != last for name in names]
+    found = {each.path: _find_matrix_axes(each.path, len(each.shape)) for each in model.trainable_variables}
+    last = next((path for path in reversed(found) if found[path]), "").rpartition("/")[0]
+    return [None if path.rpartition("/")[0] == last else axes for path, axes in found.items()]
+
+
+def _find_matrix_axes(path: str, rank: int) -> Axes | None:
+    layer, _, name = path.rpartition("/")
+    if rank < 2 or "kernel" not in name or "depthwise" in layer:
+        return None
+    # The output of attention's first three kernels has two axes, heads and their channels.
+    inputs = 1 if layer.endswith(("/query", "/key", "/value")) else rank - 1
+    return tuple(range(inputs)), tuple(range(inputs, rank))

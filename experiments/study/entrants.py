@@ -15,12 +15,15 @@ from vsgd.optax import constant_vsgd, vsgd
 
 SCHEDULES = ("cosine", "constant")
 
+#: The axes of an array that a layer sums over, and those of its output.
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 class Setting(NamedTuple):
     """What a user sets: an optimizer's hyperparameters and the shape of its learning rate.
 
     Attributes:
-        learning_rate: the highest of the run.
+        learning_rate: of the run; the warm-up and the cosine multiply it.
         schedule: "cosine", which falls to 0, or "constant".
         warm_up: the part of the run in which the learning rate rises linearly.
         beta1: the decay of the momentum; for VSGD the decay that its first gain has, `variance_ratio / (1 + variance_ratio)`.
@@ -51,23 +54,32 @@ class Entrant:
 
     Attributes:
         title: its name in tables and plots.
-        make: makes the optax transformation of a learning rate, `beta1`, a weight decay, and which arrays are hidden matrices.
+        make: makes the optax transformation of a learning rate, `beta1`, a weight decay, and the axes of hidden matrices.
         center: the middle of the learning rates to try.
         beta1: the default.
         weight_decay: the default.
         warm_ups: the parts of a run to try.
-        decay_span: the lowest and the highest weight decay that random search draws; all spans have the same ratio.
+        coupled_decay: whether the weight decay is added to the gradient.
         schedules: those that the optimizer is run with; a schedule-free one has "constant" alone.
     """
 
     title: str
-    make: Callable[[Any, Any, Any, Sequence[bool]], Any]
+    make: Callable[[Any, Any, Any, Sequence[Axes | None]], Any]
     center: float
     beta1: float = 0.9
     weight_decay: float = 0.0
     warm_ups: tuple[float, ...] = (0.0, 0.2)
-    decay_span: tuple[float, float] = (1e-3, 1.0)
+    coupled_decay: bool = False
     schedules: tuple[str, ...] = SCHEDULES
+
+    @property
+    def decay_span(self) -> tuple[float, float]:
+        """The lowest and the highest weight decay that random search draws, a factor of 1000 apart.
+
+        The product of a decoupled decay and the central learning rate, which shrinks the weights, is the same for all.
+        """
+        low = 1e-6 if self.coupled_decay else 4e-6 / self.center
+        return low, 1000 * low
 
     def list_grid(self, schedule: str) -> list[Setting]:
         """List the settings among which the one setting is chosen: learning rates by factors of two, and the warm-ups.
@@ -99,25 +111,21 @@ class Entrant:
         return Setting(rate, self.schedules[0], warm_up, beta1, weight_decay)
 
 
-def _make_calibrated(rate: Any, beta1: Any, decay: Any, matrices: Sequence[bool]) -> Any:
+def _make_calibrated(rate: Any, beta1: Any, decay: Any, matrices: Sequence[Axes | None]) -> Any:
     ratio = beta1 / (1 - beta1)
     return constant_vsgd(rate, variance_ratio=ratio, weight_decay=decay, prior_strength="auto", forgetting_floor=0.01)
 
 
-def _make_muon(rate: Any, beta1: Any, decay: Any, matrices: Sequence[bool]) -> Any:
+def _make_muon(rate: Any, beta1: Any, decay: Any, matrices: Sequence[Axes | None]) -> Any:
     return contrib.muon(
         rate,
         beta=beta1,
         weight_decay=decay,
         adam_weight_decay=decay,
-        muon_weight_dimension_numbers=[contrib.MuonDimensionNumbers() if each else None for each in matrices],
+        muon_weight_dimension_numbers=[contrib.MuonDimensionNumbers(*each) if each else None for each in matrices],
         consistent_rms=0.2,  # one learning rate then suits Muon's matrices and AdamW's other arrays
     )
 
-
-_COUPLED_DECAY = (1e-6, 1e-3)
-#: The rates are ten times AdamW's, and multiply the decay.
-_VSGD_DECAY = (1e-4, 0.1)
 
 ENTRANTS: dict[str, Entrant] = {
     "calibrated": Entrant(
@@ -125,27 +133,23 @@ ENTRANTS: dict[str, Entrant] = {
         _make_calibrated,
         center=0.008,
         beta1=0.75,
-        decay_span=_VSGD_DECAY,
     ),
     "constant-vsgd": Entrant(
         "Constant VSGD",
         lambda rate, beta1, decay, _: constant_vsgd(rate, variance_ratio=beta1 / (1 - beta1), weight_decay=decay),
         center=0.008,
         beta1=0.75,
-        decay_span=_VSGD_DECAY,
     ),
     "vsgd": Entrant(
         "VSGD",
         lambda rate, beta1, decay, _: vsgd(rate, variance_ratio=beta1 / (1 - beta1), weight_decay=decay),
         center=0.008,
         beta1=30 / 31,
-        decay_span=_VSGD_DECAY,
     ),
     "schedule-free-calibrated": Entrant(
         "Constant VSGD, self-calibrating, schedule-free",
         lambda rate, beta1, decay, _: contrib.schedule_free(_make_calibrated(rate, 0.75, decay, _), rate, b1=beta1),
         center=0.016,
-        decay_span=_VSGD_DECAY,
         schedules=("constant",),
     ),
     "adamw-warm": Entrant(
@@ -173,7 +177,7 @@ ENTRANTS: dict[str, Entrant] = {
         "Adam",
         lambda rate, beta1, decay, _: optax.chain(optax.add_decayed_weights(decay), optax.adam(rate, b1=beta1)),
         center=0.004,
-        decay_span=_COUPLED_DECAY,
+        coupled_decay=True,
     ),
     "adabelief": Entrant(
         "AdaBelief",
@@ -187,6 +191,6 @@ ENTRANTS: dict[str, Entrant] = {
         "SGD with momentum",
         lambda rate, beta1, decay, _: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=beta1)),
         center=0.05,
-        decay_span=_COUPLED_DECAY,
+        coupled_decay=True,
     ),
 }

@@ -109,13 +109,23 @@ def test_a_schedule_free_run_is_evaluated_at_its_average() -> None:
     assert found.final["test"]["loss"] == pytest.approx(0.5 * np.sum(tasks.CURVATURES * average**2), rel=1e-4)
 
 
-def test_muon_steps_hidden_matrices() -> None:
-    model = tasks.TASKS["mnist1d-mlp"].make_network()
-    assert find_hidden_matrices(model) == [True, False, True, False, False, False]
-    model = tasks.TASKS["characters"].make_network()
-    chosen = [each.path for each, hidden in zip(model.trainable_variables, find_hidden_matrices(model), strict=True) if hidden]
-    assert chosen
-    assert not any("embedding" in path for path in chosen)
+def test_muon_steps_the_kernels_of_hidden_layers_as_matrices() -> None:
+    def find(name: str) -> list[tuple[str, Any]]:
+        model = tasks.find_task(name).make_network()
+        chosen = zip(model.trainable_variables, find_hidden_matrices(model), strict=True)
+        # Without the numbers that Keras appends to the layers' names.
+        return [(re.sub(r"_\d+", "", each.path), axes) for each, axes in chosen if axes]
+
+    dense = ("dense/kernel", ((0,), (1,)))
+    projections = [(f"multi_head_attention/{part}/kernel", ((0,), (1, 2))) for part in ("query", "key", "value")]
+    attention = [*projections, ("multi_head_attention/attention_output/kernel", ((0, 1), (2,)))]
+    assert find("mnist1d-mlp") == 2 * [dense]
+    assert find("mnist1d-cnn") == 3 * [("conv1d/kernel", ((0, 1), (2,)))]
+    assert find("digits-convmixer") == 3 * [("conv2d/kernel", ((0, 1, 2), (3,)))]
+    assert find("characters") == 2 * [*attention, dense, dense]
+    assert find("mnist-transformer-b8") == [dense, *attention, dense, dense]
+    assert find("shakespeare-lora-b64") == 2 * [(f"dense/lora_kernel_{part}", ((0,), (1,))) for part in "ab"]
+    assert find("bible-words-b256") == []
 
 
 def test_rates_warm_up_and_fall() -> None:
