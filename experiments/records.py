@@ -20,7 +20,7 @@ except ImportError:  # Windows, where only one process at a time may write
 
 #: Distributions whose versions a result may depend on; the environment lists the installed ones.
 PACKAGES = (
-    *("vsgd", "numpy", "keras", "jax", "jaxlib", "tensorflow", "tensorflow-cpu", "torch"),
+    *("vsgd", "numpy", "keras", "jax", "jaxlib", "optax", "tensorflow", "tensorflow-cpu", "torch"),
     *("numba", "scikit-learn", "mnist1d", "pillow"),
 )
 

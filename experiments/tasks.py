@@ -313,7 +313,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Return the task with a name; NAME@4 is four times as long.
+    """Return the task with a name; NAME@4 is four times as long, NAME@0 takes no step.
 
     Args:
         name: a key of `TASKS` or of the study's `NEW_TASKS`, optionally with "@" and a factor.
@@ -322,7 +322,7 @@ def find_task(name: str) -> Task:
         The task.
 
     Raises:
-        ValueError: the name is unknown, or the factor is not a positive integer.
+        ValueError: the name is unknown, or the factor is not an integer of at least 0.
     """
     from experiments.study.tasks import NEW_TASKS  # late: it imports this module
 
@@ -330,6 +330,6 @@ def find_task(name: str) -> Task:
     task = look_up("task", base, {**TASKS, **NEW_TASKS})
     if not at:
         return task
-    if not factor.isdecimal() or int(factor) < 1:
-        raise ValueError(f"task is {name!r}, but after '@' it must have a positive integer")
+    if not factor.isdecimal():
+        raise ValueError(f"task is {name!r}, but after '@' it must have an integer of at least 0")
     return dataclasses.replace(task, name=name, title=f"{task.title}, {factor} times as long", steps=int(factor) * task.steps)

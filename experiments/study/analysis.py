@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 from experiments import tasks
 from experiments.statistics import count_steps_to_target
 from experiments.study.entrants import ENTRANTS, SCHEDULES, Setting
-from experiments.study.protocol import TEST_SEEDS, TEST_TASKS, Find, Run, compute_gap, get_metric, list_budget_runs
+from experiments.study.protocol import (
+    TEST_SEEDS,
+    TEST_TASKS,
+    TRIAL_SEED,
+    TRIALS,
+    Find,
+    Run,
+    compute_gap,
+    compute_untrained,
+    get_metric,
+    get_record,
+    list_budget_runs,
+)
 
 #: The target is this part of the way from AdamW's first validation metric to its last, the median over the seeds.
 TARGET_PART = 0.95
@@ -55,19 +67,19 @@ class Results:
     Args:
         condition: the condition.
         settings: each optimizer's one setting, by schedule.
-        find: returns the record of a run.
+        finds: by part of the study, returns the record of a run.
 
     Raises:
-        ValueError: a run is missing.
+        MissingRunError: a run is missing.
     """
 
-    def __init__(self, condition: Condition, settings: Mapping[str, Mapping[str, Setting]], find: Find) -> None:
+    def __init__(self, condition: Condition, settings: Mapping[str, Mapping[str, Setting]], finds: Mapping[str, Find]) -> None:
         self.condition = condition
         self.task = tasks.find_task(condition.task)
-        self.records = {name: [_need(find, run) for run in condition.list_runs(name, settings)] for name in ENTRANTS}
-        self.untrained = statistics.fmean(
-            self.task.sign * each["curve"][0] for records in self.records.values() for each in records
-        )
+        self.records = {
+            name: [get_record(finds["one-setting"], run) for run in condition.list_runs(name, settings)] for name in ENTRANTS
+        }
+        self.untrained = compute_untrained(condition.task, TEST_SEEDS, finds["untrained"])
         #: A run that ends worse than no training, or diverges, counts as no training.
         self.values = {
             name: np.array([min(get_metric(self.task, each, "test"), self.untrained) for each in records])
@@ -100,13 +112,6 @@ class Results:
         return int(np.sum(self.values[entrant] >= self.untrained))
 
 
-def _need(find: Find, run: Run) -> Mapping[str, Any]:
-    record = find(run)
-    if record is None:
-        raise ValueError(f"the run {run} is missing, but the analysis needs all runs")
-    return record
-
-
 def compute_profile(gaps: Sequence[float], tolerances: Sequence[float]) -> list[float]:
     """Compute a performance profile: the share of the conditions in which the gap is within each tolerance.
 
@@ -131,26 +136,26 @@ class Budget(NamedTuple):
     high: list[float]
 
 
-def compute_budgets(find: Find, most: int = 20) -> dict[str, Budget]:
+def compute_budgets(finds: Mapping[str, Find], most: int = 20) -> dict[str, Budget]:
     """Compute what random search finds with 1 to `most` trials: the test gap of the trial with the best validation metric.
 
     The gap of a task refers to the best test metric of all trials of all optimizers.
 
     Args:
-        find: returns the record of a run.
+        finds: by part of the study, returns the record of a run.
         most: the largest number of trials.
 
     Raises:
-        ValueError: a run is missing.
+        MissingRunError: a run is missing.
     """
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name in ENTRANTS:
         for run in list_budget_runs(name):
-            found.setdefault(run.task, {}).setdefault(name, []).append(_need(find, run))
+            found.setdefault(run.task, {}).setdefault(name, []).append(get_record(finds["budget"], run))
     curves: dict[str, list[tuple[list[float], NDArray[np.float64]]]] = {name: [] for name in ENTRANTS}
     for place, (task_name, entrants) in enumerate(found.items()):
         task = tasks.find_task(task_name)
-        untrained = statistics.fmean(task.sign * each["curve"][0] for records in entrants.values() for each in records)
+        untrained = compute_untrained(task_name, range(TRIAL_SEED, TRIAL_SEED + TRIALS), finds["untrained"])
         tests = {name: [get_metric(task, each, "test") for each in records] for name, records in entrants.items()}
         best = min(min(each) for each in tests.values())
         for name, records in entrants.items():
@@ -188,15 +193,22 @@ def _draw_best(ranked: NDArray[np.float64], most: int, seed: int) -> NDArray[np.
     return ranked[np.minimum.accumulate(orders, axis=1)]
 
 
-def count_target_steps(results: Results) -> dict[str, float]:
+def count_target_steps(results: Results) -> dict[str, float] | None:
     """Count the steps to the target, the median over the seeds as a part of the run; infinite where most runs miss it.
 
     Args:
         results: of a condition.
+
+    Returns:
+        The parts by entrant; None if the target's own optimizer does not improve, so that there is no target.
     """
     task = results.task
     curves = [each["curve"] for each in results.records[TARGET_ENTRANT] if None not in each["curve"]]
+    if not curves:
+        return None
     first, last = (statistics.median(curve[place] for curve in curves) for place in (0, -1))
+    if task.sign * (last - first) >= 0:
+        return None
     target = first + TARGET_PART * (last - first)
     found = {}
     for name, records in results.records.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +61,26 @@ class Run(NamedTuple):
 Find = Callable[[Run], Mapping[str, Any] | None]
 
 
+class MissingRunError(ValueError):
+    """A run that the analysis needs has no record."""
+
+
+def get_record(find: Find, run: Run) -> Mapping[str, Any]:
+    """Return the record of a run.
+
+    Args:
+        find: returns the record of a run, or None.
+        run: the run.
+
+    Raises:
+        MissingRunError: the run has no record.
+    """
+    record = find(run)
+    if record is None:
+        raise MissingRunError(f"the run {run} is missing, but the analysis needs all runs")
+    return record
+
+
 def list_selection_runs() -> Iterator[Run]:
     """Yield the runs that choose each optimizer's one setting."""
     for task in SELECTION_TASKS:
@@ -92,6 +112,40 @@ def list_budget_runs(entrant: str) -> Iterator[Run]:
         generator = np.random.default_rng((TRIAL_SEED, place))
         for trial in range(TRIALS):
             yield Run(task, entrant, ENTRANTS[entrant].draw_setting(generator), TRIAL_SEED + trial)
+
+
+def make_untrained_run(task: str, seed: int) -> Run:
+    """Return the run that takes no step, whose metrics are those of the untrained model.
+
+    Args:
+        task: a key of `NEW_TASKS`, with or without a length.
+        seed: of the weights.
+    """
+    return Run(f"{task.partition('@')[0]}@0", "sgd", Setting(0.0, "constant", 0.0, 0.0, 0.0), seed)
+
+
+def list_untrained_runs() -> Iterator[Run]:
+    """Yield the runs that take no step, of all tasks and seeds."""
+    for task in NEW_TASKS:
+        yield from (make_untrained_run(task, seed) for seed in TEST_SEEDS)
+    for task in BUDGET_TASKS:
+        yield from (make_untrained_run(task, TRIAL_SEED + trial) for trial in range(TRIALS))
+
+
+def compute_untrained(task_name: str, seeds: Iterable[int], find: Find) -> float:
+    """Compute the mean test metric of untrained models, negated where a high one is better.
+
+    Args:
+        task_name: a key of `NEW_TASKS`, with or without a length.
+        seeds: of the weights.
+        find: returns the record of a run.
+
+    Raises:
+        MissingRunError: a run is missing.
+    """
+    task = tasks.find_task(task_name)
+    runs = (make_untrained_run(task_name, seed) for seed in seeds)
+    return statistics.fmean(get_metric(task, get_record(find, run), "test") for run in runs)
 
 
 def get_metric(task: tasks.Task, record: Mapping[str, Any], split: str) -> float:
@@ -129,15 +183,12 @@ def compute_grid_gaps(find: Find) -> dict[tuple[str, Setting], list[float]]:
         The gap of each task, by entrant and setting.
 
     Raises:
-        ValueError: a run of the selection is missing.
+        MissingRunError: a run of the selection is missing.
     """
     gaps: dict[tuple[str, Setting], list[float]] = {}
     for name in SELECTION_TASKS:
         task = tasks.find_task(name)
-        records = {(run.entrant, run.setting): find(run) for run in list_selection_runs() if run.task == name}
-        found = {choice: record for choice, record in records.items() if record is not None}
-        if len(found) < len(records):
-            raise ValueError("records of the selection are missing: run python -m experiments.study selection")
+        found = {(run.entrant, run.setting): get_record(find, run) for run in list_selection_runs() if run.task == name}
         untrained = statistics.fmean(task.sign * each["curve"][0] for each in found.values())
         ends = {choice: get_metric(task, each, "validation") for choice, each in found.items()}
         best = min(ends.values())
@@ -156,7 +207,7 @@ def choose_settings(find: Find) -> dict[str, dict[str, Setting]]:
         The settings by entrant and schedule.
 
     Raises:
-        ValueError: a run of the selection is missing.
+        MissingRunError: a run of the selection is missing.
     """
     gaps = compute_grid_gaps(find)
     return {

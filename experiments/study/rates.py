@@ -9,15 +9,17 @@ from typing import NamedTuple
 from experiments import tasks
 from experiments.study.entrants import ENTRANTS, SCHEDULES, Setting
 from experiments.study.figures import format_percent
-from experiments.study.protocol import LENGTHS, Find, Run, compute_gap, get_metric
+from experiments.study.protocol import LENGTHS, Find, Run, compute_gap, get_metric, get_record
 from experiments.study.tasks import NEW_TASKS
 from reporting.pages import format_table
 
-#: The optimizers of the comparison; the ratio of best rates refers to the last one.
-COMPARED = ("calibrated", "constant-vsgd", "adamw")
+#: The optimizers of the comparison, without a warm-up where they can; the ratio of best rates refers to the last one.
+COMPARED = ("calibrated", "constant-vsgd", "adamw-warm", "adamw")
 RATES = tuple(0.0005 * 2**power for power in range(8))
 #: The rates whose losses the table shows.
 SHOWN = (0.004, 0.008, 0.016, 0.032)
+#: Gaps up to this one count as level with the best rate.
+LEVEL = 0.005
 #: A seed of no other part of the study.
 SEED = 600
 
@@ -41,16 +43,15 @@ class Group(NamedTuple):
         return [name if self.length == 1 else f"{name}@{self.length}" for name in names]
 
     def list_runs(self, task: str, entrant: str) -> dict[float, Run]:
-        """List an optimizer's runs on a task, by learning rate; none has a warm-up.
+        """List an optimizer's runs on a task, by learning rate, with its shortest warm-up.
 
         Args:
             task: one of `list_tasks()`.
             entrant: one of `COMPARED`.
         """
         made = ENTRANTS[entrant]
-        return {
-            rate: Run(task, entrant, Setting(rate, self.schedule, 0.0, made.beta1, made.weight_decay), SEED) for rate in RATES
-        }
+        settings = {rate: Setting(rate, self.schedule, min(made.warm_ups), made.beta1, made.weight_decay) for rate in RATES}
+        return {rate: Run(task, entrant, setting, SEED) for rate, setting in settings.items()}
 
 
 GROUPS = tuple(Group(batches, length, way) for batches in ("small", "large") for length in LENGTHS for way in SCHEDULES)
@@ -77,16 +78,22 @@ def compute_rate_gaps(group: Group, task_name: str, entrant: str, find: Find) ->
         find: returns the record of a run.
 
     Raises:
-        ValueError: a run is missing.
+        MissingRunError: a run is missing.
     """
     task = tasks.find_task(task_name)
-    records = {rate: find(run) for rate, run in group.list_runs(task_name, entrant).items()}
-    found = {rate: record for rate, record in records.items() if record is not None}
-    if len(found) < len(records):
-        raise ValueError("records of the learning rates are missing: run python -m experiments.study rates")
+    found = {rate: get_record(find, run) for rate, run in group.list_runs(task_name, entrant).items()}
     untrained = statistics.fmean(task.sign * each["curve"][0] for each in found.values())
     ends = {rate: get_metric(task, each, "validation") for rate, each in found.items()}
     return {rate: compute_gap(end, untrained, min(ends.values())) for rate, end in ends.items()}
+
+
+def find_best_rate(gaps: Mapping[float, float]) -> float:
+    """Return the middle of the rates that are as good as the best one, on a scale of factors.
+
+    Args:
+        gaps: by rate.
+    """
+    return statistics.geometric_mean(rate for rate, gap in gaps.items() if gap <= LEVEL)
 
 
 def _format_range(values: list[float]) -> str:
@@ -96,18 +103,20 @@ def _format_range(values: list[float]) -> str:
 def format_rates_table(find: Find) -> str:
     """Format best rates over the tasks, geometric mean and range, and what the first optimizer loses at some rates.
 
+    The rates end at `RATES`, so a best rate there may lie beyond.
+
     Args:
         find: returns the record of a run.
 
     Raises:
-        ValueError: a run is missing.
+        MissingRunError: a run is missing.
     """
     rows = []
     for group in GROUPS:
         gaps: Mapping[str, list[dict[float, float]]] = {
             name: [compute_rate_gaps(group, task, name, find) for task in group.list_tasks()] for name in COMPARED
         }
-        best = {name: [min(each, key=each.__getitem__) for each in found] for name, found in gaps.items()}
+        best = {name: list(map(find_best_rate, found)) for name, found in gaps.items()}
         ratios = [ours / theirs for ours, theirs in zip(best[COMPARED[0]], best[COMPARED[-1]], strict=True)]
         lost = [[each[rate] for each in gaps[COMPARED[0]]] for rate in SHOWN]
         rows.append(

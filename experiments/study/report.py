@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ import numpy as np
 from experiments.statistics import Difference, compare_pairs, correct_holm
 from experiments.study import figures
 from experiments.study.analysis import (
-    TARGET_ENTRANT,
     Results,
     compute_budgets,
+    compute_profile,
     count_target_steps,
     list_conditions,
 )
 from experiments.study.entrants import ENTRANTS, SCHEDULES, Setting
 from experiments.study.figures import format_percent
 from experiments.study.protocol import Find, compute_grid_gaps
-from experiments.study.rates import format_rates_table
+from experiments.study.rates import format_rates_table, list_rate_runs
 from reporting.pages import format_image, format_table, replace_section
 
 #: The optimizer and the baselines of the primary comparison.
@@ -32,31 +32,28 @@ BASELINES = ("adamw-warm", "adamw")
 Settings = Mapping[str, Mapping[str, Setting]]
 
 
-def _format_setting(setting: Setting) -> str:
+def _format_setting(name: str, setting: Setting) -> str:
     warm_up = f", warm-up {setting.warm_up:.0%}" if setting.warm_up else ""
-    return f"{setting.learning_rate:g}{warm_up}"
+    rates = [each.learning_rate for each in ENTRANTS[name].list_grid(setting.schedule)]
+    edge = ", edge of the grid" if setting.learning_rate in (min(rates), max(rates)) else ""
+    return f"{setting.learning_rate:g}{warm_up}{edge}"
 
 
 def format_one_setting_table(every: list[Results], settings: Settings) -> str:
-    """Format each optimizer's one setting and its gaps over all conditions.
+    """Format each optimizer's one setting, its gaps over all conditions, and its steps to the target.
 
     Args:
         every: the results of all conditions.
         settings: each optimizer's one setting, by schedule.
     """
-    steps = [count_target_steps(results) for results in every]
+    steps = [found for found in map(count_target_steps, every) if found is not None]
     rows = []
     for name, entrant in ENTRANTS.items():
         gaps = [results.compute_mean_gap(name) for results in every]
         worst = max(range(len(gaps)), key=gaps.__getitem__)
-        chosen = [_format_setting(settings[name][way]) if way in settings[name] else "" for way in SCHEDULES]
+        chosen = [_format_setting(name, settings[name][way]) if way in settings[name] else "" for way in SCHEDULES]
         lost = sum(results.count_lost(name) for results in every)
-        ratios = [
-            each[name] / each[TARGET_ENTRANT]
-            for each in steps
-            if all(math.isfinite(each[key]) for key in (name, TARGET_ENTRANT))
-        ]
-        reached = sum(math.isfinite(each[name]) for each in steps)
+        parts = [each[name] for each in steps]
         where = every[worst].condition
         rows.append(
             [
@@ -66,19 +63,20 @@ def format_one_setting_table(every: list[Results], settings: Settings) -> str:
                 format_percent(statistics.median(gaps)),
                 f"{format_percent(gaps[worst])} ({where.task}, {where.schedule})",
                 f"{lost} of {sum(len(results.values[name]) for results in every)}",
-                f"{f'{statistics.geometric_mean(ratios):.2f}' if ratios else 'none'} ({reached} of {len(steps)})",
+                f"{format_percent(statistics.median(parts))} ({sum(map(math.isfinite, parts))} of {len(parts)})",
             ]
         )
     rows.sort(key=lambda row: float(row[3]))
     heads = ["optimizer", "rate with cosine", "constant rate", "mean gap, %", "median", "worst (where)", "runs lost"]
-    return format_table([*heads, "steps to the target / AdamW's (reached in)"], rows)
+    return format_table([*heads, "median steps to the target, % of the run (reached in)"], rows)
 
 
-def compute_forest(every: list[Results]) -> dict[str, dict[str, Difference]]:
+def compute_forest(every: list[Results], baselines: Sequence[str]) -> dict[str, dict[str, Difference]]:
     """Compute the paired differences of the subject from each baseline, in percent of the way.
 
     Args:
         every: the results of all conditions.
+        baselines: keys of `ENTRANTS`.
 
     Returns:
         By the title of each task, and for all of them last; by baseline.
@@ -91,13 +89,13 @@ def compute_forest(every: list[Results]) -> dict[str, dict[str, Difference]]:
         return 100 * np.mean([results.compute_gaps(name) for results in group], axis=0)
 
     forest = {
-        title: {name: compare_pairs(average(SUBJECT, group), average(name, group)) for name in BASELINES}
+        title: {name: compare_pairs(average(SUBJECT, group), average(name, group)) for name in baselines}
         for title, group in groups.items()
     }
     return {
         **forest,
         "all tasks": {
-            name: compare_pairs([row[name].mean for row in forest.values()], np.zeros(len(forest))) for name in BASELINES
+            name: compare_pairs([row[name].mean for row in forest.values()], np.zeros(len(forest))) for name in baselines
         },
     }
 
@@ -112,17 +110,69 @@ def format_forest_table(forest: Mapping[str, Mapping[str, Difference]]) -> str:
     pairs = [(title, name) for title, row in tasks_alone.items() for name in row]
     corrected = dict(zip(pairs, correct_holm([forest[title][name].p for title, name in pairs]), strict=True))
 
-    def judge(found: Difference, p: float) -> str:
-        return "level" if p > 0.05 else "better" if found.mean < 0 else "worse"
-
     rows = []
     for title, row in forest.items():
         for name, found in row.items():
-            holm = judge(found, corrected[title, name]) if (title, name) in corrected else ""
+            holm = _judge(found, corrected[title, name]) if (title, name) in corrected else ""
             effect = "" if math.isnan(found.effect) else f"{found.effect:+.1f}"
-            interval = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
-            rows.append([title, ENTRANTS[name].title, interval, judge(found, found.p), holm, effect])
+            rows.append([title, ENTRANTS[name].title, _format_interval(found), _judge(found, found.p), holm, effect])
     return format_table(["task", "minus", "difference of gaps, %", "verdict", "after Holm", "in seeds' deviations"], rows)
+
+
+def _judge(found: Difference, p: float) -> str:
+    return "level" if p > 0.05 else "better" if found.mean < 0 else "worse"
+
+
+def _format_interval(found: Difference) -> str:
+    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+
+
+def format_comparisons_table(every: list[Results]) -> str:
+    """Format the comparison of the subject with every other optimizer, over all tasks.
+
+    Args:
+        every: the results of all conditions.
+    """
+    others = [name for name in ENTRANTS if name != SUBJECT]
+    forest = compute_forest(every, others)
+    total = forest.pop("all tasks")
+    rows = []
+    for name in others:
+        better = sum(row[name].mean < 0 for row in forest.values())
+        verdict = _judge(total[name], total[name].p)
+        rows.append([ENTRANTS[name].title, _format_interval(total[name]), verdict, f"{better} of {len(forest)}"])
+    return format_table(["minus", "mean difference of gaps, %", "verdict", "better on tasks"], rows)
+
+
+def format_profiles_table(every: list[Results]) -> str:
+    """Format the share of the conditions within some gaps of the best optimizer.
+
+    Args:
+        every: the results of all conditions.
+    """
+    within = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    rows = []
+    for name, entrant in ENTRANTS.items():
+        shares = compute_profile([results.compute_mean_gap(name) for results in every], within)
+        rows.append([entrant.title, *(f"{share:.0%}" for share in shares)])
+    return format_table(["conditions within a gap of", *(f"{each:.0%}" for each in within)], rows)
+
+
+def format_sensitivity_table(find: Find, settings: Settings) -> str:
+    """Format the mean gap of the selection at each learning rate, relative to the chosen one.
+
+    Args:
+        find: returns the record of a run of the selection.
+        settings: each optimizer's one setting, by schedule.
+    """
+    found = {way: compute_sensitivity(find, settings, way) for way in SCHEDULES}
+    places = sorted({place for gaps in found.values() for each in gaps.values() for place in each})
+    rows = [
+        [ENTRANTS[name].title, way, *(format_percent(gaps[place]) if place in gaps else "" for place in places)]
+        for way, curves in found.items()
+        for name, gaps in curves.items()
+    ]
+    return format_table(["mean gap, % at rate / chosen rate", "rate", *(f"{place:g}" for place in places)], rows)
 
 
 def format_metric_tables(every: list[Results]) -> Iterator[str]:
@@ -146,21 +196,26 @@ def format_metric_tables(every: list[Results]) -> Iterator[str]:
         yield f"With a {schedule} learning rate:\n\n{format_table(['task', 'test metric', *heads], rows)}"
 
 
-def compute_sensitivity(find: Find, settings: Settings) -> dict[str, dict[float, float]]:
-    """Compute the mean gap of the selection at each learning rate of the cosine, relative to the chosen rate.
+def compute_sensitivity(find: Find, settings: Settings, schedule: str) -> dict[str, dict[float, float]]:
+    """Compute the mean gap of the selection at each learning rate, relative to the chosen rate, with the chosen warm-up.
 
     Args:
         find: returns the record of a run of the selection.
         settings: each optimizer's one setting, by schedule.
+        schedule: of the learning rate; schedule-free optimizers have one of their own.
+
+    Returns:
+        The gaps by entrant and relative rate; schedule-free optimizers are under "constant" alone.
     """
     gaps = compute_grid_gaps(find)
     found: dict[str, dict[float, float]] = {}
     for name, entrant in ENTRANTS.items():
-        chosen = settings[name][entrant.schedules[0]]
-        for setting in entrant.list_grid(entrant.schedules[0]):
-            if setting.warm_up == chosen.warm_up:
-                place = 2.0 ** round(math.log2(setting.learning_rate / chosen.learning_rate))
-                found.setdefault(name, {})[place] = statistics.fmean(gaps[name, setting])
+        if schedule in entrant.schedules:
+            chosen = settings[name][schedule]
+            for setting in entrant.list_grid(schedule):
+                if setting.warm_up == chosen.warm_up:
+                    place = 2.0 ** round(math.log2(setting.learning_rate / chosen.learning_rate))
+                    found.setdefault(name, {})[place] = statistics.fmean(gaps[name, setting])
     return found
 
 
@@ -175,13 +230,14 @@ def write_pages(finds: Mapping[str, Find], settings: Settings, results_page: Pat
         folder: of the figures.
 
     Raises:
-        ValueError: a run is missing.
+        MissingRunError: a run of the preregistered parts is missing.
     """
-    every = [Results(condition, settings, finds["one-setting"]) for condition in list_conditions()]
-    forest = compute_forest(every)
-    budgets = compute_budgets(finds["budget"])
+    every = [Results(condition, settings, finds) for condition in list_conditions()]
+    forest = compute_forest(every, BASELINES)
+    budgets = compute_budgets(finds)
     profiles = {name: [results.compute_mean_gap(name) for results in every] for name in ENTRANTS}
-    sensitivity = compute_sensitivity(finds["selection"], settings)
+    free, cosine = (compute_sensitivity(finds["selection"], settings, way) for way in ("constant", "cosine"))
+    sensitivity = free | cosine  # the cosine's, but for schedule-free optimizers
     drawn = {
         "forest": lambda path: figures.draw_forest(forest, path),
         "curves": lambda path: figures.draw_curves(budgets, sensitivity, profiles, path),
@@ -195,9 +251,13 @@ def write_pages(finds: Mapping[str, Find], settings: Settings, results_page: Pat
         replace_section(results_page, f"study-{name}", [format_image(titles[name], folder / f"{name}.svg", results_page)])
     replace_section(results_page, "study-table", [format_one_setting_table(every, settings)])
     replace_section(appendix, "study-forest", [format_forest_table(forest)])
+    replace_section(appendix, "study-comparisons", [format_comparisons_table(every)])
+    replace_section(appendix, "study-profiles", [format_profiles_table(every)])
     replace_section(appendix, "study-budgets", [_format_budget_table(budgets)])
+    replace_section(appendix, "study-sensitivity", [format_sensitivity_table(finds["selection"], settings)])
     replace_section(appendix, "study-metrics", format_metric_tables(every))
-    replace_section(appendix, "study-rates", [format_rates_table(finds["rates"])])
+    if any(finds["rates"](run) for run in list_rate_runs(SUBJECT)):
+        replace_section(appendix, "study-rates", [format_rates_table(finds["rates"])])
 
 
 def _format_budget_table(budgets: Mapping[str, Any]) -> str:

@@ -54,8 +54,8 @@ def test_after_a_kill_finished_runs_stay_and_the_others_follow(tmp_path: Path) -
     ("options", "message"),
     [
         (["--tasks", "cifar"], "task is 'cifar', but must be one of quadratic, mnist1d-mlp, "),
-        (["--tasks", "quadratic@0"], "task is 'quadratic@0', but after '@' it must have a positive integer"),
-        (["--tasks", "quadratic@x"], "task is 'quadratic@x', but after '@' it must have a positive integer"),
+        (["--tasks", "quadratic@-1"], "task is 'quadratic@-1', but after '@' it must have an integer of at least 0"),
+        (["--tasks", "quadratic@x"], "task is 'quadratic@x', but after '@' it must have an integer of at least 0"),
         (["--entrants", "adam"], "entrant is 'adam', but must be one of vsgd, vsgd-kappas, "),
         (
             ["--entrants", "vsgd:kappa1"],

@@ -85,6 +85,14 @@ def test_every_entrant_lowers_the_risk_and_one_bench_serves_all_settings() -> No
         assert bench._step._cache_size() == 1  # the settings are traced
 
 
+def test_a_run_of_no_step_has_the_metrics_of_the_initial_weights() -> None:
+    found = Bench(tasks.find_task("quadratic@0"), ENTRANTS["sgd"]).run(Setting(0.0, "constant", 0.0, 0.0, 0.0), seed=5)
+    (point,) = (each.astype(np.float64) for each in keras_bench.make_initial_values(tasks.TASKS["quadratic"], 5))
+    assert found.final is not None
+    assert found.final["test"]["loss"] == pytest.approx(0.5 * np.sum(tasks.CURVATURES * point**2), rel=1e-5)
+    assert found.losses == []
+
+
 def test_a_run_that_diverges_has_no_end_and_keeps_its_looks() -> None:
     found = Bench(shorten("quadratic"), ENTRANTS["sgd"]).run(Setting(1e30, "constant", 0.0, 0.9, 0.0), seed=0)
     assert found.final is None
@@ -185,7 +193,7 @@ def test_the_setting_with_the_least_mean_gap_is_chosen() -> None:
             power, warm_up = (2, 0.2) if 0.2 in ENTRANTS[name].warm_ups else (-1, 0.0)
             assert (setting.schedule, setting.warm_up) == (schedule, warm_up)
             assert setting.learning_rate == pytest.approx(ENTRANTS[name].center * 2**power, rel=0.01)
-    with pytest.raises(ValueError, match="records of the selection are missing"):
+    with pytest.raises(ValueError, match="is missing, but the analysis needs all runs"):
         protocol.choose_settings(lambda run: None)
 
 
@@ -228,7 +236,9 @@ def test_gaps_profiles_and_targets() -> None:
         middle = 0.04 if run.entrant == "vsgd" else end + 0.5
         return {"curve": [1.0, middle, end], "final": {"test": {"loss": end + 0.001 * (run.seed - 404.5)}}}
 
-    results = analysis.Results(analysis.Condition(name, "cosine"), settings, find)
+    untrained = {"final": {"test": {"loss": 1.0}}}
+    finds = {"one-setting": find, "untrained": lambda run: untrained if run.task == f"{name}@0" else None}
+    results = analysis.Results(analysis.Condition(name, "cosine"), settings, finds)
     assert results.untrained == 1
     assert results.best == pytest.approx(-0.1)
     assert results.compute_mean_gap("adamw") == pytest.approx(0.1 / 1.1)
@@ -240,11 +250,11 @@ def test_gaps_profiles_and_targets() -> None:
     # A loss of 0.05 is 95% of AdamW's way from 1 to 0.
     assert (steps["vsgd"], steps["adamw"], steps["muon"]) == (every, 2 * every, math.inf)
     with pytest.raises(ValueError, match="is missing, but the analysis needs all runs"):
-        analysis.Results(analysis.Condition(name, "cosine"), settings, lambda run: None)
+        analysis.Results(analysis.Condition(name, "cosine"), settings, finds | {"one-setting": lambda run: None})
 
 
 def test_the_table_of_rates_has_the_best_ones_and_what_the_others_lose() -> None:
-    goals = {"calibrated": 0.008, "constant-vsgd": 0.016, "adamw": 0.002}
+    goals = {"calibrated": 0.008, "constant-vsgd": 0.016, "adamw-warm": 0.004, "adamw": 0.002}
 
     def find(run: protocol.Run) -> dict[str, Any]:
         task = tasks.find_task(run.task)
@@ -259,10 +269,11 @@ def test_the_table_of_rates_has_the_best_ones_and_what_the_others_lose() -> None
     ]
     for row in rows:
         scale = 1 if row[0].startswith("small") else 2
-        assert [float(cell.split()[0]) for cell in row[2:6]] == [scale * 0.008, scale * 0.016, scale * 0.002, 4]
+        assert [float(cell.split()[0]) for cell in row[2:6]] == [scale * each for each in goals.values()]
+        assert row[6].startswith("4 (4 to 4)")
         lost = [10 * abs(math.log2(rate / (scale * 0.008))) for rate in rates.SHOWN]
-        assert [float(cell.split()[0]) for cell in row[6:]] == pytest.approx(lost, abs=0.01)
-    with pytest.raises(ValueError, match="records of the learning rates are missing"):
+        assert [float(cell.split()[0]) for cell in row[7:]] == pytest.approx(lost, abs=0.01)
+    with pytest.raises(ValueError, match="is missing, but the analysis needs all runs"):
         rates.format_rates_table(lambda run: None)
 
 
@@ -272,6 +283,8 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
 
     def find(run: protocol.Run) -> dict[str, Any]:
         task = tasks.find_task(run.task)
+        if run.task.endswith("@0"):
+            return {"final": {"test": {task.metric: task.sign * 1.0}}}
         # A high accuracy is good. Runs differ by at most 0.001, and the rates of a grid by their distance from the center.
         distance = abs(math.log2(run.setting.learning_rate / ENTRANTS[run.entrant].center)) if run.seed == 300 else 0
         noise = (7 * len(run.task) + 5 * run.seed + 3 * list(ENTRANTS).index(run.entrant)) % 11 - 5
@@ -281,7 +294,7 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
 
     settings = protocol.choose_settings(find)
     pages = tmp_path / "results.md", tmp_path / "appendix.md"
-    finds = dict.fromkeys(("selection", "one-setting", "budget", "rates"), find)
+    finds = dict.fromkeys(("selection", "untrained", "one-setting", "budget", "rates"), find)
     report.write_pages(finds, settings, *pages, tmp_path)
     results, appendix = (page.read_text(encoding="utf-8") for page in pages)
     # The first entrant is the best, and 0.9 better than the untrained loss of 1.
@@ -291,4 +304,8 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
     (row,) = (line for line in appendix.splitlines() if re.match(r"\| all tasks +\| AdamW +\|", line))
     # The noise moves each mean by at most 0.001 of 0.9, and so a difference by at most 0.23%.
     assert float(row.split("|")[3].split()[0]) == pytest.approx(difference, abs=0.23)
+    table = appendix.partition("<!-- study-comparisons -->")[2].partition("<!-- /study-comparisons -->")[0]
+    compared = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if " of 10 " in line]
+    assert [cells[0] for cells in compared] == [ENTRANTS[name].title for name in ENTRANTS if name != "calibrated"]
+    assert {tuple(cells[2:]) for cells in compared} == {("better", "10 of 10")}
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"forest", "curves"}
