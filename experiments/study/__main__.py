@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments.study PART`, of selection, untrained, one-setting, budget, rates and report."""
+"""The command line: `python -m experiments.study PART`, of selection, edges, untrained, one-setting, budget, rates, report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments import spread
 from experiments.study import protocol, rates, report, runs
 from experiments.study.entrants import ENTRANTS
 
-PARTS = ("selection", "untrained", "one-setting", "budget", "rates")
+PARTS = ("selection", "edges", "untrained", "one-setting", "budget", "rates")
 _PAGES = Path("docs/results.md"), Path("docs/appendix.md")
 
 
@@ -34,6 +34,8 @@ def main(command: Sequence[str] | None = None) -> None:
             return
         if arguments.part in ("selection", "untrained"):
             chosen = {"selection": protocol.list_selection_runs, "untrained": protocol.list_untrained_runs}[arguments.part]()
+        elif arguments.part == "edges":
+            chosen = protocol.list_edge_runs(protocol.choose_settings(stores["selection"].find))
         elif arguments.part == "one-setting":
             settings = protocol.choose_settings(stores["selection"].find)
             chosen = (run for name in arguments.entrants for run in protocol.list_one_setting_runs(name, settings[name]))

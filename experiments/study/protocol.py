@@ -187,14 +187,64 @@ def compute_grid_gaps(find: Find) -> dict[tuple[str, Setting], list[float]]:
     """
     gaps: dict[tuple[str, Setting], list[float]] = {}
     for name in SELECTION_TASKS:
-        task = tasks.find_task(name)
-        found = {(run.entrant, run.setting): get_record(find, run) for run in list_selection_runs() if run.task == name}
-        untrained = statistics.fmean(task.sign * each["curve"][0] for each in found.values())
-        ends = {choice: get_metric(task, each, "validation") for choice, each in found.items()}
-        best = min(ends.values())
-        for choice, end in ends.items():
-            gaps.setdefault(choice, []).append(compute_gap(end, untrained, best))
+        task, untrained, best = _measure_way(name, find)
+        for run in list_selection_runs():
+            if run.task == name:
+                end = get_metric(task, get_record(find, run), "validation")
+                gaps.setdefault((run.entrant, run.setting), []).append(compute_gap(end, untrained, best))
     return gaps
+
+
+def _measure_way(name: str, find: Find) -> tuple[tasks.Task, float, float]:
+    """Return a task of the selection, its untrained validation metric, and the best one of all optimizers and settings."""
+    task = tasks.find_task(name)
+    found = [get_record(find, run) for run in list_selection_runs() if run.task == name]
+    untrained = statistics.fmean(task.sign * each["curve"][0] for each in found)
+    return task, untrained, min(get_metric(task, each, "validation") for each in found)
+
+
+def step_beyond_edge(entrant: str, setting: Setting) -> Setting | None:
+    """Return the setting one step beyond the grid if a setting is at its edge, else None.
+
+    Args:
+        entrant: a key of `ENTRANTS`.
+        setting: one of its grid.
+    """
+    rates = sorted(each.learning_rate for each in ENTRANTS[entrant].list_grid(setting.schedule))
+    beyond = {rates[0]: rates[0] / 2, rates[-1]: 2 * rates[-1]}.get(setting.learning_rate)
+    return None if beyond is None else setting._replace(learning_rate=beyond)
+
+
+def list_edge_runs(settings: Mapping[str, Mapping[str, Setting]]) -> Iterator[Run]:
+    """Yield the runs one step beyond the grid, for settings that were chosen at its edge. They change no choice.
+
+    Args:
+        settings: each optimizer's one setting, by schedule.
+    """
+    for name, chosen in settings.items():
+        for setting in chosen.values():
+            if (beyond := step_beyond_edge(name, setting)) is not None:
+                yield from (Run(task, name, beyond, SELECTION_SEED) for task in SELECTION_TASKS)
+
+
+def compute_edge_gap(entrant: str, beyond: Setting, find: Find, find_edge: Find) -> float:
+    """Compute the mean gap of a setting one step beyond the grid.
+
+    Args:
+        entrant: a key of `ENTRANTS`.
+        beyond: the setting.
+        find: returns the record of a run of the selection.
+        find_edge: returns the record of a run beyond the grid.
+
+    Raises:
+        MissingRunError: a run is missing.
+    """
+    gaps = []
+    for name in SELECTION_TASKS:
+        task, untrained, best = _measure_way(name, find)
+        record = get_record(find_edge, Run(name, entrant, beyond, SELECTION_SEED))
+        gaps.append(compute_gap(get_metric(task, record, "validation"), untrained, best))
+    return statistics.fmean(gaps)
 
 
 def choose_settings(find: Find) -> dict[str, dict[str, Setting]]:

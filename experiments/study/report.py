@@ -21,7 +21,7 @@ from experiments.study.analysis import (
 )
 from experiments.study.entrants import ENTRANTS, SCHEDULES, Setting
 from experiments.study.figures import format_percent
-from experiments.study.protocol import Find, compute_grid_gaps
+from experiments.study.protocol import Find, compute_edge_gap, compute_grid_gaps, step_beyond_edge
 from experiments.study.rates import format_rates_table, list_rate_runs
 from reporting.pages import format_image, format_table, replace_section
 
@@ -32,11 +32,26 @@ BASELINES = ("adamw-warm", "adamw")
 Settings = Mapping[str, Mapping[str, Setting]]
 
 
-def _format_setting(name: str, setting: Setting) -> str:
-    warm_up = f", warm-up {setting.warm_up:.0%}" if setting.warm_up else ""
-    rates = [each.learning_rate for each in ENTRANTS[name].list_grid(setting.schedule)]
-    edge = ", edge of the grid" if setting.learning_rate in (min(rates), max(rates)) else ""
-    return f"{setting.learning_rate:g}{warm_up}{edge}"
+def _format_setting(setting: Setting) -> str:
+    return f"{setting.learning_rate:g}{f', warm-up {setting.warm_up:.0%}' if setting.warm_up else ''}"
+
+
+def format_edges_table(finds: Mapping[str, Find], settings: Settings) -> str:
+    """Format the choices at an edge of the grid, with the gaps of the selection there and one step beyond.
+
+    Args:
+        finds: by part of the study, returns the record of a run.
+        settings: each optimizer's one setting, by schedule.
+    """
+    gaps = compute_grid_gaps(finds["selection"])
+    rows = []
+    for name, chosen in settings.items():
+        for way, setting in chosen.items():
+            if (beyond := step_beyond_edge(name, setting)) is not None:
+                further = compute_edge_gap(name, beyond, finds["selection"], finds["edges"])
+                here = format_percent(statistics.fmean(gaps[name, setting]))
+                rows.append([ENTRANTS[name].title, way, _format_setting(setting), here, format_percent(further)])
+    return format_table(["optimizer", "rate", "chosen", "mean gap, %", "one step beyond"], rows)
 
 
 def format_one_setting_table(every: list[Results], settings: Settings) -> str:
@@ -51,7 +66,7 @@ def format_one_setting_table(every: list[Results], settings: Settings) -> str:
     for name, entrant in ENTRANTS.items():
         gaps = [results.compute_mean_gap(name) for results in every]
         worst = max(range(len(gaps)), key=gaps.__getitem__)
-        chosen = [_format_setting(name, settings[name][way]) if way in settings[name] else "" for way in SCHEDULES]
+        chosen = [_format_setting(settings[name][way]) if way in settings[name] else "" for way in SCHEDULES]
         lost = sum(results.count_lost(name) for results in every)
         parts = [each[name] for each in steps]
         where = every[worst].condition
@@ -251,6 +266,7 @@ def write_pages(finds: Mapping[str, Find], settings: Settings, results_page: Pat
         replace_section(results_page, f"study-{name}", [format_image(titles[name], folder / f"{name}.svg", results_page)])
     replace_section(results_page, "study-table", [format_one_setting_table(every, settings)])
     replace_section(appendix, "study-forest", [format_forest_table(forest)])
+    replace_section(appendix, "study-edges", [format_edges_table(finds, settings)])
     replace_section(appendix, "study-comparisons", [format_comparisons_table(every)])
     replace_section(appendix, "study-profiles", [format_profiles_table(every)])
     replace_section(appendix, "study-budgets", [_format_budget_table(budgets)])

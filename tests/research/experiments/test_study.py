@@ -197,6 +197,24 @@ def test_the_setting_with_the_least_mean_gap_is_chosen() -> None:
         protocol.choose_settings(lambda run: None)
 
 
+def test_a_choice_at_the_edge_of_the_grid_is_followed_by_one_step_beyond() -> None:
+    def find(run: protocol.Run) -> dict[str, Any]:
+        # Validation metrics fall by a tenth with each factor of two, and rise again beyond 2^3 times the center.
+        power = math.log2(run.setting.learning_rate / ENTRANTS[run.entrant].center)
+        task = tasks.find_task(run.task)
+        end = task.sign * (0.5 - 0.1 * power if power < 3.5 else 0.4)
+        return {"curve": [task.sign * 1.0], "final": {"validation": {task.metric: end}}}
+
+    settings = protocol.choose_settings(find)
+    beyond = list(protocol.list_edge_runs(settings))
+    assert len(beyond) == len(protocol.SELECTION_TASKS) * sum(map(len, settings.values()))
+    for run in beyond:
+        assert run.setting.learning_rate == pytest.approx(16 * ENTRANTS[run.entrant].center, rel=0.01)
+    # From 1 to the best, 0.2, the way is 0.8.
+    assert protocol.compute_edge_gap("adamw", beyond[-1].setting, find, find) == pytest.approx(0.2 / 0.8)
+    assert protocol.step_beyond_edge("adamw", ENTRANTS["adamw"].list_grid("cosine")[3]) is None
+
+
 def test_finished_runs_are_kept_and_packed(tmp_path: Path) -> None:
     setting = Setting(0.01, "cosine", 0.0, 0.9, 0.0)
     wanted = [protocol.Run("quadratic", "sgd", setting, seed) for seed in (0, 1)]
@@ -294,7 +312,7 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
 
     settings = protocol.choose_settings(find)
     pages = tmp_path / "results.md", tmp_path / "appendix.md"
-    finds = dict.fromkeys(("selection", "untrained", "one-setting", "budget", "rates"), find)
+    finds = dict.fromkeys(("selection", "edges", "untrained", "one-setting", "budget", "rates"), find)
     report.write_pages(finds, settings, *pages, tmp_path)
     results, appendix = (page.read_text(encoding="utf-8") for page in pages)
     # The first entrant is the best, and 0.9 better than the untrained loss of 1.
