@@ -1,8 +1,8 @@
 """Write the README's numbers, which summarize the pages on agreement, performance and results.
 
-Reads `docs/agreement.md` and the records in `docs/performance` and `docs/results`, and writes the README's sections:
+Reads the pages on agreement, results and their appendix and the records in `performance`, and writes the README's sections:
 
-    pip install '.[experiments]'
+    pip install '.[experiments,optax]'
     python docs/readme.py
 """
 
@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.timing import compute_paired_ratio
-from experiments.comparison import ENTRANTS, WIDEST, Comparison
-from experiments.paper_report import MISSING
-from experiments.report import compare_arms, find_result, judge_difference
-from experiments.spread import FOLDER, Store
-from experiments.tasks import TASKS
+from experiments.study.entrants import ENTRANTS
 from reporting.pages import format_table, replace_section
 
 DOCS = Path(__file__).parent
@@ -37,20 +33,24 @@ SUITES = {
 }
 SHAPES = ("conv", "many", "large")
 
-#: The entrants to compare VSGD with.
-OTHERS = ("adamw", "adamw-warm", "sgd")
+#: The optimizers of the table of results: the recommended one, the closest baseline, and the best one at one setting.
+SHOWN = ("constant-vsgd", "adamw-warm", "schedule-free-adamw")
 
 
-def read_rows(page: Path) -> list[dict[str, str]]:
+def read_rows(page: Path, section: str = "") -> list[dict[str, str]]:
     """Read the rows of a page's first table, by the heads of its columns.
 
     Args:
         page: the Markdown page.
+        section: where to look for the table; empty: on the whole page.
 
     Returns:
         A dictionary for each row.
     """
-    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    text = page.read_text(encoding="utf-8")
+    if section:
+        text = text.partition(f"<!-- {section} -->")[2].partition(f"<!-- /{section} -->")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
@@ -114,38 +114,26 @@ def format_speed(folder: Path) -> str:
     return format_table(["time / AdamW", *heads], rows)
 
 
-def _format_comparisons(comparison: Comparison) -> Iterator[str]:
-    metric = comparison.task.metric
-    subject = find_result(comparison, WIDEST, "vsgd")
-    for other in OTHERS:
-        result = find_result(comparison, WIDEST, other)
-        if subject is None or result is None:
-            yield MISSING
-            continue
-        pairs = [(compare_arms(subject, result, *which), which[1]) for which in (("train", "loss"), ("test", metric))]
-        words = [found if isinstance(found, str) else judge_difference(found, each) for found, each in pairs]
-        yield f"{result.format_mean('test', metric)} ({', '.join(words)})"
-
-
-def format_results(store: Store) -> str:
-    """Format VSGD's results on the small tasks, compared with some others, all tuned by twenty trials.
-
-    Brackets hold the verdicts on VSGD's train loss and test metric.
+def format_results(results_page: Path, appendix: Path) -> str:
+    """Format the gaps of a few optimizers, at one setting and after five random trials.
 
     Args:
-        store: of the comparison's records.
+        results_page: has the table of one setting.
+        appendix: has the table of budgets.
 
     Returns:
         The Markdown table.
     """
+    settings = {row["optimizer"]: row for row in read_rows(results_page, "study-table")}
+    budgets = {next(iter(row.values())): row for row in read_rows(appendix, "study-budgets")}
     rows = []
-    for task in TASKS.values():
-        comparison = Comparison(task, store.find)
-        subject = find_result(comparison, WIDEST, "vsgd")
-        unit = "accuracy, %" if task.metric == "accuracy" else "loss"
-        mean = MISSING if subject is None else subject.format_mean("test", task.metric)
-        rows.append([f"{task.title}, {unit}", mean, *_format_comparisons(comparison)])
-    return format_table(["test", *(ENTRANTS[each].title for each in ("vsgd", *OTHERS))], rows)
+    for name in SHOWN:
+        title = ENTRANTS[name].title
+        setting, budget = settings[title], budgets[title]
+        worst = setting["worst (where)"].split()[0]
+        rows.append([title, setting["mean gap, %"], worst, setting["runs lost"], budget["5 trials"].split()[0]])
+    heads = ["mean gap with one setting, %", "worst gap, %", "runs lost", "mean gap after 5 trials, %"]
+    return format_table(["optimizer", *heads], rows)
 
 
 def write_tables(page: Path, docs: Path = DOCS) -> None:
@@ -157,7 +145,7 @@ def write_tables(page: Path, docs: Path = DOCS) -> None:
     """
     replace_section(page, "agreement", [format_agreement(docs / "agreement.md")])
     replace_section(page, "speed", [format_speed(docs / "performance")])
-    replace_section(page, "results", [format_results(Store(docs / "results" / FOLDER))])
+    replace_section(page, "results", [format_results(docs / "results.md", docs / "appendix.md")])
 
 
 if __name__ == "__main__":

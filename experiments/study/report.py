@@ -28,6 +28,8 @@ from reporting.pages import format_image, format_table, replace_section
 #: The optimizer and the baselines of the primary comparison.
 SUBJECT = "calibrated"
 BASELINES = ("adamw-warm", "adamw")
+#: The optimizer that the pages recommend; its comparison was not preregistered.
+ALSO_COMPARED = "constant-vsgd"
 
 Settings = Mapping[str, Mapping[str, Setting]]
 
@@ -86,12 +88,13 @@ def format_one_setting_table(every: list[Results], settings: Settings) -> str:
     return format_table([*heads, "median steps to the target, % of the run (reached in)"], rows)
 
 
-def compute_forest(every: list[Results], baselines: Sequence[str]) -> dict[str, dict[str, Difference]]:
-    """Compute the paired differences of the subject from each baseline, in percent of the way.
+def compute_forest(every: list[Results], baselines: Sequence[str], subject: str = SUBJECT) -> dict[str, dict[str, Difference]]:
+    """Compute the paired differences of an optimizer from each baseline, in percent of the way.
 
     Args:
         every: the results of all conditions.
         baselines: keys of `ENTRANTS`.
+        subject: a key of `ENTRANTS`.
 
     Returns:
         By the title of each task, and for all of them last; by baseline.
@@ -104,7 +107,7 @@ def compute_forest(every: list[Results], baselines: Sequence[str]) -> dict[str, 
         return 100 * np.mean([results.compute_gaps(name) for results in group], axis=0)
 
     forest = {
-        title: {name: compare_pairs(average(SUBJECT, group), average(name, group)) for name in baselines}
+        title: {name: compare_pairs(average(subject, group), average(name, group)) for name in baselines}
         for title, group in groups.items()
     }
     return {
@@ -142,21 +145,22 @@ def _format_interval(found: Difference) -> str:
     return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
-def format_comparisons_table(every: list[Results]) -> str:
-    """Format the comparison of the subject with every other optimizer, over all tasks.
+def format_comparisons_table(every: list[Results], subject: str) -> str:
+    """Format the comparison of an optimizer with every other one, over all tasks.
 
     Args:
         every: the results of all conditions.
+        subject: a key of `ENTRANTS`.
     """
-    others = [name for name in ENTRANTS if name != SUBJECT]
-    forest = compute_forest(every, others)
+    others = [name for name in ENTRANTS if name != subject]
+    forest = compute_forest(every, others, subject)
     total = forest.pop("all tasks")
     rows = []
     for name in others:
         better = sum(row[name].mean < 0 for row in forest.values())
         verdict = _judge(total[name], total[name].p)
         rows.append([ENTRANTS[name].title, _format_interval(total[name]), verdict, f"{better} of {len(forest)}"])
-    return format_table(["minus", "mean difference of gaps, %", "verdict", "better on tasks"], rows)
+    return format_table([f"{ENTRANTS[subject].title} minus", "mean difference of gaps, %", "verdict", "better on tasks"], rows)
 
 
 def format_profiles_table(every: list[Results]) -> str:
@@ -188,6 +192,24 @@ def format_sensitivity_table(find: Find, settings: Settings) -> str:
         for name, gaps in curves.items()
     ]
     return format_table(["mean gap, % at rate / chosen rate", "rate", *(f"{place:g}" for place in places)], rows)
+
+
+def format_warm_ups_table(find: Find) -> str:
+    """Format the mean gap of the selection at the best learning rate, without a warm-up and with one.
+
+    Args:
+        find: returns the record of a run of the selection.
+    """
+    gaps = compute_grid_gaps(find)
+    rows = []
+    for name, entrant in ENTRANTS.items():
+        for way in entrant.schedules:
+            best = {
+                part: min(statistics.fmean(gaps[name, each]) for each in entrant.list_grid(way) if each.warm_up == part)
+                for part in entrant.warm_ups
+            }
+            rows.append([entrant.title, way, *(format_percent(best[part]) if part in best else "" for part in (0.0, 0.2))])
+    return format_table(["mean gap at the best rate, %", "rate", "no warm-up", "20% warm-up"], rows)
 
 
 def format_metric_tables(every: list[Results]) -> Iterator[str]:
@@ -267,10 +289,11 @@ def write_pages(finds: Mapping[str, Find], settings: Settings, results_page: Pat
     replace_section(results_page, "study-table", [format_one_setting_table(every, settings)])
     replace_section(appendix, "study-forest", [format_forest_table(forest)])
     replace_section(appendix, "study-edges", [format_edges_table(finds, settings)])
-    replace_section(appendix, "study-comparisons", [format_comparisons_table(every)])
+    replace_section(appendix, "study-comparisons", [format_comparisons_table(every, name) for name in (SUBJECT, ALSO_COMPARED)])
     replace_section(appendix, "study-profiles", [format_profiles_table(every)])
     replace_section(appendix, "study-budgets", [_format_budget_table(budgets)])
     replace_section(appendix, "study-sensitivity", [format_sensitivity_table(finds["selection"], settings)])
+    replace_section(appendix, "study-warm-ups", [format_warm_ups_table(finds["selection"])])
     replace_section(appendix, "study-metrics", format_metric_tables(every))
     if any(finds["rates"](run) for run in list_rate_runs(SUBJECT)):
         replace_section(appendix, "study-rates", [format_rates_table(finds["rates"])])

@@ -324,6 +324,10 @@ def test_the_pages_have_the_gaps_of_known_ends(tmp_path: Path) -> None:
     assert float(row.split("|")[3].split()[0]) == pytest.approx(difference, abs=0.23)
     table = appendix.partition("<!-- study-comparisons -->")[2].partition("<!-- /study-comparisons -->")[0]
     compared = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if " of 10 " in line]
-    assert [cells[0] for cells in compared] == [ENTRANTS[name].title for name in ENTRANTS if name != "calibrated"]
-    assert {tuple(cells[2:]) for cells in compared} == {("better", "10 of 10")}
+    others = {subject: [each for each in ENTRANTS if each != subject] for subject in ("calibrated", "constant-vsgd")}
+    assert [cells[0] for cells in compared] == [ENTRANTS[each].title for names in others.values() for each in names]
+    # The first entrant is better than all others, and the second is worse than the first alone.
+    assert [tuple(cells[2:]) for cells in compared] == [
+        ("worse", "0 of 10") if place == len(others["calibrated"]) else ("better", "10 of 10") for place in range(len(compared))
+    ]
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"forest", "curves"}
